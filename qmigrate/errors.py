@@ -1,0 +1,107 @@
+"""Every exception of qmigrate.
+
+    QmigrateError
+    ├── StreamError             the bytes are wrong; .offset, .trail, .message
+    │   ├── TruncatedError      they end too soon
+    │   ├── UnsupportedError    they may be right, but we cannot read this
+    │   └── SequenceError       a good message at a bad time
+    ├── NoStreamError           there is no migration stream in this input (exit code 2)
+    └── QmpError                a QEMU could not be talked to; .address
+        ├── QmpConnectError     it does not listen, is silent, or does not speak QMP
+        ├── QmpCommandError     QEMU refused a command, in its own words; .command, .error_class
+        ├── QmpTimeoutError     QEMU did not answer in time: what it does now is not known
+        └── QemuDiedError       QEMU is gone; .exit_status and its last words in .stderr
+
+A class stands for something that a caller would do differently, no more.
+"""
+
+from collections.abc import Sequence
+
+__all__ = [
+    "NoStreamError",
+    "QemuDiedError",
+    "QmigrateError",
+    "QmpCommandError",
+    "QmpConnectError",
+    "QmpError",
+    "QmpTimeoutError",
+    "SequenceError",
+    "StreamError",
+    "TruncatedError",
+    "UnsupportedError",
+]
+
+
+class QmigrateError(Exception):
+    """The root: whoever catches this catches all that qmigrate raises on purpose."""
+
+
+class StreamError(QmigrateError):
+    """The bytes of a stream are wrong.
+
+    ``offset`` counts bytes from the start of the stream, ``trail`` names what the fault lies in, outermost
+    first (section, block, field), ``message`` says what was found and what could have been.
+    """
+
+    def __init__(self, message: str, *, offset: int | None = None, trail: Sequence[str] = ()) -> None:
+        self.message = message
+        self.offset = offset
+        self.trail = tuple(trail)
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        place = [] if self.offset is None else [f"{self.offset:#x}"]
+        return ": ".join([*place, *self.trail, self.message])
+
+
+class TruncatedError(StreamError):
+    """The stream ends inside something."""
+
+
+class UnsupportedError(StreamError):
+    """The bytes may be right, but we cannot read this."""
+
+
+class SequenceError(StreamError):
+    """A good message at a bad time."""
+
+
+class NoStreamError(QmigrateError):
+    """There is no migration stream in this input."""
+
+
+class QmpError(QmigrateError):
+    """A QEMU could not be talked to.  ``address`` is how it was reached."""
+
+    def __init__(self, message: str, *, address: str = "") -> None:
+        self.message = message
+        self.address = address
+        super().__init__(f"{address}: {message}" if address else message)
+
+
+class QmpConnectError(QmpError):
+    """It does not listen, is silent, or does not speak QMP."""
+
+
+class QmpCommandError(QmpError):
+    """QEMU refused a command, in its own words."""
+
+    def __init__(self, message: str, *, command: str, error_class: str = "", address: str = "") -> None:
+        self.command = command
+        self.error_class = error_class
+        super().__init__(f"{command}: {message}", address=address)
+
+
+class QmpTimeoutError(QmpError):
+    """QEMU did not answer in time: what it does now is not known."""
+
+
+class QemuDiedError(QmpError):
+    """QEMU is gone.  ``exit_status`` is None while unknown; ``stderr`` holds its last words."""
+
+    def __init__(
+        self, message: str, *, address: str = "", exit_status: int | None = None, stderr: str = ""
+    ) -> None:
+        self.exit_status = exit_status
+        self.stderr = stderr
+        super().__init__(message, address=address)
