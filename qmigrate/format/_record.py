@@ -1,0 +1,285 @@
+"""The record base: a class declared once is a frozen dataclass and a construct Struct.
+
+Construct never leaks: what it raises leaves here as a ``StreamError`` with the offset of the field at fault.
+"""
+
+import dataclasses
+import io
+from collections.abc import Sequence
+from enum import IntEnum
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
+
+import construct
+
+from qmigrate.errors import StreamError, TruncatedError
+
+if TYPE_CHECKING:
+    AnyConstruct = construct.Construct[Any, Any]
+    Subconstruct = construct.Subconstruct[Any, Any, Any, Any]
+    Adapter = construct.Adapter[Any, Any, Any, Any]
+else:
+    AnyConstruct, Subconstruct, Adapter = construct.Construct, construct.Subconstruct, construct.Adapter
+
+__all__ = [
+    "CountedString",
+    "EverythingLeft",
+    "IfMore",
+    "Known",
+    "Nested",
+    "Only",
+    "Record",
+    "Several",
+    "WireError",
+    "refuse",
+    "wire",
+]
+
+_SUBCON = "construct"
+
+
+class WireError(construct.ConstructError):
+    """A value on the wire that this record does not allow; ``message`` says what was found and expected."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+
+def refuse(message: str) -> WireError:
+    """The error for an adapter of ours to raise: ``Record.read`` adds the offset and the field."""
+    return WireError(message)
+
+
+def wire(subcon: AnyConstruct, **options: Any) -> Any:
+    """A field of a record: how it stands on the wire.  ``default`` as in ``dataclasses.field``."""
+    return dataclasses.field(metadata={_SUBCON: subcon}, **options)
+
+
+class _At(Subconstruct):
+    """Notes in an error where in the bytes the innermost failing field begins, and its name."""
+
+    def __init__(self, subcon: AnyConstruct, name: str) -> None:
+        super().__init__(subcon)
+        self.field = name
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
+        at = stream.tell()
+        try:
+            return self.subcon._parsereport(stream, context, path)
+        except construct.ConstructError as exc:
+            if not hasattr(exc, "place"):
+                vars(exc)["place"] = (at, self.field)  # construct keeps no offset of its own
+            raise
+
+
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(wire,))
+class Record:
+    """A piece of a stream: its fields in the order of their bytes.
+
+    A subclass states each field as ``name: type = wire(construct)``.
+    """
+
+    _names: ClassVar[tuple[str, ...]]
+    _struct: ClassVar[AnyConstruct]
+    size: ClassVar[int | None]
+    """In bytes, where every record of the class has the same; else None."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # made one in the line above
+        cls._names = tuple(f.name for f in fields)
+        cls._struct = construct.Struct(*(f.name / _At(f.metadata[_SUBCON], f.name) for f in fields))
+        try:
+            cls.size = int(cls._struct.sizeof())
+        except (construct.ConstructError, AttributeError):  # a length that another field or the context gives
+            cls.size = None
+
+    @classmethod
+    def read_prefix(
+        cls, data: bytes | memoryview, *, offset: int = 0, trail: Sequence[str] = (), **context: Any
+    ) -> tuple[Self, int]:
+        """Read this record from the front of ``data``; also give the number of bytes it took.
+
+        Raises ``TruncatedError`` where ``data`` is too short, ``StreamError`` where a value is wrong.
+        ``offset`` is where ``data`` stands in the stream.
+        """
+        stream = io.BytesIO(data)
+        try:
+            values = cls._struct.parse_stream(stream, **context)
+        except construct.ConstructError as exc:
+            raise _ours(exc, offset, (*trail,), len(data)) from exc
+        return cls(**{name: values[name] for name in cls._names}), stream.tell()
+
+    @classmethod
+    def read(
+        cls, data: bytes | memoryview, *, offset: int = 0, trail: Sequence[str] = (), **context: Any
+    ) -> Self:
+        """Read this record from exactly ``data``; bytes left over are an error."""
+        record, used = cls.read_prefix(data, offset=offset, trail=trail, **context)
+        if used != len(data):
+            raise StreamError(
+                f"{cls.__name__} takes {used} bytes, {len(data)} are there", offset=offset + used, trail=trail
+            )
+        return record
+
+    def build(self, **context: Any) -> bytes:
+        """The bytes of this record.  Raises ``StreamError`` where a value has no room on the wire."""
+        values = {name: getattr(self, name) for name in self._names}
+        try:
+            return bytes(self._struct.build(values, **context))
+        except construct.ConstructError as exc:
+            message = getattr(exc, "message", None) or _last_line(exc)
+            raise StreamError(f"{type(self).__name__} can't be written: {message}") from exc
+
+
+def _ours(exc: construct.ConstructError, offset: int, trail: tuple[str, ...], at_hand: int) -> StreamError:
+    at, field = getattr(exc, "place", (0, ""))
+    trail = (*trail, field) if field else trail
+    if isinstance(exc, construct.StreamError):
+        return TruncatedError("the stream ends here", offset=offset + at_hand, trail=trail)
+    message = exc.message if isinstance(exc, WireError) else _last_line(exc)
+    return StreamError(message, offset=offset + at, trail=trail)
+
+
+def _last_line(exc: Exception) -> str:
+    return str(exc).strip().splitlines()[-1] if str(exc).strip() else type(exc).__name__
+
+
+class Known(Adapter):
+    """An integer that must be a member of ``enum``: anything else is refused aloud."""
+
+    def __init__(self, enum: type[IntEnum], subcon: AnyConstruct) -> None:
+        super().__init__(subcon)
+        self.enum = enum
+
+    def _decode(self, obj: int, context: Any, path: str) -> IntEnum:
+        try:
+            return self.enum(obj)
+        except ValueError:
+            known = ", ".join(f"{member.name} {member.value:#x}" for member in self.enum)
+            raise refuse(f"found {obj:#x}, expected one of {known}") from None
+
+    def _encode(self, obj: int, context: Any, path: str) -> int:
+        return int(obj)
+
+
+class Only(Known):
+    """The one member of its enum that may stand here."""
+
+    def __init__(self, member: IntEnum, subcon: AnyConstruct) -> None:
+        super().__init__(type(member), subcon)
+        self.member = member
+
+    def _decode(self, obj: int, context: Any, path: str) -> IntEnum:
+        if obj != self.member:
+            raise refuse(f"found {obj:#x}, expected {self.member.name} {self.member.value:#x}")
+        return self.member
+
+
+class _Text(Adapter):
+    """Names are bytes that are usually ASCII: nothing is lost, whatever they are."""
+
+    def _decode(self, obj: bytes, context: Any, path: str) -> str:
+        return bytes(obj).decode("utf-8", "surrogateescape")
+
+    def _encode(self, obj: str, context: Any, path: str) -> bytes:
+        return obj.encode("utf-8", "surrogateescape")
+
+
+class _Counted(AnyConstruct):
+    """One length byte, then that many bytes.  Not ``Prefixed``: that does not say what is too long."""
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> bytes:
+        length = construct.stream_read(stream, 1, path)[0]
+        return bytes(construct.stream_read(stream, length, path))
+
+    def _build(self, obj: bytes, stream: IO[bytes], context: Any, path: str) -> Any:
+        if len(obj) > 0xFF:
+            raise refuse(f"a counted string holds at most 255 bytes, this one has {len(obj)}")
+        stream.write(bytes([len(obj)]) + obj)
+        return obj
+
+    def _sizeof(self, context: Any, path: str) -> int:
+        raise construct.SizeofError
+
+
+CountedString = _Text(_Counted())
+"""``str8``: one length byte, then the name, not terminated."""
+
+
+class Nested(AnyConstruct):
+    """A record inside a record."""
+
+    def __init__(self, record: type[Record]) -> None:
+        super().__init__()
+        self.record = record
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Record:
+        values = self.record._struct._parsereport(stream, context, path)
+        return self.record(**{name: values[name] for name in self.record._names})
+
+    def _build(self, obj: Record, stream: IO[bytes], context: Any, path: str) -> Any:
+        self.record._struct._build(
+            construct.Container({name: getattr(obj, name) for name in obj._names}),
+            stream,
+            context,
+            path,
+        )
+        return obj
+
+    def _sizeof(self, context: Any, path: str) -> int:
+        return int(self.record._struct._sizeof(context, path))
+
+
+def _end(stream: IO[bytes]) -> int:
+    at = stream.tell()
+    end = stream.seek(0, io.SEEK_END)
+    stream.seek(at)
+    return end
+
+
+class Several(construct.Array):  # type: ignore[type-arg]
+    """So many elements as ``count(context)`` says, as a tuple."""
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
+        return tuple(super()._parse(stream, context, path))
+
+
+class IfMore(Subconstruct):
+    """Present when bytes are left, else None.  For the end of a payload whose length is known."""
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
+        if stream.tell() == _end(stream):
+            return None
+        return self.subcon._parsereport(stream, context, path)
+
+    def _build(self, obj: Any, stream: IO[bytes], context: Any, path: str) -> Any:
+        if obj is not None:
+            self.subcon._build(obj, stream, context, path)
+        return obj
+
+    def _sizeof(self, context: Any, path: str) -> int:
+        raise construct.SizeofError
+
+
+class EverythingLeft(Subconstruct):
+    """The element again and again until the payload is used up.
+
+    Not ``GreedyRange``: that takes a corrupt element for the end.
+    """
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> tuple[Any, ...]:
+        end = _end(stream)
+        elements = []
+        while stream.tell() < end:
+            elements.append(self.subcon._parsereport(stream, context, path))
+        return tuple(elements)
+
+    def _build(self, obj: Sequence[Any], stream: IO[bytes], context: Any, path: str) -> Any:
+        for element in obj:
+            self.subcon._build(element, stream, context, path)
+        return obj
+
+    def _sizeof(self, context: Any, path: str) -> int:
+        raise construct.SizeofError

@@ -1,0 +1,149 @@
+"""Bytes at hand, and where in the stream they stand.
+
+Who parses asks for bytes with ``yield from``; the generator yields while they are missing, and whoever drives
+it calls ``space()`` and ``received()`` (or ``receive()``), or ``end()``, and goes on.
+"""
+
+from collections.abc import Generator, Sequence
+from typing import Any, Final, TypeVar
+
+from qmigrate.errors import TruncatedError
+from qmigrate.format._record import Record
+
+__all__ = ["Feed"]
+
+WINDOW: Final = 1 << 20  # fits a core's second-level cache: RAM streams through it once
+R = TypeVar("R", bound=Record)
+
+
+class Feed:
+    """A reused window over a stream.
+
+    ``offset`` counts the bytes consumed, from the start of the stream.  A view that was given out holds until
+    the parser is next resumed.  No claim in the stream makes the window grow: long things are collected by
+    ``take()``, as they come.
+    """
+
+    def __init__(self, *, offset: int = 0, window: int = WINDOW) -> None:
+        self.offset = offset
+        self.ended = False
+        self._buffer = bytearray(window)
+        self._view = memoryview(self._buffer)
+        self._begin = 0
+        self._end = 0
+
+    def __len__(self) -> int:
+        """How many bytes are at hand."""
+        return self._end - self._begin
+
+    # -- for whoever drives
+
+    def space(self) -> memoryview:
+        """Where the next bytes go; never empty.  Moves what is at hand to the front when room runs out."""
+        if self._begin == self._end:
+            self._begin = self._end = 0
+        elif self._begin and len(self._buffer) - self._end < len(self._buffer) // 2:
+            kept = self._end - self._begin
+            self._buffer[:kept] = self._buffer[self._begin : self._end]
+            self._begin, self._end = 0, kept
+        if self._end == len(self._buffer):
+            self._grow()
+        return self._view[self._end :]
+
+    def received(self, count: int) -> None:
+        """``count`` bytes were written to the front of ``space()``."""
+        self._end += count
+
+    def receive(self, data: bytes | bytearray | memoryview) -> None:
+        """Take in ``data``, all of it."""
+        while len(data):
+            space = self.space()
+            count = min(len(space), len(data))
+            space[:count] = data[:count]
+            self.received(count)
+            data = data[count:]
+
+    def end(self) -> None:
+        """No more bytes will come."""
+        self.ended = True
+
+    def _grow(self) -> None:
+        buffer = bytearray(2 * len(self._buffer))
+        buffer[: self._end - self._begin] = self._view[self._begin : self._end]
+        self._buffer, self._view = buffer, memoryview(buffer)
+        self._begin, self._end = 0, self._end - self._begin
+
+    # -- for the parser
+
+    def view(self, length: int | None = None) -> memoryview:
+        """What is at hand, or the first ``length`` bytes of it."""
+        return self._view[self._begin : self._end if length is None else min(self._end, self._begin + length)]
+
+    @property
+    def buffer(self) -> tuple[bytearray, int, int]:
+        """The window itself and the bounds of what is at hand: a scanner needs no copy."""
+        return self._buffer, self._begin, self._end
+
+    def skip(self, count: int) -> None:
+        """Consume ``count`` bytes, which are at hand."""
+        self._begin += count
+        self.offset += count
+
+    def more(self) -> Generator[None, None, bool]:
+        """Wait for at least one more byte than is at hand; False where the stream has ended."""
+        had = len(self)
+        while len(self) == had:
+            if self.ended:
+                return False
+            yield
+        return True
+
+    def need(self, count: int, trail: Sequence[str] = ()) -> Generator[None]:
+        """Wait until ``count`` bytes are at hand.  Raises ``TruncatedError``."""
+        while len(self) < count:
+            if not (yield from self.more()):
+                raise TruncatedError(
+                    f"the stream ends here, {count - len(self)} bytes too soon",
+                    offset=self.offset + len(self),
+                    trail=trail,
+                )
+
+    def peek(self, trail: Sequence[str] = ()) -> Generator[None, None, int]:
+        """The next byte, not consumed.  Raises ``TruncatedError``."""
+        yield from self.need(1, trail)
+        return self._buffer[self._begin]
+
+    def record(
+        self, cls: type[R], trail: Sequence[str] = (), **context: Any
+    ) -> Generator[None, None, tuple[R, int]]:
+        """The next record, not consumed, and its length.  Raises ``StreamError``."""
+        if cls.size is not None:
+            yield from self.need(cls.size, trail)
+        while True:
+            try:
+                return cls.read_prefix(self.view(1024), offset=self.offset, trail=trail, **context)
+            except TruncatedError:
+                # Nothing that is read as a record is longer than a page and a name; a view that long which
+                # does not suffice is tried whole.
+                if len(self) > 1024:
+                    try:
+                        return cls.read_prefix(self.view(), offset=self.offset, trail=trail, **context)
+                    except TruncatedError:
+                        pass
+                if not (yield from self.more()):
+                    raise
+
+    def take(self, count: int, trail: Sequence[str] = ()) -> Generator[None, None, bytes]:
+        """Consume ``count`` bytes, collected as they come.  Raises ``TruncatedError``."""
+        parts = bytearray()
+        while len(parts) < count:
+            if not len(self) and not (yield from self.more()):
+                raise TruncatedError(
+                    f"the stream ends here, {count - len(parts)} of {count} bytes too soon",
+                    offset=self.offset,
+                    trail=trail,
+                )
+            step = min(len(self), count - len(parts))
+            parts += self.view(step)
+            self.skip(step)
+        return bytes(parts)
