@@ -5,7 +5,7 @@ Construct never leaks: what it raises leaves here as a ``StreamError`` with the 
 
 import dataclasses
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
@@ -29,6 +29,7 @@ __all__ = [
     "Only",
     "Record",
     "Several",
+    "When",
     "WireError",
     "refuse",
     "wire",
@@ -244,6 +245,32 @@ class Several(construct.Array):  # type: ignore[type-arg]
 
     def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
         return tuple(super()._parse(stream, context, path))
+
+
+class When(Subconstruct):
+    """Present where ``condition(context)`` holds, else None.
+
+    Not ``If``: building, that drops a value for which there is no room.
+    """
+
+    def __init__(self, condition: Callable[[Any], Any], subcon: AnyConstruct) -> None:
+        super().__init__(subcon)
+        self.condition = condition
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> Any:
+        return self.subcon._parsereport(stream, context, path) if self.condition(context) else None
+
+    def _build(self, obj: Any, stream: IO[bytes], context: Any, path: str) -> Any:
+        announced = bool(self.condition(context))
+        if announced != (obj is not None):
+            field = path.rpartition(" -> ")[2]
+            raise refuse(f"{field} is announced and missing" if announced else f"nothing announces {field}")
+        if announced:
+            self.subcon._build(obj, stream, context, path)
+        return obj
+
+    def _sizeof(self, context: Any, path: str) -> int:
+        raise construct.SizeofError
 
 
 class IfMore(Subconstruct):

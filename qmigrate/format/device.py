@@ -1,0 +1,407 @@
+"""Device state by its description: bytes to named, typed fields, and back.
+
+The description is interpreted by a table of types (``TYPES``), each with both ways.  Structs, arrays, lists
+and trees nest.  Every byte belongs to a field; what can't be decoded is bytes, with the reason.
+
+migration/vmstate.c, migration/vmstate-types.c
+"""
+
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn, TypeAlias
+
+from qmigrate.errors import StreamError, TruncatedError
+from qmigrate.format._record import Record
+from qmigrate.format.stream import SubsectionHeader
+from qmigrate.format.vmdesc import NULL_MARKERS, FieldDescription, StructDescription
+
+__all__ = ["TYPES", "Field", "Subsection", "Value", "VmState", "decode_state", "encode_state"]
+
+Value: TypeAlias = "int | bool | bytes | None | Record | VmState | tuple[Value, ...]"
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One entry of the description with its value: a tuple where the entry is an array, list or tree.
+
+    ``offset`` is in the stream, ``length`` in bytes.  ``opaque`` says why the value is plain bytes.
+    """
+
+    description: FieldDescription
+    offset: int
+    length: int
+    value: Value
+    opaque: str | None = None
+
+    @property
+    def name(self) -> str:
+        """As the description spells it."""
+        return self.description.name
+
+    @property
+    def type(self) -> str:
+        """The name of QEMU's encoder."""
+        return self.description.type
+
+
+@dataclass(frozen=True, slots=True)
+class VmState:
+    """The fields of one vmsd, in the order of their bytes, then its subsections."""
+
+    vmsd_name: str
+    fields: tuple[Field, ...]
+    subsections: tuple["Subsection", ...] = ()
+
+    def leaves(self) -> Iterator[Field]:
+        """Each field that is no struct, at any depth."""
+        for field in self.fields:
+            structs = [element for element in _as_tuple(field.value) if isinstance(element, VmState)]
+            if structs:
+                for inner in structs:
+                    yield from inner.leaves()
+            else:
+                yield field
+        for subsection in self.subsections:
+            yield from subsection.state.leaves()
+
+
+@dataclass(frozen=True, slots=True)
+class Subsection:
+    """An optional piece of a vmsd; ``version`` is the one on the wire."""
+
+    name: str
+    version: int
+    offset: int
+    state: VmState
+
+
+def _as_tuple(value: Value) -> tuple[Value, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+# -- the table of types: one element's bytes to its value, and back
+
+
+@dataclass(frozen=True, slots=True)
+class Codec:
+    """Both ways of one type.  ``decode`` may raise StreamError: the field then stays bytes."""
+
+    decode: Callable[[bytes], Value]
+    encode: Callable[[Any], bytes]
+
+
+def _decode_bool(data: bytes) -> Value:
+    # Any byte but 0 loads as true: one that is not 1 is kept as the number it is.
+    if len(data) != 1:
+        raise StreamError(f"a bool has {len(data)} bytes, expected 1")
+    return bool(data[0]) if data[0] < 2 else data[0]
+
+
+def _decode_bitmap(data: bytes) -> Value:
+    if len(data) % 8:
+        raise StreamError(f"a bitmap has {len(data)} bytes, expected whole u64 words")
+    return struct.unpack(f">{len(data) // 8}Q", data)
+
+
+_BOOL: Final = Codec(_decode_bool, lambda value: bytes([value]))
+_BITMAP: Final = Codec(_decode_bitmap, lambda words: struct.pack(f">{len(words)}Q", *words))
+_BUFFER: Final = Codec(bytes, bytes)
+
+SIGNED: Final = frozenset(
+    {"int8", "int16", "int32", "int64", "int32 equal", "int64 equal", "int32 le", "int32_as_uint16"}
+)
+UNSIGNED: Final = frozenset(
+    {
+        *("uint8", "uint16", "uint32", "uint64"),
+        *("uint8 equal", "uint16 equal", "uint32 equal", "uint64 equal"),
+        *("uint16_from_uint8", "CPU_Double_U"),
+        "timer",  # expiry in ns of its clock; all ones: not armed
+    }
+)
+_INTEGER_SIZES: Final[Mapping[int, str]] = {1: "B", 2: "H", 4: "I", 8: "Q"}
+_NATURAL_SIZES: Final[Mapping[str, int]] = {
+    "int16": 2,
+    "uint16": 2,
+    "int32": 4,
+    "uint32": 4,
+    "int64": 8,
+    "uint64": 8,
+    "timer": 8,
+}
+
+TYPES: Final[dict[str, Codec]] = {
+    "bool": _BOOL,
+    "bitmap": _BITMAP,
+    "buffer": _BUFFER,
+    "unused_buffer": _BUFFER,
+}
+"""Types whose elements are decoded one by one.  Integers are read in bulk, structs by recursion."""
+
+PLAIN_BYTES: Final = frozenset({"buffer", "unused_buffer"})
+_NULL, _VALID = 0x30, 0x31
+_MOST_EMPTY_ELEMENTS: Final = 1 << 16
+
+
+class _Cursor:
+    """A place in a section's bytes."""
+
+    def __init__(self, data: bytes, base: int) -> None:
+        self.data = data
+        self.base = base
+        self.at = 0
+
+    @property
+    def offset(self) -> int:
+        return self.base + self.at
+
+    @property
+    def left(self) -> int:
+        return len(self.data) - self.at
+
+    def take(self, count: int, trail: Sequence[str]) -> bytes:
+        if count > self.left:
+            raise TruncatedError(
+                f"{count} bytes are described, {self.left} are there", offset=self.offset, trail=trail
+            )
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def fail(self, message: str, trail: Sequence[str]) -> NoReturn:
+        raise StreamError(message, offset=self.offset, trail=trail)
+
+
+def decode_state(
+    description: StructDescription, data: bytes, *, offset: int, trail: Sequence[str] = ()
+) -> tuple[VmState, int]:
+    """The state at the front of ``data``, which stands at ``offset`` in the stream, and its length in bytes.
+
+    Raises ``StreamError`` where the description does not fit the bytes.
+    """
+    cursor = _Cursor(data, offset)
+    try:
+        state = _decode_struct(description, cursor, tuple(trail))
+    except RecursionError as exc:
+        raise StreamError("nested too deep", offset=offset, trail=trail) from exc
+    return state, cursor.at
+
+
+def _decode_struct(description: StructDescription, cursor: _Cursor, trail: tuple[str, ...]) -> VmState:
+    fields = tuple(_decode_field(field, cursor, (*trail, field.name)) for field in description.fields)
+    subsections = tuple(_decode_subsection(item, cursor, trail) for item in description.subsections)
+    return VmState(description.vmsd_name, fields, subsections)
+
+
+def _decode_subsection(description: StructDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Subsection:
+    offset = cursor.offset
+    trail = (*trail, description.vmsd_name)
+    header, used = SubsectionHeader.read_prefix(
+        cursor.data[cursor.at : cursor.at + 512], offset=offset, trail=trail
+    )
+    if header.name != description.vmsd_name:
+        cursor.fail(f"found subsection {header.name!r}, expected {description.vmsd_name!r}", trail)
+    cursor.at += used
+    return Subsection(header.name, header.version, offset, _decode_struct(description, cursor, trail))
+
+
+def _decode_field(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Field:
+    offset = cursor.offset
+    opaque: str | None = None
+    value: Value
+    match field.type:
+        case "struct" | "tmp" | "vstruct":
+            value = _decode_structs(field, cursor, trail)
+        case "qtailq" | "qlist":
+            value = _decode_list(field, cursor, trail)
+        case "gtree":
+            value = _decode_tree(field, cursor, trail)
+        case _:
+            value, opaque = _decode_leaf(field, cursor, trail)
+    return Field(field, offset, cursor.offset - offset, value, opaque)
+
+
+def _decode_structs(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Value:
+    if _is_old_null(field):
+        return _decode_null(cursor, trail)
+    if not field.elements:
+        return _decode_struct(StructDescription("", 0), cursor, trail)
+    count = 1 if field.count is None else field.count
+    if count > max(cursor.left, _MOST_EMPTY_ELEMENTS):
+        cursor.fail(f"{count} elements are described, {cursor.left} bytes are there", trail)
+    values = []
+    for index in range(count):
+        start = cursor.at
+        element = field.elements[index] if index < len(field.elements) else field.elements[0]
+        here = trail if field.count is None else (*trail[:-1], f"{trail[-1]}[{index}]")
+        values.append(_decode_struct(element, cursor, here))
+        if index == 0 and cursor.at - start != field.size:
+            cursor.fail(f"takes {cursor.at - start} bytes, {field.size} are described", here)
+    return values[0] if field.count is None else tuple(values)
+
+
+def _is_old_null(field: FieldDescription) -> bool:
+    """5.2 and 7.2 describe a NULL in an array of pointers as an element: one byte, with nothing in it."""
+    return (
+        field.size == 1
+        and field.type == "struct"
+        and not any(element.fields or element.subsections for element in field.elements)
+    )
+
+
+def _decode_null(cursor: _Cursor, trail: tuple[str, ...]) -> Value:
+    byte = cursor.take(1, trail)[0]
+    if byte not in (_NULL, _VALID):
+        cursor.at -= 1
+        cursor.fail(f"found {byte:#x}, expected a marker {_NULL:#x} or {_VALID:#x}", trail)
+    return None if byte == _NULL else True
+
+
+def _decode_list(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Value:
+    values: list[Value] = []
+    while marker := cursor.take(1, trail)[0]:
+        if marker != 1:
+            cursor.at -= 1
+            cursor.fail(f"found the mark {marker:#x} before an element, expected 0x1 or 0x0", trail)
+        if len(values) == len(field.elements):
+            cursor.fail(f"has more than the {len(values)} elements that are described", trail)
+        here = (*trail[:-1], f"{trail[-1]}[{len(values)}]")
+        values.append(_decode_struct(field.elements[len(values)], cursor, here))
+    return tuple(values)
+
+
+def _decode_tree(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Value:
+    """u32 count; for each node: 1, key (u64, or a struct), value; then 0."""
+    count = int.from_bytes(cursor.take(4, trail))
+    parts = len(field.elements)
+    if parts not in (count, 2 * count):
+        cursor.fail(f"has {count} nodes, {parts} keys and values are described", trail)
+    nodes: list[Value] = []
+    elements = iter(field.elements)
+    for index in range(count):
+        here = (*trail[:-1], f"{trail[-1]}[{index}]")
+        marker = cursor.take(1, here)[0]
+        if marker != 1:
+            cursor.fail(f"found the mark {marker:#x} before a node, expected 0x1", here)
+        key: Value
+        if parts == count:
+            key = int.from_bytes(cursor.take(8, here))
+        else:
+            key = _decode_struct(next(elements), cursor, here)
+        nodes.append((key, _decode_struct(next(elements), cursor, here)))
+    if cursor.take(1, trail)[0] != 0:
+        cursor.fail("is not closed by 0x0", trail)
+    return tuple(nodes)
+
+
+def _decode_leaf(
+    field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]
+) -> tuple[Value, str | None]:
+    count = 1 if field.count is None else field.count
+    if field.type in NULL_MARKERS:
+        nulls = tuple(_decode_null(cursor, trail) for _ in range(min(count, cursor.left + 1)))
+        return (nulls[0] if field.count is None else nulls), None
+    offset = cursor.offset
+    data = cursor.take(count * field.size, trail)
+    if _natural_size_differs(field) and data == bytes([_NULL]):
+        return None, None
+    code = _integer_code(field)
+    if code is not None:
+        values: tuple[Value, ...] = struct.unpack(f">{count}{code}", data)
+        return (values[0] if field.count is None else values), None
+    codec = TYPES.get(field.type)
+    if codec is None:
+        return data, f"the type {field.type!r} is not known"
+    if not data or (field.type in PLAIN_BYTES and field.count is None):
+        return data, "a buffer has no inner structure"
+    try:
+        values = tuple(
+            codec.decode(data[at : at + field.size]) for at in range(0, len(data), field.size or 1)
+        )
+    except StreamError as exc:
+        within = StreamError(
+            exc.message, offset=None if exc.offset is None else offset + exc.offset, trail=exc.trail
+        )
+        return data, str(within)
+    reason = "a buffer has no inner structure" if field.type in PLAIN_BYTES else None
+    return (values[0] if field.count is None else values), reason
+
+
+def _natural_size_differs(field: FieldDescription) -> bool:
+    """A NULL of 5.2 and 7.2 in an array of pointers to integers: one byte under the integer's type."""
+    return field.size == 1 and field.count is None and _NATURAL_SIZES.get(field.type, 1) != 1
+
+
+def _integer_code(field: FieldDescription) -> str | None:
+    code = _INTEGER_SIZES.get(field.size)
+    if code is None:
+        return None
+    if field.type in UNSIGNED:
+        return code
+    return code.lower() if field.type in SIGNED else None
+
+
+# -- and back
+
+
+def encode_state(state: VmState) -> bytes:
+    """The bytes of this state, from its values.  Raises ``StreamError`` where a value has no room."""
+    parts = [encode_field(field) for field in state.fields]
+    for subsection in state.subsections:
+        parts.append(SubsectionHeader(name=subsection.name, version=subsection.version).build())
+        parts.append(encode_state(subsection.state))
+    return b"".join(parts)
+
+
+def encode_field(field: Field) -> bytes:
+    """The bytes of one field, from its value."""
+    description, value = field.description, field.value
+    try:
+        match description.type:
+            case "struct" | "tmp" | "vstruct":
+                return b"".join(_encode_element(element) for element in _as_tuple(value))
+            case "qtailq" | "qlist":
+                return b"".join(b"\1" + _encode_element(element) for element in _as_tuple(value)) + b"\0"
+            case "gtree":
+                return _encode_tree(_as_tuple(value))
+            case _:
+                return _encode_leaf(field)
+    except (struct.error, TypeError, ValueError, AttributeError) as exc:
+        raise StreamError(f"{value!r} does not go into the type {description.type!r}: {exc}",
+                          offset=field.offset, trail=(field.name,)) from exc  # fmt: skip
+
+
+def _encode_element(value: Value) -> bytes:
+    if isinstance(value, VmState):
+        return encode_state(value)
+    return _encode_null(value)
+
+
+def _encode_null(value: Value) -> bytes:
+    if value is None or value is True:
+        return bytes([_NULL if value is None else _VALID])
+    raise TypeError("expected None or True")
+
+
+def _encode_tree(nodes: tuple[Value, ...]) -> bytes:
+    parts = [struct.pack(">I", len(nodes))]
+    for node in nodes:
+        key, value = _as_tuple(node)
+        parts.append(b"\1" + (struct.pack(">Q", key) if isinstance(key, int) else _encode_element(key)))
+        parts.append(_encode_element(value))
+    return b"".join(parts) + b"\0"
+
+
+def _encode_leaf(field: Field) -> bytes:
+    description, value = field.description, field.value
+    if description.type in NULL_MARKERS:
+        return b"".join(_encode_null(element) for element in _as_tuple(value))
+    if value is None:
+        return _encode_null(value)
+    if field.opaque is not None and isinstance(value, bytes):
+        return value
+    code = _integer_code(description)
+    values = _as_tuple(value) if description.count is not None else (value,)
+    if code is not None:
+        return struct.pack(f">{len(values)}{code}", *values)
+    codec = TYPES[description.type]
+    return b"".join(codec.encode(element) for element in values)

@@ -1,0 +1,307 @@
+"""Where a section of unknown length ends.
+
+A FULL section has no length.  With the description it is decoded, and the footer proves it.  Without one, all
+chains of plausible sections that use every byte are found: one is taken; where several agree nowhere, the span
+between is left undecoded with both readings named; with none, the error is at the furthest place reached.
+
+stream-format.md §4.8 says what may follow a footer.
+"""
+
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from qmigrate.errors import StreamError
+from qmigrate.format.command import COMMANDS, CommandNumber
+from qmigrate.format.device import VmState, decode_state
+from qmigrate.format.stream import SectionHeader, SectionType
+from qmigrate.format.vmdesc import Description, parse_description
+
+__all__ = ["Item", "Tail", "find_description", "plausible_header", "read_tail"]
+
+FOOTER_BYTES: Final = 5
+_HIGHEST_VERSION: Final = 0xFFFF  # of a section header that we take for one without other proof
+_MOST_STEPS: Final = 200_000  # candidates tried before a hostile tail is given up
+_HEADER: Final = re.compile(rb"[\x01\x04](?s:.{4})([\x01-\xff])([\x21-\x7e][\x20-\x7e]*)")
+_CLOSING: Final = re.compile(rb"\x00\x06(?=(?s:....)\{)")
+
+
+class Item(NamedTuple):
+    """A piece of the tail, ``begin`` to ``end``: a section, a command, or (with no header) what is ambiguous.
+
+    Of a section, ``body`` and ``body_end`` bound its data; ``state`` is None where it was not decoded, for
+    ``reason``.
+    """
+
+    begin: int
+    end: int
+    header: SectionHeader | None = None
+    body: int = 0
+    body_end: int = 0
+    state: VmState | None = None
+    reason: str | None = None
+    command: CommandNumber | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Tail:
+    """``items`` from the start to ``end``; ``error`` where no reading uses every byte."""
+
+    items: list[Item]
+    end: int
+    error: StreamError | None = None
+
+
+def plausible_header(data: bytes | memoryview, at: int = 0) -> SectionHeader | None:
+    """A START or FULL header that could stand at ``at``: a printable name, a small version."""
+    found = _HEADER.match(data, at, at + 6 + 255)
+    if found is None or len(found[2]) < found[1][0]:
+        return None
+    try:
+        header, _ = SectionHeader.read_prefix(data[at : at + 6 + 255 + 8])
+    except StreamError:
+        return None
+    return header if header.version_id <= _HIGHEST_VERSION else None
+
+
+def find_description(data: bytes, base: int) -> Iterator[tuple[int, Description]]:
+    """Each place where an EOF byte may stand with a description behind it: those that end the data first.
+
+    The claimed length must fit the data; what does not parse is passed over.
+    """
+    candidates = []
+    for found in _CLOSING.finditer(data):
+        at = found.start()
+        end = at + 6 + struct.unpack_from(">I", data, at + 2)[0]
+        if end <= len(data) and data[end - 1] == ord("}"):
+            candidates.append((end != len(data), at, end))
+    for _, at, end in sorted(candidates):
+        try:
+            yield at, parse_description(data[at + 6 : end], offset=base + at + 6)
+        except StreamError:
+            continue
+
+
+def read_tail(
+    data: bytes, *, base: int, footers: bool | None, description: Description | None, package: bool
+) -> Tail:
+    """The sections (and, in a package, commands) at the front of ``data``, which stands at ``base``.
+
+    A package ends with its last byte; other tails with EOF, which is left for the caller.
+    """
+    search = _Search(data, base, footers, description, package)
+    search.run()
+    return search.result()
+
+
+@dataclass(slots=True)
+class _Search:
+    """All chains of plausible pieces, as a graph: places, and the items that lead from one to the next."""
+
+    data: bytes
+    base: int
+    footers: bool | None
+    description: Description | None
+    package: bool
+    edges: dict[int, list[Item]] = field(default_factory=dict)
+    steps: int = 0
+
+    def run(self) -> None:
+        """Find every place that can be reached, and what may stand there."""
+        waiting = [0]
+        while waiting:
+            at = waiting.pop()
+            if at in self.edges:
+                continue
+            self.edges[at] = [] if self.is_end(at) else list(self.items_at(at))
+            waiting.extend(item.end for item in self.edges[at])
+
+    def is_end(self, at: int) -> bool:
+        if self.package:
+            return at == len(self.data)
+        return self.data[at : at + 1] == b"\0" and (at + 1 == len(self.data) or self._description_at(at + 1))
+
+    def _description_at(self, at: int) -> bool:
+        if self.data[at] != SectionType.VMDESCRIPTION or at + 5 > len(self.data):
+            return False
+        end = at + 5 + struct.unpack_from(">I", self.data, at + 1)[0]
+        return end == len(self.data) or (end < len(self.data) and self.data[at + 5 : at + 6] == b"{")
+
+    def items_at(self, at: int) -> Iterator[Item]:
+        match self.data[at : at + 1]:
+            case b"\x04":
+                yield from self.sections_at(at)
+            case b"\x08" if self.package:
+                yield from self.command_at(at)
+
+    def command_at(self, at: int) -> Iterator[Item]:
+        if at + 5 > len(self.data):
+            return
+        number, length = struct.unpack_from(">HH", self.data, at + 1)
+        if number not in CommandNumber.__members__.values():
+            return
+        fixed = COMMANDS[CommandNumber(number)].size
+        if fixed is not None and fixed != length:
+            return
+        end = at + 5 + length
+        if number == CommandNumber.PACKAGED and end <= len(self.data):
+            end += struct.unpack_from(">I", self.data, at + 5)[0]
+        if end <= len(self.data):
+            yield Item(at, end, command=CommandNumber(number))
+
+    def sections_at(self, at: int) -> Iterator[Item]:
+        header = plausible_header(self.data, at)
+        if header is None:
+            return
+        body = at + 6 + self.data[at + 5] + 8
+        device = (
+            None if self.description is None else self.description.device(header.idstr, header.instance_id)
+        )
+        if device is None:
+            reason = "no description in this stream" if self.description is None else "not in the description"
+            yield from self.by_footer(at, header, body, reason)
+            return
+        try:
+            state, used = decode_state(
+                device.body, self.data[body:], offset=self.base + body, trail=(header.idstr,)
+            )
+            item = self.closed(at, header, body, body + used, state)
+        except StreamError as exc:
+            yield from self.by_footer(at, header, body, f"the description does not fit: {exc}")
+            return
+        yield item
+
+    def closed(self, at: int, header: SectionHeader, body: int, end: int, state: VmState) -> Item:
+        """The section as decoded.  Raises ``StreamError`` where no footer closes it."""
+        if self.footers is False or (self.footers is None and not self.footer_at(end, header)):
+            return Item(at, end, header, body, end, state)
+        if not self.footer_at(end, header):
+            found = self.data[end : end + 5].hex() or "the end"
+            raise StreamError(
+                f"found {found}, expected the footer 7e{header.section_id:08x}",
+                offset=self.base + end,
+                trail=(header.idstr,),
+            )
+        return Item(at, end + FOOTER_BYTES, header, body, end, state)
+
+    def footer_at(self, at: int, header: SectionHeader) -> bool:
+        return self.data[at : at + FOOTER_BYTES] == struct.pack(">BI", SectionType.FOOTER, header.section_id)
+
+    def by_footer(self, at: int, header: SectionHeader, body: int, reason: str) -> Iterator[Item]:
+        """Each end that this section may have, by what follows there."""
+        if self.footers is not False:
+            footer = struct.pack(">BI", SectionType.FOOTER, header.section_id)
+            end = self.data.find(footer, body)
+            while end >= 0 and self.may_go_on():
+                if self.plausible(end + FOOTER_BYTES, header):
+                    yield Item(at, end + FOOTER_BYTES, header, body, end, None, reason)
+                end = self.data.find(footer, end + 1)
+            return
+        # No footers: whatever plausibly opens the next piece takes the footer's place.
+        for found in re.finditer(rb"[\x00\x04\x08]", self.data[body:]):
+            if not self.may_go_on():
+                return
+            end = body + found.start()
+            if self.plausible(end, header):
+                yield Item(at, end, header, body, end, None, reason)
+
+    def may_go_on(self) -> bool:
+        self.steps += 1
+        return self.steps <= _MOST_STEPS
+
+    def plausible(self, at: int, before: SectionHeader) -> bool:
+        """May something follow at ``at``?"""
+        if self.is_end(at):
+            return True
+        match self.data[at : at + 1]:
+            case b"\x04":
+                header = plausible_header(self.data, at)
+                return header is not None and header.section_id != before.section_id
+            case b"\x08" if self.package:
+                return any(self.command_at(at))
+        return False
+
+    # -- which of the chains
+
+    def result(self) -> Tail:
+        ways_on = self._ways_to_end()
+        if not ways_on.get(0):
+            return self._failure()
+        items: list[Item] = []
+        at = 0
+        while self.edges[at]:
+            good = [item for item in self.edges[at] if ways_on[item.end]]
+            if len(good) == 1:
+                items.append(good[0])
+            else:
+                items.append(self._ambiguous(at, ways_on))
+            at = items[-1].end
+        return Tail(items, at)
+
+    def _ways_to_end(self) -> dict[int, bool]:
+        ways: dict[int, bool] = {}
+        for at in sorted(self.edges, reverse=True):
+            ways[at] = self.is_end(at) or any(ways[item.end] for item in self.edges[at])
+        return ways
+
+    def _ambiguous(self, at: int, ways_on: dict[int, bool]) -> Item:
+        """One piece from here to the first place that all readings share."""
+        paths: list[list[Item]] = []
+        for first in (item for item in self.edges[at] if ways_on[item.end]):
+            path = [first]
+            while self.edges[path[-1].end]:
+                path.append(next(item for item in self.edges[path[-1].end] if ways_on[item.end]))
+            paths.append(path)
+        shared = set.intersection(*({item.end for item in path} for path in paths))
+        end = min(place for place in shared if self._all_pass(at, place, ways_on))
+        readings = [
+            " + ".join(
+                f"{item.header.idstr} to {self.base + item.end:#x}"
+                for item in path
+                if item.header is not None and item.end <= end
+            )
+            for path in paths[:2]
+        ]
+        return Item(at, end, reason=f"there are two readings: {readings[0]}; or {readings[1]}")
+
+    def _all_pass(self, begin: int, place: int, ways_on: dict[int, bool]) -> bool:
+        """Does every chain from ``begin`` pass through ``place``?"""
+        waiting, seen = [begin], set()
+        while waiting:
+            at = waiting.pop()
+            for item in self.edges[at]:
+                if item.end > place and ways_on[item.end]:
+                    return False
+                if item.end < place and item.end not in seen and ways_on[item.end]:
+                    seen.add(item.end)
+                    waiting.append(item.end)
+        return True
+
+    def _failure(self) -> Tail:
+        """No chain uses every byte: what leads to the furthest place is given, and what is wrong there."""
+        came_by: dict[int, Item] = {}
+        for at in sorted(self.edges):
+            for item in self.edges[at]:
+                came_by.setdefault(item.end, item)
+        furthest = max(self.edges)
+        items: list[Item] = []
+        at = furthest
+        while at:
+            items.append(came_by[at])
+            at = items[-1].begin
+        return Tail(items[::-1], furthest, self._what_is_wrong(furthest))
+
+    def _what_is_wrong(self, at: int) -> StreamError:
+        offset = self.base + at
+        if at >= len(self.data):
+            return StreamError("the stream ends here, expected a section or EOF", offset=offset)
+        header = plausible_header(self.data, at) if self.data[at] == SectionType.FULL else None
+        if header is not None:
+            return StreamError(
+                f"no footer 7e{header.section_id:08x} closes this section before the stream ends",
+                offset=offset,
+                trail=(header.idstr,),
+            )
+        return StreamError(f"found {self.data[at]:#x}, expected a section's header or the end", offset=offset)
