@@ -5,6 +5,7 @@ Construct never leaks: what it raises leaves here as a ``StreamError`` with the 
 
 import dataclasses
 import io
+import struct
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
@@ -28,6 +29,7 @@ __all__ = [
     "Nested",
     "Only",
     "Record",
+    "Rows",
     "Several",
     "When",
     "WireError",
@@ -271,6 +273,47 @@ class When(Subconstruct):
 
     def _sizeof(self, context: Any, path: str) -> int:
         raise construct.SizeofError
+
+
+class Rows(AnyConstruct):
+    """A table of so many rows as ``count(context)`` says, as a tuple, read and written in bulk.
+
+    ``layout`` is the ``struct`` format of one row, ``row`` a NamedTuple for its integers; without one, a row
+    is a single integer.  An element of ``Several`` costs some microseconds, a row here a tenth of one.
+    """
+
+    def __init__(
+        self, layout: str, count: int | Callable[[Any], int], row: type[tuple[int, ...]] | None = None
+    ) -> None:
+        super().__init__()
+        self.layout = struct.Struct(layout)
+        self.count = count
+        self.row = row
+
+    def _count(self, context: Any) -> int:
+        return self.count(context) if callable(self.count) else self.count
+
+    def _parse(self, stream: IO[bytes], context: Any, path: str) -> tuple[Any, ...]:
+        data = construct.stream_read(stream, self._count(context) * self.layout.size, path)
+        rows = self.layout.iter_unpack(data)
+        if self.row is None:
+            return tuple(value for (value,) in rows)
+        return tuple(map(self.row._make, rows))  # type: ignore[attr-defined]  # each NamedTuple has it
+
+    def _build(self, obj: Sequence[Any], stream: IO[bytes], context: Any, path: str) -> Any:
+        if len(obj) != (count := self._count(context)):
+            raise refuse(f"a table of {count} rows can't hold {len(obj)}")
+        try:
+            for row in obj:
+                stream.write(self.layout.pack(*row) if self.row else self.layout.pack(row))
+        except struct.error as exc:
+            raise refuse(str(exc)) from exc
+        return obj
+
+    def _sizeof(self, context: Any, path: str) -> int:
+        if callable(self.count):
+            raise construct.SizeofError
+        return self.count * self.layout.size
 
 
 class IfMore(Subconstruct):

@@ -111,17 +111,17 @@ class Opaque(Payload):
 
 
 class _Checked(Adapter):
-    """An integer that stays as it is, once ``check`` has not raised."""
+    """A value that stays as it is, once ``check`` has not refused it."""
 
-    def __init__(self, check: Callable[[int], None], subcon: AnyConstruct) -> None:
+    def __init__(self, check: Callable[[Any], object], subcon: AnyConstruct) -> None:
         super().__init__(subcon)
         self.check = check
 
-    def _decode(self, obj: int, context: Any, path: str) -> int:
+    def _decode(self, obj: Any, context: Any, path: str) -> Any:
         self.check(obj)
         return obj
 
-    def _encode(self, obj: int, context: Any, path: str) -> int:
+    def _encode(self, obj: Any, context: Any, path: str) -> Any:
         return obj
 
 
@@ -185,16 +185,9 @@ def _check_start_flags(flags: int) -> None:
         raise refuse(f"unknown flags {unknown:#x}, expected ENABLED 0x1, PERSISTENT 0x2, AUTOLOAD 0x4")
 
 
-class _Alias(Adapter):
-    """A name that must not be empty: to QEMU that is a name it could not read."""
-
-    def _decode(self, obj: str, context: Any, path: str) -> str:
-        if not obj:
-            raise refuse("the name is empty")
-        return obj
-
-    def _encode(self, obj: str, context: Any, path: str) -> str:
-        return obj
+def _check_alias(name: str) -> None:
+    if not name:  # to QEMU that is a name it could not read
+        raise refuse("the name is empty")
 
 
 class _Bits(AnyConstruct):
@@ -246,10 +239,12 @@ class DirtyBitmapRecord(Record):
 
     flags: int = wire(_Checked(_check_bitmap_flags, Int8ub))
     node_alias: str | None = wire(
-        When(lambda this: this.flags & BitmapFlag.DEVICE_NAME, _Alias(CountedString)), default=None
+        When(lambda this: this.flags & BitmapFlag.DEVICE_NAME, _Checked(_check_alias, CountedString)),
+        default=None,
     )
     bitmap_alias: str | None = wire(
-        When(lambda this: this.flags & BitmapFlag.BITMAP_NAME, _Alias(CountedString)), default=None
+        When(lambda this: this.flags & BitmapFlag.BITMAP_NAME, _Checked(_check_alias, CountedString)),
+        default=None,
     )
     start: BitmapStart | None = wire(
         When(lambda this: this.flags & BitmapFlag.START, Nested(BitmapStart)), default=None
@@ -279,17 +274,10 @@ def read_dirty_bitmap(feed: Feed, _kind: SectionType, state: LiveState, trail: S
 # -- vfio
 
 _VFIO: Final = 0xFFFFFFFFEF100000
-# Where there are no footers.
-_AFTER_SECTION: Final = frozenset(
-    {
-        SectionType.EOF,
-        SectionType.START,
-        SectionType.PART,
-        SectionType.END,
-        SectionType.FULL,
-        SectionType.COMMAND,
-    }
-)
+# What may stand behind a section where there are no footers.
+_NOT_AT_TOP: Final = {SectionType.SUBSECTION, SectionType.VMDESCRIPTION, SectionType.CONFIGURATION}
+_AFTER_SECTION: Final = frozenset(SectionType) - _NOT_AT_TOP - {SectionType.FOOTER}
+_FOOTER_BYTES: Final = 5
 
 
 class VfioTag(IntEnum):
@@ -400,7 +388,7 @@ def _may_follow_vfio(behind: bytes, kind: SectionType, state: LiveState) -> bool
         return state.footers is not True and behind[0] in _AFTER_SECTION
     if state.footers is False:
         return False
-    if len(behind) < Footer.size:
+    if len(behind) < _FOOTER_BYTES:
         return None
     return state.section_id in (None, Footer.read_prefix(behind)[0].section_id)
 
@@ -429,7 +417,7 @@ class HtabHeader(Record):
 class HtabChunk(Record):
     """``valid`` entries of 16 bytes follow, then, unsent, ``invalid`` ones; all 0: the part ends.
 
-    migration of the hash page table: hw/ppc/spapr.c: htab_save_chunk()
+    hw/ppc/spapr.c: htab_save_chunk()
     """
 
     index: int = wire(Int32ub)
@@ -444,11 +432,10 @@ def read_htab(feed: Feed, kind: SectionType, state: LiveState, trail: Sequence[s
     """
     header, _ = yield from feed.record(HtabHeader, trail)
     _check_htab_header(header.word, kind, state, feed.offset, trail)
-    yield from _one(feed, HtabHeader, trail)
-    if header.word == _NO_TABLE:
-        return
     if kind is SectionType.START:
-        state.htab_shift = header.word
+        state.htab_shift = None if header.word == _NO_TABLE else header.word
+    yield from _one(feed, HtabHeader, trail)
+    if kind is SectionType.START or header.word == _NO_TABLE:
         return
     while True:
         chunk, _ = yield from feed.record(HtabChunk, trail)
@@ -564,25 +551,16 @@ class StorageKeysFlag(IntEnum):
     ERROR = 4
 
 
-class _FrameWord(Adapter):
+def _frame_word(enum: type[IntEnum]) -> AnyConstruct:
     """A guest frame's address with a flag below: one of ``enum``, alone."""
-
-    def __init__(self, enum: type[IntEnum]) -> None:
-        super().__init__(Int64ub)
-        self.known = Known(enum, Int64ub)
-
-    def _decode(self, obj: int, context: Any, path: str) -> int:
-        self.known._decode(obj & _FRAME_FLAGS, context, path)
-        return obj
-
-    def _encode(self, obj: int, context: Any, path: str) -> int:
-        return obj
+    flag = Known(enum, Int64ub)
+    return _Checked(lambda word: flag._decode(word & _FRAME_FLAGS, None, ""), Int64ub)
 
 
 class StorageAttributesMark(Record):
     """Where attributes begin, or a mark.  DONE: the destination applies what came."""
 
-    word: int = wire(_FrameWord(StorageAttributesFlag))
+    word: int = wire(_frame_word(StorageAttributesFlag))
 
 
 class StorageAttributes(StorageAttributesMark):
@@ -594,7 +572,7 @@ class StorageAttributes(StorageAttributesMark):
 class StorageKeysMark(Record):
     """Where keys begin, or the end: EOS, or ERROR where the source could not read them all."""
 
-    word: int = wire(_FrameWord(StorageKeysFlag))
+    word: int = wire(_frame_word(StorageKeysFlag))
 
 
 class StorageKeys(StorageKeysMark):

@@ -14,7 +14,6 @@ from qmigrate.errors import NoStreamError, StreamError, TruncatedError, Unsuppor
 from qmigrate.format import pages
 from qmigrate.format._record import Record
 from qmigrate.format.command import (
-    Command,
     Packaged,
     PageSizes,
     PostcopyAdvise,

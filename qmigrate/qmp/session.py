@@ -218,6 +218,11 @@ class Session:
             ) from exc
         except ConnectError as exc:
             raise QmpConnectError(_why_not_connected(exc), address=self.address) from exc
+        except AssertionError:
+            # qemu.qmp asserts that what it has just connected lasts for a turn of the loop.  If it did not, we
+            # have a session that has ended.
+            if self._client.runstate is not Runstate.DISCONNECTING:
+                raise
         self._watch = asyncio.create_task(self._watch_connection(), name=f"qmp {self.address}")
 
     async def _watch_connection(self) -> None:
@@ -335,7 +340,8 @@ class Session:
         """End the connection, in whatever state it is.  QEMU is not told, and goes on."""
         if self._watch is None:
             return
-        self._client.begin_disconnect()
+        if self.connected:
+            self._client.begin_disconnect()
         await asyncio.wait([self._watch])
 
 

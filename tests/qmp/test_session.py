@@ -28,6 +28,10 @@ async def answers_all(qemu: ScriptedQemu) -> None:
         await qemu.answer(command, {"executed": command})
 
 
+async def hangs_up(_: ScriptedQemu) -> None:
+    pass
+
+
 async def names(listener: Listener, count: int) -> list[str]:
     return [(await listener.get(timeout_s=10)).name for _ in range(count)]
 
@@ -84,10 +88,7 @@ async def test_a_human_monitor_is_no_qmp() -> None:
 
 
 async def test_a_peer_that_hangs_up_at_once_is_a_failed_connect() -> None:
-    async def hang_up(qemu: ScriptedQemu) -> None:
-        pass
-
-    async with playing(hang_up) as sock:
+    async with playing(hangs_up) as sock:
         with pytest.raises(QmpConnectError, match="closed before the QMP greeting was complete"):
             await Session.open(sock)
 
@@ -118,7 +119,7 @@ async def test_a_session_closes_although_its_peer_takes_nothing(monkeypatch: pyt
     monkeypatch.setattr(session_module, "CLOSE_TIMEOUT_S", 0.05)
     closed = asyncio.Event()
 
-    async def deaf(qemu: ScriptedQemu) -> None:
+    async def deaf(_: ScriptedQemu) -> None:
         await closed.wait()
 
     async with session_with(deaf) as session:
@@ -223,10 +224,7 @@ async def test_waiting_for_an_event_of_a_qemu_that_died_fails() -> None:
 
 
 async def test_a_listener_opened_after_death_has_ended() -> None:
-    async def die(qemu: ScriptedQemu) -> None:
-        pass
-
-    async with session_with(die) as session:
+    async with session_with(hangs_up) as session:
         assert [event async for event in session.events()] == []
         with session.listen("STOP") as stops:
             assert [event async for event in stops] == []

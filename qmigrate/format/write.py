@@ -1,0 +1,110 @@
+"""Records to bytes: the mirror of ``walk``.
+
+Everything is encoded from typed values.  What stays as it is are page contents, which ``contents`` hands in,
+and the bytes that ``walk`` could not decode.
+"""
+
+import struct
+from collections.abc import Iterable, Iterator
+
+from qmigrate.errors import StreamError
+from qmigrate.format._record import Record
+from qmigrate.format.command import Command, encode_command
+from qmigrate.format.device import encode_state
+from qmigrate.format.ram import BlockList, Pages, RamFlag, RamRecord
+from qmigrate.format.stream import ConfigurationHeader
+from qmigrate.format.walk import (
+    Configuration,
+    DeviceState,
+    Entry,
+    RamPage,
+    StreamRecord,
+    Trailing,
+    Undecoded,
+    VmDescription,
+)
+
+__all__ = ["encode", "write"]
+
+
+def write(entries: Iterable[Entry]) -> Iterator[bytes | bytearray]:
+    """The bytes of each entry in turn: joined, they are the stream again.
+
+    Page contents are taken from each entry's view.  Raises ``StreamError`` where a value has no room.
+    """
+    for entry in entries:
+        yield encode(entry.record, contents=entry.view)
+
+
+def encode(
+    record: StreamRecord, *, contents: bytes | memoryview | None = None, page_size: int = 4096
+) -> bytes | bytearray:
+    """The bytes of one record, from its values.
+
+    ``contents`` is needed for ``Pages``: the same records' bytes, out of which the pages alone are taken.
+    ``page_size`` is that of a ``RamRecord``'s page, in bytes.  Raises ``StreamError`` where a value has no room.
+    """
+    match record:
+        case Pages():
+            return _encode_pages(record, b"" if contents is None else contents)
+        case Command():
+            return encode_command(record)
+        case RamRecord():
+            return record.build(page_size=page_size)
+        case RamPage():
+            return record.record.build(page_size=max(page_size, 1 << 16))
+        case Record() | BlockList():
+            return record.build()
+        case Configuration():
+            return _encode_configuration(record)
+        case DeviceState():
+            return encode_state(record.state)
+        case Undecoded() | Trailing():
+            return record.data
+        case VmDescription():
+            return record.text
+
+
+def _encode_configuration(record: Configuration) -> bytes:
+    name = record.machine_type.encode("utf-8", "surrogateescape")
+    parts = [ConfigurationHeader(length=len(name)).build(), name]
+    for subsection in record.subsections:
+        parts += [subsection.header.build(), subsection.body.build()]
+    return b"".join(parts)
+
+
+def _encode_pages(pages: Pages, contents: bytes | memoryview) -> bytearray:
+    """Each record's head from its run; the page itself out of ``contents``."""
+    name = pages.block.encode("utf-8", "surrogateescape")
+    if len(name) > 0xFF:
+        raise StreamError(f"a block's name holds at most 255 bytes, {pages.block!r} has {len(name)}")
+    out = bytearray(contents)
+    at = 0
+    for index, run in enumerate(pages.runs):
+        count, start = run.page_count, run.start
+        if pages.named and index == 0:
+            head = struct.pack(">QB", start | run.flag, len(name)) + name
+            out[at : at + len(head)] = head
+            at += len(head)
+            if run.flag == RamFlag.ZERO:
+                out[at] = pages.fill
+            at += pages.record_bytes(run.flag) - 8
+            count, start = count - 1, start + pages.page_size
+        at = _encode_run(out, at, start, run.flag, count, pages)
+    if at != len(out):
+        raise StreamError(f"the runs take {at} bytes, {len(out)} bytes of contents are given")
+    return out
+
+
+def _encode_run(out: bytearray, at: int, start: int, flag: int, count: int, pages: Pages) -> int:
+    word = start | flag | RamFlag.CONTINUE
+    if flag == RamFlag.ZERO:
+        record = struct.Struct(">QB")
+        for index in range(count):
+            record.pack_into(out, at + 9 * index, word + index * pages.page_size, pages.fill)
+        return at + 9 * count
+    stride = pages.record_bytes(flag)
+    head = struct.Struct(">Q")
+    for index in range(count):
+        head.pack_into(out, at + stride * index, word + index * pages.page_size)
+    return at + stride * count
