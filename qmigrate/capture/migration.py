@@ -43,9 +43,10 @@ __all__ = ["Block", "CommandPlace", "Contents", "Gathering", "Migration", "Secti
 class Section:
     """A section with its place: START, PART, END or FULL.
 
-    ``offset`` and ``length`` are in bytes, with the footer.  ``state`` is a FULL section's, where the description decoded it; else ``reason`` says why not.
-    ``package`` is the offset of the PACKAGED command that holds the section, None outside of one.
-    ``whole`` is False where the stream ends, or goes wrong, inside it.
+    ``offset`` and ``length`` are in bytes, the footer counts.  ``state`` is a FULL section's, where the
+    description decoded it; else ``reason`` says why not.  ``package`` is the offset of the PACKAGED command
+    that holds the section, None outside of one.  ``whole`` is False where the stream ends, or goes wrong,
+    inside it.
     """
 
     offset: int

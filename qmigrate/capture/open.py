@@ -30,9 +30,9 @@ class _Reader(Protocol):
 def _zstd(file: BinaryIO) -> _Reader:
     try:
         if sys.version_info >= (3, 14):
-            from compression import zstd  # noqa: PLC0415 - only where it is needed
+            from compression import zstd
         else:
-            from backports import zstd  # noqa: PLC0415
+            from backports import zstd
     except ImportError:
         raise NoStreamError(
             "compressed with zstd, which this Python can't read: pip install backports.zstd"

@@ -21,7 +21,7 @@ __all__ = ["TYPES", "Field", "Subsection", "Value", "VmState", "decode_state", "
 Value: TypeAlias = "int | bool | bytes | None | Record | VmState | tuple[Value, ...]"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Field:
     """One entry of the description with its value: a tuple where the entry is an array, list or tree.
 
@@ -44,14 +44,20 @@ class Field:
         """The name of QEMU's encoder."""
         return self.description.type
 
+    def __repr__(self) -> str:
+        return f"<Field {self.name} {self.type} at {self.offset:#x}: {self.value!r}>"
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True, slots=True, repr=False)
 class VmState:
     """The fields of one vmsd, in the order of their bytes, then its subsections."""
 
     vmsd_name: str
     fields: tuple[Field, ...]
     subsections: tuple["Subsection", ...] = ()
+
+    def __repr__(self) -> str:
+        return f"<VmState {self.vmsd_name}: {len(self.fields)} fields, {len(self.subsections)} subsections>"
 
     def leaves(self) -> Iterator[Field]:
         """Each field that is no struct, at any depth."""

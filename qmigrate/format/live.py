@@ -355,10 +355,12 @@ def _vfio_configuration(feed: Feed, kind: SectionType, state: LiveState, trail: 
         if searched > _OPAQUE_PIECE:
             yield from _opaque(feed, _OPAQUE_PIECE)
             searched -= _OPAQUE_PIECE
-        elif not (yield from feed.more()):
+        elif feed.ended:
             raise TruncatedError(
                 "the stream ends here, before END_OF_STATE", offset=feed.offset + len(feed), trail=trail
             )
+        else:
+            yield from feed.more()
 
 
 def _find_end(feed: Feed, searched: int, kind: SectionType, state: LiveState) -> tuple[int, bool]:
@@ -446,9 +448,7 @@ def read_htab(feed: Feed, kind: SectionType, state: LiveState, trail: Sequence[s
         yield from _payload(feed, chunk.valid * _ENTRY_BYTES, trail)
 
 
-def _check_htab_header(
-    word: int, kind: SectionType, state: LiveState, offset: int, trail: Sequence[str]
-) -> None:
+def _check_htab_header(word: int, kind: SectionType, state: LiveState, offset: int, trail: Sequence[str]) -> None:
     if word == _NO_TABLE:
         return
     if kind is SectionType.START:
@@ -456,9 +456,7 @@ def _check_htab_header(
     else:
         good, expected = word == 0, "0x0"
     if not good:
-        raise StreamError(
-            f"found {word:#x}, expected {expected}, or {_NO_TABLE:#x}", offset=offset, trail=trail
-        )
+        raise StreamError(f"found {word:#x}, expected {expected}, or {_NO_TABLE:#x}", offset=offset, trail=trail)
     if kind is not SectionType.START and state.htab_shift is None:
         raise StreamError("chunks come, and no START gave the table's size", offset=offset, trail=trail)
 
@@ -502,9 +500,7 @@ class BlockRecord(Record):
     """
 
     word: int = wire(_Checked(_check_block_word, Int64ub))
-    device: str | None = wire(
-        When(lambda this: this.word & BlockFlag.DEVICE_BLOCK, CountedString), default=None
-    )
+    device: str | None = wire(When(lambda this: this.word & BlockFlag.DEVICE_BLOCK, CountedString), default=None)
 
     @property
     def flags(self) -> int:
@@ -581,9 +577,7 @@ class StorageKeys(StorageKeysMark):
     count: int = wire(Int64ub)
 
 
-def read_storage_attributes(
-    feed: Feed, _kind: SectionType, _state: LiveState, trail: Sequence[str]
-) -> Entries:
+def read_storage_attributes(feed: Feed, _kind: SectionType, _state: LiveState, trail: Sequence[str]) -> Entries:
     """hw/s390x/s390-stattrib.c: cmma_load()"""
     while True:
         mark, _ = yield from feed.record(StorageAttributesMark, trail)
@@ -592,9 +586,7 @@ def read_storage_attributes(
                 attributes = yield from _one(feed, StorageAttributes, trail)
                 yield from _payload(feed, attributes.count, trail)
             case StorageAttributesFlag.ERROR:
-                raise StreamError(
-                    "ERROR: the source could not read all attributes", offset=feed.offset, trail=trail
-                )
+                raise StreamError("ERROR: the source could not read all attributes", offset=feed.offset, trail=trail)
             case flag:
                 yield from _one(feed, StorageAttributesMark, trail)
                 if flag == StorageAttributesFlag.EOS:

@@ -185,7 +185,7 @@ class VendorSpecific(Capability):
 class VirtioCapability(Capability):
     """Where virtio keeps one of its register blocks.  ``virtio_pci.h``: struct virtio_pci_cap
 
-    ``cfg_type`` 1 is common, 2 notify (``more``: its multiplier), 3 isr, 4 device, 5 pci (``more``: its data).
+    ``cfg_type``: 1 common, 2 notify (``more``: its multiplier), 3 isr, 4 device, 5 pci (``more``: its data).
     """
 
     length: int = wire(Int8ul)
@@ -239,7 +239,7 @@ class PciExpress(PciExpressV1):
 
 
 class ExtendedCapability(Record):
-    """One above 0x100, and how each begins.  ``version_and_next``: 4 bits, and 12 of the next one's offset."""
+    """One above 0x100, and how each begins.  ``version_and_next``: 4 bits, then 12 of where the next is."""
 
     offset: int = wire(Tell)
     id: int = wire(Int16ul)
@@ -333,7 +333,7 @@ def _well_formed(pieces: Iterator[Piece], end: int) -> Iterator[Piece]:
 
 
 class _Space(AnyConstruct):
-    """From ``begin`` to ``end`` of configuration space: capabilities in the order of their bytes, and gaps."""
+    """From ``begin`` to ``end`` of configuration space: capabilities and gaps in order."""
 
     def __init__(self, begin: int, end: int, walk: Callable[[IO[bytes], Any, str], Iterator[Piece]]) -> None:
         super().__init__()
@@ -465,8 +465,7 @@ def decode_pci_irq_state(data: bytes) -> PciIrqState:
 
 def decode_msix_state(data: bytes) -> MsixState:
     """The field ``msix state``: its length gives the number of vectors.  Raises ``StreamError``."""
-    entry_count = len(data) * 8 // 129
-    entry_count += msix_length(entry_count) < len(data)
+    entry_count = len(data) * 8 // 129  # 16 bytes and a bit each
     if msix_length(entry_count) != len(data):
         raise StreamError(
             f"no number of vectors takes {len(data)} bytes, {entry_count} take {msix_length(entry_count)}"

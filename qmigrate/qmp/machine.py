@@ -141,7 +141,8 @@ class Machine:
                 ours, timeout_s=self._start_timeout_s, name=self.name, autopsy=self._autopsy
             )
         except QmpConnectError as exc:
-            if await self._has_exited_within(DEATH_TIMEOUT_S):
+            was_silent = isinstance(exc.__cause__, TimeoutError)
+            if await self._has_exited_within(0 if was_silent else DEATH_TIMEOUT_S):
                 raise self._died("it did not start") from exc
             raise
         finally:

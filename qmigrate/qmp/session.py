@@ -213,7 +213,7 @@ class Session:
                 await self._client.connect(_for_qemu_qmp(address))
         except TimeoutError as exc:
             raise QmpConnectError(
-                f"no QMP greeting within {timeout_s:g} s (QEMU talks to one client only: is there another?)",
+                f"no QMP greeting within {timeout_s:g} s (QEMU talks to one client: is there another?)",
                 address=self.address,
             ) from exc
         except ConnectError as exc:

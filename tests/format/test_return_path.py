@@ -165,8 +165,7 @@ def test_a_name_that_is_no_text_is_kept() -> None:
         ),
         (
             "0005 0002 01 61 0000000000000008 0000000000000000 0123456789abcdee",
-            "0x1e: return path: RECV_BITMAP: end_mark: found 0x123456789abcdee, "
-            "expected END_MARK 0x123456789abcdef",
+            "0x1e: return path: RECV_BITMAP: end_mark: found 0x123456789abcdee, expected END_MARK 0x123456789abcdef",
         ),
         (
             "0006 0004 00000000",
@@ -197,14 +196,25 @@ def test_a_message_cut_anywhere_is_reported_as_cut(message: Message, data: st.Da
     assert caught.value.offset == cut
 
 
+@given(messages(), st.data())
+def test_damaged_bytes_are_read_back_or_refused(message: Message, data: st.DataObject) -> None:
+    stream = bytearray(encode_message(message))
+    stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 0xFF))
+    refused_at: int | None = 0
+    try:
+        entries = collect(bytes(stream))
+    except StreamError as exc:
+        refused_at = exc.offset
+    else:
+        assert b"".join(encode_message(entry.message) for entry in entries) == stream
+    assert refused_at in range(len(stream) + 1)
+
+
 def test_a_cut_bitmap_is_named() -> None:
     data = bytes.fromhex("0005 0002 01 61 0000000000000010 00")
     with pytest.raises(TruncatedError) as caught:
         collect(data)
-    assert (
-        str(caught.value)
-        == "0xf: return path: RECV_BITMAP: bitmap: the stream ends here, 15 of 16 bytes too soon"
-    )
+    assert str(caught.value) == "0xf: return path: RECV_BITMAP: bitmap: the stream ends here, 15 of 16 bytes too soon"
 
 
 def test_a_bitmap_takes_no_memory_for_what_it_claims() -> None:

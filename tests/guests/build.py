@@ -34,8 +34,8 @@ class Guest:
 
     Its range are the pages from 2 MiB to 1 MiB below the end of its RAM, or below 2 GiB if it has more: the
     guest itself and the firmware's areas lie under it, the firmware's tables above.  ``zero_share`` of its
-    pages stay zero, ``walked_share`` (of a walker) are written in every pass, and the rest keep known contents
-    which do not compress.
+    pages stay zero, ``walked_share`` (of a walker) are written in every pass, and the rest keep contents that
+    are known and do not compress.
 
     ``pages_per_tick``: a walker looks at so many pages each millisecond; 0: as fast as it can.
     ``stride``: how far from one page to the next in a pass, as a share of the range; 0: in order.

@@ -1,0 +1,122 @@
+"""Is a stream valid, and is it the same again when it is rebuilt from its values?"""
+
+from dataclasses import dataclass, field
+
+from qmigrate.capture.migration import Gathering, Migration
+from qmigrate.errors import StreamError
+from qmigrate.format.device import Field, VmState
+from qmigrate.format.ram import Pages, RamFlag
+from qmigrate.format.walk import DeviceState, Entry, Trailing, Undecoded, VmDescription
+from qmigrate.format.write import encode
+
+__all__ = ["Checked", "Difference", "check"]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Where the rebuilt bytes differ first within one record."""
+
+    offset: int
+    record: str
+    found: bytes
+    rebuilt: bytes
+
+
+@dataclass(slots=True)
+class Checked:
+    """The answer.  ``opaque`` counts the bytes that were taken over as they are, by what they are."""
+
+    gathering: Gathering
+    length: int = 0
+    opaque: dict[str, int] = field(
+        default_factory=lambda: {
+            "page contents": 0,
+            "buffer fields": 0,
+            "fields of unknown type": 0,
+            "undecoded sections": 0,
+            "description": 0,
+        }
+    )
+    opaque_types: dict[str, int] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+
+    @property
+    def identical(self) -> bool:
+        """Every record rebuilt from its values is the bytes it was read from."""
+        return not self.differences
+
+    @property
+    def valid(self) -> bool:
+        """The grammar reached its end, and nothing stands behind it."""
+        return self.gathering.contents.complete and not self.gathering.contents.trailing
+
+    @property
+    def undecoded(self) -> int:
+        """How many device sections stayed bytes."""
+        contents = self.gathering.contents
+        sections = [section for section in contents.sections if section.kind.name == "FULL" and section.state is None]
+        return len(sections) + len(contents.undecoded)
+
+
+_MOST_DIFFERENCES = 20
+
+
+def check(migration: Migration) -> Checked:
+    """Read the stream, rebuild each record from its typed values, compare.
+
+    Raises ``NoStreamError`` where there is no stream; a fault in it is in ``gathering.contents.errors``.
+    """
+    checked = Checked(Gathering(migration.entries()))
+    for entry in checked.gathering:
+        _compare(checked, entry)
+        _count_opaque(checked, entry)
+        checked.length += entry.length if not entry.depth else 0
+    return checked
+
+
+def _compare(checked: Checked, entry: Entry) -> None:
+    page_size = checked.gathering.contents.page_size
+    try:
+        rebuilt = encode(entry.record, contents=entry.view, page_size=page_size)
+    except StreamError as exc:
+        rebuilt = str(exc).encode()
+    if memoryview(rebuilt) == entry.view or len(checked.differences) >= _MOST_DIFFERENCES:
+        return
+    found = bytes(entry.view)
+    at = next(
+        (index for index, (a, b) in enumerate(zip(found, rebuilt, strict=False)) if a != b),
+        min(len(found), len(rebuilt)),
+    )
+    checked.differences.append(
+        Difference(entry.offset + at, type(entry.record).__name__, found[at : at + 16], bytes(rebuilt[at : at + 16]))
+    )
+
+
+def _count_opaque(checked: Checked, entry: Entry) -> None:
+    opaque = checked.opaque
+    match entry.record:
+        case Pages(runs=runs, page_size=page_size):
+            normal = sum(run.page_count for run in runs if run.flag == RamFlag.PAGE)
+            opaque["page contents"] += normal * page_size
+        case Undecoded(data=data) | Trailing(data=data):
+            opaque["undecoded sections"] += len(data)
+        case VmDescription(text=text):
+            opaque["description"] += len(text)
+        case DeviceState(state=state):
+            _count_fields(checked, state)
+
+
+def _count_fields(checked: Checked, state: VmState) -> None:
+    for leaf in state.leaves():
+        if leaf.opaque is None:
+            continue
+        if is_buffer(leaf):
+            checked.opaque["buffer fields"] += leaf.length
+        else:
+            checked.opaque["fields of unknown type"] += leaf.length
+            checked.opaque_types[leaf.type] = checked.opaque_types.get(leaf.type, 0) + leaf.length
+
+
+def is_buffer(leaf: Field) -> bool:
+    """Of a type that QEMU itself only calls bytes."""
+    return leaf.type in ("buffer", "unused_buffer")

@@ -1,0 +1,152 @@
+"""Device state as plain values, and fields by name."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Sequence
+from enum import IntEnum
+from typing import Any, TypeAlias
+
+from qmigrate.capture.migration import Contents, Section
+from qmigrate.format._record import Record
+from qmigrate.format.device import Field, VmState
+
+__all__ = ["Plain", "find_devices", "find_field", "plain"]
+
+Plain: TypeAlias = "int | bool | str | None | list[Plain] | dict[str, Plain]"
+
+
+def plain(value: Any) -> Plain:
+    """Any value of a field as JSON has it: structs as dicts, arrays as lists, bytes as lower-case hex."""
+    match value:
+        case VmState():
+            return _plain_state(value)
+        case IntEnum():
+            return int(value)
+        case None | bool() | int() | str():
+            return value
+        case bytes() | bytearray():
+            return bytes(value).hex()
+        case tuple() if hasattr(value, "_fields"):
+            return {name: plain(getattr(value, name)) for name in value._fields}
+        case tuple() | list():
+            return [plain(element) for element in value]
+        case Record():
+            return {name: plain(getattr(value, name)) for name in value._names}
+        case _ if dataclasses.is_dataclass(value):
+            return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        case _:
+            raise TypeError(f"{type(value).__name__} has no plain form")
+
+
+def _plain_state(state: VmState) -> dict[str, Plain]:
+    found: dict[str, Plain] = {}
+    for name, fields in arrays(state.fields):
+        found[_unused(name, found)] = plain(fields[0].value) if len(fields) == 1 else _joined(fields)
+    for subsection in state.subsections:
+        found[_unused(subsection.name, found)] = _plain_state(subsection.state)
+    return found
+
+
+def arrays(fields: Sequence[Field]) -> Iterator[tuple[str, Sequence[Field]]]:
+    """Entries of one array stand one after the other under one name: they are given together.
+
+    Elsewhere QEMU tells repeated names apart itself, by a suffix ``[k]``.
+    """
+    at = 0
+    while at < len(fields):
+        end = at + 1
+        while end < len(fields) and fields[end].name == fields[at].name:
+            end += 1
+        yield fields[at].name, fields[at:end]
+        at = end
+
+
+def _joined(fields: Sequence[Field]) -> list[Plain]:
+    elements: list[Plain] = []
+    for field in fields:
+        value = plain(field.value)
+        if field.description.count is not None and isinstance(value, list):
+            elements.extend(value)
+        else:
+            elements.append(value)
+    return elements
+
+
+def _unused(name: str, taken: dict[str, Plain]) -> str:
+    if name not in taken:
+        return name
+    number = 1
+    while f"{name}[{number}]" in taken:
+        number += 1
+    return f"{name}[{number}]"
+
+
+def find_devices(contents: Contents, name: str) -> list[Section]:
+    """The FULL sections that ``name`` means: name/instance, the name, or what follows the bus path in either."""
+    devices = [section for section in contents.sections if section.kind.name == "FULL"]
+    spellings: tuple[Callable[[Section], str], ...] = (
+        lambda section: section.key,
+        lambda section: section.name,
+        lambda section: _short_names(section)[0],
+        lambda section: _short_names(section)[1],
+    )
+    for spelling in spellings:
+        found = [section for section in devices if spelling(section) == name]
+        if found:
+            return found
+    return []
+
+
+_INDEX = re.compile(r"\[(\d+)\]")
+
+
+def find_field(contents: Contents, path: str) -> list[tuple[Section, str, Plain]]:
+    """What stands at DEVICE.FIELD, for each device that matches: (section, path in it, value).
+
+    Names may hold dots and slashes themselves (``env.regs``, ``virtio/started``), so the longest that fits is
+    taken at each step; ``[n]`` picks an element.
+    """
+    found = []
+    for section in contents.sections:
+        if section.state is None:
+            continue
+        tree = plain(section.state)
+        for name in dict.fromkeys((section.key, section.name, *_short_names(section))):
+            rest = _after(path, name)
+            if rest is None:
+                continue
+            for value in _descend(tree, rest):
+                found.append((section, rest, value))
+                break
+            else:
+                continue
+            break
+    return found
+
+
+def _short_names(section: Section) -> tuple[str, ...]:
+    short = section.name.rpartition("/")[2]
+    return (f"{short}/{section.instance_id}", short)
+
+
+def _after(path: str, name: str) -> str | None:
+    """What follows ``name`` in ``path``, without the separator; None where it does not begin with it."""
+    if not path.startswith(name):
+        return None
+    rest = path[len(name) :]
+    if not rest or rest[0] in "./":
+        return rest[1:]
+    return rest if rest[0] == "[" else None
+
+
+def _descend(tree: Plain, path: str) -> Iterator[Plain]:
+    if not path:
+        yield tree
+    elif isinstance(tree, dict):
+        for name in sorted((name for name in tree if path.startswith(name)), key=len, reverse=True):
+            rest = _after(path, name)
+            if rest is not None:
+                yield from _descend(tree[name], rest)
+    elif isinstance(tree, list) and (index := _INDEX.match(path)) and int(index[1]) < len(tree):
+        rest = path[index.end() :]
+        yield from _descend(tree[int(index[1])], rest[1:] if rest[:1] in (".", "/") else rest)

@@ -1,0 +1,212 @@
+"""RAM out of a stream: each block as a sparse file of its full length."""
+
+import ctypes
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote_from_bytes
+
+from qmigrate.capture.migration import Block, Gathering, Migration
+from qmigrate.errors import QmigrateError, UnsupportedError
+from qmigrate.format.ram import BlockList, PageRun, Pages, RamFlag
+from qmigrate.format.walk import Entry, RamPage
+
+__all__ = ["ExtractError", "Extracted", "extract", "file_name"]
+
+_MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
+_LONGEST_FILE: Final = (1 << 63) - 1
+
+
+class ExtractError(QmigrateError):
+    """The RAM can't be written there."""
+
+
+@dataclass(slots=True)
+class Extracted:
+    """What was written: for each block its file and how many bytes of pages; and the stream's contents."""
+
+    directory: Path
+    files: dict[str, str]
+    gathering: Gathering
+    bytes_written: dict[str, int] = field(default_factory=dict)
+
+
+def file_name(block: str) -> str:
+    """One path component for a block's name: everything but plain characters is percent-encoded."""
+    raw = block.encode("utf-8", "surrogateescape")
+    encoded = quote_from_bytes(raw, safe="").replace("~", "%7E")
+    if not encoded.strip("."):
+        encoded = "".join(f"%{byte:02X}" for byte in raw)
+    # A component holds at most 255 bytes; 200 leave room for a number that tells shortened names apart.
+    return encoded[:200] + ".raw"
+
+
+def file_names(blocks: Sequence[str]) -> dict[str, str]:
+    """A file name for each block: those that would collide get a number."""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for block in blocks:
+        name = file_name(block)
+        number = 1
+        # Case is folded, as some file systems do.
+        while name.lower() in taken:
+            number += 1
+            name = f"{file_name(block)[:-4]}~{number}.raw"
+        taken.add(name.lower())
+        names[block] = name
+    return names
+
+
+def extract(migration: Migration, directory: str | os.PathLike[str]) -> Extracted:
+    """Write RAM as the stream leaves it into ``directory``, which is made if need be.
+
+    Each block becomes a sparse file of the block's full length, ``blocks.json`` maps the names; the last copy
+    of a page wins.  Files appear under their names once the stream has been read; at a fault what was good
+    before it is kept.  Raises ``ExtractError`` and ``OSError`` where writing fails.
+    """
+    folder = Path(directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    gathering = Gathering(migration.entries())
+    extracted = Extracted(folder, {}, gathering)
+    with ExitStack() as stack:
+        writer = _Writer(folder, stack)
+        for entry in gathering:
+            writer.take(entry, gathering.contents.blocks)
+        writer.finish()
+    extracted.files = writer.names
+    extracted.bytes_written = writer.bytes_written
+    _write_index(extracted)
+    return extracted
+
+
+class _Writer:
+    """One open file a block, under a temporary name until all is read."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self.stack = stack
+        self.names: dict[str, str] = {}
+        self.bytes_written: dict[str, int] = {}
+        self._descriptors: dict[str, int] = {}
+        self._temporary: dict[str, Path] = {}
+
+    def take(self, entry: Entry, blocks: dict[str, Block]) -> None:
+        match entry.record:
+            case BlockList():
+                self._open(blocks)
+            case Pages() as pages:
+                self._pages(pages, entry)
+            case RamPage(block=block, record=record):
+                raise UnsupportedError(
+                    f"a page is sent as {RamFlag(record.word.kind).name}, which extract does not read yet",
+                    offset=entry.offset,
+                    trail=("ram", block),
+                )
+
+    def _open(self, blocks: dict[str, Block]) -> None:
+        self.names = file_names(list(blocks))
+        for block in blocks.values():
+            if block.length > _LONGEST_FILE:
+                raise ExtractError(f"{block.name!r} has {block.length} bytes, more than a file can")
+            temporary = self.folder / f".{self.names[block.name]}.{os.getpid()}.part"
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(temporary, flags, 0o666)
+            self.stack.callback(self._drop, temporary, descriptor)
+            self._descriptors[block.name], self._temporary[block.name] = descriptor, temporary
+            self.bytes_written[block.name] = 0
+            try:
+                os.ftruncate(descriptor, block.length)
+            except OSError as exc:
+                raise ExtractError(
+                    f"a file of {block.length} bytes can't be made for {block.name!r}: {exc.strerror}"
+                ) from exc
+
+    @staticmethod
+    def _drop(temporary: Path, descriptor: int) -> None:
+        os.close(descriptor)
+        temporary.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """All is read: give the files their names."""
+        for block, temporary in self._temporary.items():
+            temporary.replace(self.folder / self.names[block])
+
+    def _pages(self, pages: Pages, entry: Entry) -> None:
+        descriptor = self._descriptors[pages.block]
+        for index, run in enumerate(pages.runs):
+            if run.flag == RamFlag.PAGE:
+                name_bytes = 0
+                if pages.named and index == 0:
+                    name_bytes = 1 + len(pages.block.encode("utf-8", "surrogateescape"))
+                self._normal(descriptor, pages, run, entry, name_bytes)
+                self.bytes_written[pages.block] += run.page_count * pages.page_size
+            else:
+                self._zero(descriptor, pages, run)
+
+    @staticmethod
+    def _normal(descriptor: int, pages: Pages, run: PageRun, entry: Entry, name_bytes: int) -> None:
+        """Gather the pages out from between their headers.  Only a run's first record can have a name."""
+        page_size, view = pages.page_size, entry.view
+        stride = 8 + page_size
+        begin = run.offset - entry.offset + 8 + name_bytes
+        for first in range(0, run.page_count, _MOST_BUFFERS):
+            count = min(_MOST_BUFFERS, run.page_count - first)
+            at = begin + first * stride
+            buffers = [view[place : place + page_size] for place in range(at, at + count * stride, stride)]
+            _write_all(descriptor, buffers, run.start + first * page_size)
+
+    @staticmethod
+    def _zero(descriptor: int, pages: Pages, run: PageRun) -> None:
+        """A zero page is a hole; where the file has data from an earlier pass, that goes."""
+        length = run.page_count * pages.page_size
+        if pages.fill:
+            _write_all(descriptor, [memoryview(bytes([pages.fill]) * length)], run.start)
+        elif _has_data(descriptor, run.start, length):
+            _punch(descriptor, run.start, length)
+
+
+def _write_all(descriptor: int, buffers: list[memoryview], start: int) -> None:
+    left = sum(len(buffer) for buffer in buffers)
+    written = os.pwritev(descriptor, buffers, start)
+    if written == left:
+        return
+    data = memoryview(b"".join(buffers))  # a short write is rare: a disk that is nearly full
+    while written < left:
+        written += os.pwrite(descriptor, data[written:], start + written)
+
+
+def _has_data(descriptor: int, start: int, length: int) -> bool:
+    try:
+        return os.lseek(descriptor, start, os.SEEK_DATA) < start + length
+    except OSError:  # ENXIO: nothing but holes from here on
+        return False
+
+
+_PUNCH_HOLE_KEEP_SIZE: Final = 0x03  # linux/falloc.h: FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+
+
+def _punch(descriptor: int, start: int, length: int) -> None:
+    """Make a hole; where the file system can't, write zeros."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    arguments = (ctypes.c_int(descriptor), ctypes.c_int(_PUNCH_HOLE_KEEP_SIZE))
+    if libc.fallocate(*arguments, ctypes.c_int64(start), ctypes.c_int64(length)) == 0:
+        return
+    zeros = bytes(1 << 16)
+    for at in range(start, start + length, len(zeros)):
+        _write_all(descriptor, [memoryview(zeros)[: start + length - at]], at)
+
+
+def _write_index(extracted: Extracted) -> None:
+    blocks = extracted.gathering.contents.blocks
+    index: list[dict[str, Any]] = [
+        {"name": name, "file": file, "length": blocks[name].length, "address": blocks[name].address}
+        for name, file in extracted.files.items()
+    ]
+    path = extracted.directory / "blocks.json"
+    temporary = extracted.directory / f".blocks.json.{os.getpid()}.part"
+    temporary.write_text(json.dumps(index, indent=2) + "\n")
+    temporary.replace(path)
