@@ -114,9 +114,7 @@ class Listener:
                     if (not names or event.name in names) and predicate(event):
                         return event
         except TimeoutError as exc:
-            raise QmpTimeoutError(
-                f"no {wanted} within {timeout_s:g} s", address=self._session.address
-            ) from exc
+            raise QmpTimeoutError(f"no {wanted} within {timeout_s:g} s", address=self._session.address) from exc
         raise await self._session.death(f"waiting for {wanted}")
 
     def __aiter__(self) -> Self:
@@ -183,9 +181,7 @@ class Session:
 
     @classmethod
     @asynccontextmanager
-    async def connect(
-        cls, address: Address, *, timeout_s: float = CONNECT_TIMEOUT_S
-    ) -> AsyncGenerator[Self, None]:
+    async def connect(cls, address: Address, *, timeout_s: float = CONNECT_TIMEOUT_S) -> AsyncGenerator[Self, None]:
         """A session for the length of a ``with`` block."""
         session = await cls.open(address, timeout_s=timeout_s)
         try:
@@ -219,8 +215,8 @@ class Session:
         except ConnectError as exc:
             raise QmpConnectError(_why_not_connected(exc), address=self.address) from exc
         except AssertionError:
-            # qemu.qmp asserts that what it has just connected lasts for a turn of the loop.  If it did not, we
-            # have a session that has ended.
+            # qemu.qmp asserts that what it has just connected lasts for a turn of the loop.  If it did not,
+            # here is a session that has ended.
             if self._client.runstate is not Runstate.DISCONNECTING:
                 raise
         self._watch = asyncio.create_task(self._watch_connection(), name=f"qmp {self.address}")
@@ -273,19 +269,13 @@ class Session:
             async with asyncio.timeout(timeout_s):
                 return await self._client.execute_msg(message)
         except TimeoutError as exc:
-            raise QmpTimeoutError(
-                f"{command}: no answer within {timeout_s:g} s", address=self.address
-            ) from exc
+            raise QmpTimeoutError(f"{command}: no answer within {timeout_s:g} s", address=self.address) from exc
         except ExecuteError as exc:
-            raise QmpCommandError(
-                str(exc), command=command, error_class=exc.error_class, address=self.address
-            ) from exc
+            raise QmpCommandError(str(exc), command=command, error_class=exc.error_class, address=self.address) from exc
         except (ExecInterruptedError, StateError) as exc:
             raise await self.death(command) from exc
         except QMPError as exc:
-            raise QmpError(
-                f"{command}: the answer is not QMP: {_first_line(exc)}", address=self.address
-            ) from exc
+            raise QmpError(f"{command}: the answer is not QMP: {_first_line(exc)}", address=self.address) from exc
 
     async def human_monitor_command(self, line: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """What the human monitor prints.  It has no errors, only words."""

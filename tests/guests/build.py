@@ -154,9 +154,7 @@ class Guest:
         return int.from_bytes(struct.pack(f"<{len(words)}I", *words), "little")
 
 
-def build(
-    kind: Literal["walker", "idle"] = "walker", *, folder: Path | None = None, **parameters: float
-) -> Path:
+def build(kind: Literal["walker", "idle"] = "walker", *, folder: Path | None = None, **parameters: float) -> Path:
     """The image of ``Guest(kind, ...)``, for those who need nothing else of it."""
     return Guest(kind, **parameters).image(folder)  # type: ignore[arg-type]
 

@@ -44,9 +44,7 @@ async def wait_until_ready(console: Path, *, timeout_s: float = 30.0) -> None:
         await asyncio.sleep(_POLL_S)
 
 
-async def wait_for_passes(
-    console: Path, count: int, *, timeout_s: float = 30.0, offset: int = 0
-) -> list[Pass]:
+async def wait_for_passes(console: Path, count: int, *, timeout_s: float = 30.0, offset: int = 0) -> list[Pass]:
     """Wait for so many passes behind ``offset`` in the file, all of them good."""
     deadline = time.monotonic() + timeout_s
     while True:

@@ -33,7 +33,7 @@ async def test_a_machine_answers_and_ends_when_asked(qemu: Qemu) -> None:
         assert status["status"] == "prelaunch"
         version = machine.session.greeting["version"]["qemu"]
         assert (version["major"], version["minor"], version["micro"]) == qemu.number
-        assert "PC (i440FX" in await machine.session.human_monitor_command("info qom-tree") or True
+        assert "paused" in await machine.session.human_monitor_command("info status")
     assert machine.exit_status == 0
     assert machine.stderr == ""
 
@@ -41,9 +41,7 @@ async def test_a_machine_answers_and_ends_when_asked(qemu: Qemu) -> None:
 @every_qemu
 @pytest.mark.asyncio
 async def test_a_bad_option_is_told_in_qemus_words(qemu: Qemu) -> None:
-    with pytest.raises(
-        QemuDiedError, match=r"it did not start: QEMU ended with exit status 1: .*-nonsense: invalid"
-    ):
+    with pytest.raises(QemuDiedError, match=r"it did not start: QEMU ended with exit status 1: .*-nonsense: invalid"):
         await Machine(qemu.path, [*BARE, "-nonsense"]).start()
 
 
@@ -126,9 +124,8 @@ async def test_a_migration_to_nobody_fails_with_qemus_reason(qemu: Qemu, tmp_pat
     async with Machine(qemu.path, BARE) as machine:
         assert (await migration.query(machine.session))["status"] == "none"
         await migration.set_parameters(machine.session, {"max-bandwidth": 1 << 30})
-        # Some versions refuse the command, others accept it and tell later.
-        with pytest.raises(QmpCommandError, match=r"migrate: .*(No such file|Failed to connect)"):
-            await migration.start(machine.session, f"unix:{tmp_path}/nobody")
+        await migration.start(machine.session, f"unix:{tmp_path}/nobody")
+        with pytest.raises(QmpCommandError, match="migrate: Failed to connect to .*nobody.*: No such file"):
             await migration.wait_until(machine.session, "completed", timeout_s=30)
 
 

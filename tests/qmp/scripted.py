@@ -57,14 +57,10 @@ class ScriptedQemu:
 
     async def answer(self, command: dict[str, Any], value: Any = None) -> None:
         await self.say(
-            {"return": {} if value is None else value, "id": command["id"]}
-            if "id" in command
-            else {"return": {}}
+            {"return": {} if value is None else value, "id": command["id"]} if "id" in command else {"return": {}}
         )
 
-    async def refuse(
-        self, command: dict[str, Any], description: str, error_class: str = "GenericError"
-    ) -> None:
+    async def refuse(self, command: dict[str, Any], description: str, error_class: str = "GenericError") -> None:
         await self.say({"error": {"class": error_class, "desc": description}, "id": command["id"]})
 
     async def event(self, name: str, **data: Any) -> None:

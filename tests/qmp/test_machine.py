@@ -46,9 +46,7 @@ def open_files() -> set[str]:
 
 
 async def test_what_cannot_be_executed_is_named(tmp_path: Path) -> None:
-    with pytest.raises(
-        QemuDiedError, match=r"it did not start: .* exit status 1: .*qemu: No such file"
-    ) as caught:
+    with pytest.raises(QemuDiedError, match=r"it did not start: .* exit status 1: .*qemu: No such file") as caught:
         await Machine(tmp_path / "qemu").start()
     assert caught.value.exit_status == 1
 
@@ -57,9 +55,7 @@ async def test_an_early_end_is_told_with_the_last_words() -> None:
     machine = fake("print('qemu: -foo: invalid option', file=sys.stderr); sys.exit(3)")
     with pytest.raises(QemuDiedError) as caught:
         await machine.start()
-    assert str(caught.value) == (
-        "fake: it did not start: QEMU ended with exit status 3: qemu: -foo: invalid option"
-    )
+    assert str(caught.value) == ("fake: it did not start: QEMU ended with exit status 3: qemu: -foo: invalid option")
     assert caught.value.exit_status == machine.exit_status == 3
     assert caught.value.stderr == "qemu: -foo: invalid option\n"
 
@@ -72,9 +68,7 @@ async def test_a_machine_that_never_greets_is_killed() -> None:
 
 
 async def test_a_machine_that_ignores_quit_and_sigterm_is_killed() -> None:
-    async with fake(
-        "signal.signal(signal.SIGTERM, signal.SIG_IGN); greet(); serve()", quit_timeout_s=0.05
-    ) as machine:
+    async with fake("signal.signal(signal.SIGTERM, signal.SIG_IGN); greet(); serve()", quit_timeout_s=0.05) as machine:
         pid = machine.pid
     assert machine.exit_status == -signal.SIGKILL
     assert not is_running(pid)

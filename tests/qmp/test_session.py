@@ -347,9 +347,7 @@ async def test_a_listener_that_nobody_reads_keeps_the_newest_and_counts_the_rest
         with session.listen("E", capacity=10) as few:
             await session.execute("query-status")
             assert few.dropped == COUNT - 10
-            assert [(await few.get(timeout_s=10)).data["n"] for _ in range(10)] == list(
-                range(COUNT - 10, COUNT)
-            )
+            assert [(await few.get(timeout_s=10)).data["n"] for _ in range(10)] == list(range(COUNT - 10, COUNT))
         assert session.events().dropped == COUNT - session_module.EVENTS_KEPT
 
 
