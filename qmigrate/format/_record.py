@@ -115,9 +115,7 @@ class Record:
         return cls(**{name: values[name] for name in cls._names}), stream.tell()
 
     @classmethod
-    def read(
-        cls, data: bytes | memoryview, *, offset: int = 0, trail: Sequence[str] = (), **context: Any
-    ) -> Self:
+    def read(cls, data: bytes | memoryview, *, offset: int = 0, trail: Sequence[str] = (), **context: Any) -> Self:
         """Read this record from exactly ``data``; bytes left over are an error."""
         record, used = cls.read_prefix(data, offset=offset, trail=trail, **context)
         if used != len(data):

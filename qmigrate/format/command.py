@@ -234,6 +234,4 @@ def _check_values(command: Command, offset: int, trail: Sequence[str]) -> None:
             raise StreamError(f"version is {command.version}, expected 0", offset=offset, trail=trail)
         if command.terminator != 0:
             at = offset + 2 + len(command.block.encode("utf-8", "surrogateescape"))
-            raise StreamError(
-                f"the name ends with {command.terminator:#x}, expected 0x0", offset=at, trail=trail
-            )
+            raise StreamError(f"the name ends with {command.terminator:#x}, expected 0x0", offset=at, trail=trail)

@@ -167,9 +167,7 @@ class _Cursor:
 
     def take(self, count: int, trail: Sequence[str]) -> bytes:
         if count > self.left:
-            raise TruncatedError(
-                f"{count} bytes are described, {self.left} are there", offset=self.offset, trail=trail
-            )
+            raise TruncatedError(f"{count} bytes are described, {self.left} are there", offset=self.offset, trail=trail)
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -201,9 +199,7 @@ def _decode_struct(description: StructDescription, cursor: _Cursor, trail: tuple
 def _decode_subsection(description: StructDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Subsection:
     offset = cursor.offset
     trail = (*trail, description.vmsd_name)
-    header, used = SubsectionHeader.read_prefix(
-        cursor.data[cursor.at : cursor.at + 512], offset=offset, trail=trail
-    )
+    header, used = SubsectionHeader.read_prefix(cursor.data[cursor.at : cursor.at + 512], offset=offset, trail=trail)
     if header.name != description.vmsd_name:
         cursor.fail(f"found subsection {header.name!r}, expected {description.vmsd_name!r}", trail)
     cursor.at += used
@@ -289,19 +285,14 @@ def _decode_tree(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...
         if marker != 1:
             cursor.fail(f"found the mark {marker:#x} before a node, expected 0x1", here)
         key: Value
-        if parts == count:
-            key = int.from_bytes(cursor.take(8, here))
-        else:
-            key = _decode_struct(next(elements), cursor, here)
+        key = int.from_bytes(cursor.take(8, here)) if parts == count else _decode_struct(next(elements), cursor, here)
         nodes.append((key, _decode_struct(next(elements), cursor, here)))
     if cursor.take(1, trail)[0] != 0:
         cursor.fail("is not closed by 0x0", trail)
     return tuple(nodes)
 
 
-def _decode_leaf(
-    field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]
-) -> tuple[Value, str | None]:
+def _decode_leaf(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]) -> tuple[Value, str | None]:
     count = 1 if field.count is None else field.count
     if field.type in NULL_MARKERS:
         nulls = tuple(_decode_null(cursor, trail) for _ in range(min(count, cursor.left + 1)))
@@ -320,13 +311,9 @@ def _decode_leaf(
     if not data or (field.type in PLAIN_BYTES and field.count is None):
         return data, "a buffer has no inner structure"
     try:
-        values = tuple(
-            codec.decode(data[at : at + field.size]) for at in range(0, len(data), field.size or 1)
-        )
+        values = tuple(codec.decode(data[at : at + field.size]) for at in range(0, len(data), field.size or 1))
     except StreamError as exc:
-        within = StreamError(
-            exc.message, offset=None if exc.offset is None else offset + exc.offset, trail=exc.trail
-        )
+        within = StreamError(exc.message, offset=None if exc.offset is None else offset + exc.offset, trail=exc.trail)
         return data, str(within)
     reason = "a buffer has no inner structure" if field.type in PLAIN_BYTES else None
     return (values[0] if field.count is None else values), reason

@@ -13,6 +13,7 @@ from qmigrate.format._record import Record
 __all__ = ["Feed"]
 
 WINDOW: Final = 1 << 20  # fits a core's second-level cache: RAM streams through it once
+_LONGEST_AHEAD: Final = 1 << 16  # of a record inside CONFIGURATION or the block list
 R = TypeVar("R", bound=Record)
 
 
@@ -113,9 +114,7 @@ class Feed:
         yield from self.need(1, trail)
         return self._buffer[self._begin]
 
-    def record(
-        self, cls: type[R], trail: Sequence[str] = (), **context: Any
-    ) -> Generator[None, None, tuple[R, int]]:
+    def record(self, cls: type[R], trail: Sequence[str] = (), **context: Any) -> Generator[None, None, tuple[R, int]]:
         """The next record, not consumed, and its length.  Raises ``StreamError``."""
         if cls.size is not None:
             yield from self.need(cls.size, trail)
@@ -132,6 +131,22 @@ class Feed:
                         pass
                 if not (yield from self.more()):
                     raise
+
+    def ahead(self, cls: type[R], at: int, trail: Sequence[str] = ()) -> Generator[None, None, tuple[R, int]]:
+        """The record that begins ``at`` bytes ahead, not consumed, and where it ends.  Raises ``StreamError``."""
+        while True:
+            view = self.view()[at : at + _LONGEST_AHEAD]
+            try:
+                record, length = cls.read_prefix(view, offset=self.offset + at, trail=trail)
+            except TruncatedError:
+                if len(view) == _LONGEST_AHEAD or not (yield from self.more()):
+                    raise
+            else:
+                return record, at + length
+
+    def behind(self, length: int) -> memoryview:
+        """The last ``length`` bytes that were consumed, as long as the parser was not resumed since."""
+        return self._view[self._begin - length : self._begin]
 
     def take(self, count: int, trail: Sequence[str] = ()) -> Generator[None, None, bytes]:
         """Consume ``count`` bytes, collected as they come.  Raises ``TruncatedError``."""

@@ -39,9 +39,7 @@ def _words(count: int, stride: int) -> struct.Struct:
     return struct.Struct(">" + f"Q{stride - 8}x" * count)
 
 
-def scan(
-    buffer: bytearray | bytes, begin: int, end: int, *, offset: int, page_size: int
-) -> tuple[list[PageRun], int]:
+def scan(buffer: bytearray | bytes, begin: int, end: int, *, offset: int, page_size: int) -> tuple[list[PageRun], int]:
     """The runs of continuing NORMAL and ZERO (fill 0) pages from ``begin`` on, and where they end.
 
     ``offset`` is where ``begin`` stands in the stream.  Stops at the first record that is anything else, or
@@ -93,9 +91,7 @@ def _split(
         at += count * stride
 
 
-def _append(
-    runs: list[PageRun], offset: int, flag: int, start: int, count: int, page_size: int, stride: int
-) -> None:
+def _append(runs: list[PageRun], offset: int, flag: int, start: int, count: int, page_size: int, stride: int) -> None:
     if runs:
         last = runs[-1]
         if (
@@ -108,9 +104,7 @@ def _append(
     runs.append(PageRun(offset, flag, start, count))
 
 
-def _plain(
-    runs: list[PageRun], buffer: bytearray | bytes, position: int, end: int, page_size: int, shift: int
-) -> int:
+def _plain(runs: list[PageRun], buffer: bytearray | bytes, position: int, end: int, page_size: int, shift: int) -> int:
     """One record after the other, for a while.  The plain version of the above."""
     mask = page_size - 1
     unpack = _WORD.unpack_from

@@ -84,9 +84,7 @@ def find_description(data: bytes, base: int) -> Iterator[tuple[int, Description]
             continue
 
 
-def read_tail(
-    data: bytes, *, base: int, footers: bool | None, description: Description | None, package: bool
-) -> Tail:
+def read_tail(data: bytes, *, base: int, footers: bool | None, description: Description | None, package: bool) -> Tail:
     """The sections (and, in a package, commands) at the front of ``data``, which stands at ``base``.
 
     A package ends with its last byte; other tails with EOF, which is left for the caller.
@@ -156,17 +154,13 @@ class _Search:
         if header is None:
             return
         body = at + 6 + self.data[at + 5] + 8
-        device = (
-            None if self.description is None else self.description.device(header.idstr, header.instance_id)
-        )
+        device = None if self.description is None else self.description.device(header.idstr, header.instance_id)
         if device is None:
             reason = "no description in this stream" if self.description is None else "not in the description"
             yield from self.by_footer(at, header, body, reason)
             return
         try:
-            state, used = decode_state(
-                device.body, self.data[body:], offset=self.base + body, trail=(header.idstr,)
-            )
+            state, used = decode_state(device.body, self.data[body:], offset=self.base + body, trail=(header.idstr,))
             item = self.closed(at, header, body, body + used, state)
         except StreamError as exc:
             yield from self.by_footer(at, header, body, f"the description does not fit: {exc}")

@@ -106,9 +106,7 @@ class _Reader:
         self.offset = offset
 
     def fail(self, place: str, message: str) -> NoReturn:
-        raise StreamError(
-            message, offset=self.offset, trail=("description", place) if place else ("description",)
-        )
+        raise StreamError(message, offset=self.offset, trail=("description", place) if place else ("description",))
 
     def description(self, tree: Any) -> Description:
         top = self.object(tree, "")
@@ -148,9 +146,7 @@ class _Reader:
         return StructDescription(
             vmsd_name=self.string(vmsd_name, f"{place}.vmsd_name"),
             version=self.number(entry.get("version", 0), f"{place}.version"),
-            fields=_true_counts(
-                [self.field(item, f"{place}.fields[{index}]") for index, item in enumerate(fields)]
-            ),
+            fields=_true_counts([self.field(item, f"{place}.fields[{index}]") for index, item in enumerate(fields)]),
             subsections=tuple(
                 self.struct(self.object(item, where := f"{place}.subsections[{index}]"), where)
                 for index, item in enumerate(subsections)

@@ -7,32 +7,28 @@ migration/savevm.c: qemu_loadvm_state(), qemu_loadvm_state_main()
 """
 
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Final
 
 from qmigrate.errors import NoStreamError, StreamError, TruncatedError, UnsupportedError
-from qmigrate.format import pages
 from qmigrate.format._record import Record
-from qmigrate.format.command import (
-    Packaged,
-    PageSizes,
-    PostcopyAdvise,
-    read_command,
+from qmigrate.format.command import Packaged, PageSizes, PostcopyAdvise, read_command
+from qmigrate.format.entry import (
+    Configuration,
+    ConfigurationSubsection,
+    DeviceState,
+    Entry,
+    RamPage,
+    Step,
+    StreamRecord,
+    Trailing,
+    Undecoded,
+    VmDescription,
 )
-from qmigrate.format.device import VmState
 from qmigrate.format.feed import Feed
-from qmigrate.format.ram import (
-    PAGE_KINDS,
-    RAM_VERSION,
-    BlockList,
-    BlockListHeader,
-    PageRun,
-    Pages,
-    RamBlock,
-    RamBlockHead,
-    RamFlag,
-    RamRecord,
-)
+from qmigrate.format.live import LiveState, reader_of
+from qmigrate.format.ram import RAM_VERSION
+from qmigrate.format.ram_section import RamSection
 from qmigrate.format.stream import (
     MAGIC,
     VERSION,
@@ -49,7 +45,7 @@ from qmigrate.format.stream import (
     SubsectionHeader,
     VmDescriptionHeader,
 )
-from qmigrate.format.tail import FOOTER_BYTES, Item, find_description, plausible_header, read_tail
+from qmigrate.format.tail import FOOTER_BYTES, Item, Tail, find_description, plausible_header, read_tail
 from qmigrate.format.vmdesc import Description, parse_description
 
 __all__ = [
@@ -69,84 +65,12 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class ConfigurationSubsection:
-    """One of CONFIGURATION's subsections, its body by name."""
-
-    header: SubsectionHeader
-    body: Record
-
-
-@dataclass(frozen=True, kw_only=True)
-class Configuration:
-    """The machine type's name, and what both ends must agree on.  migration/savevm.c: vmstate_configuration"""
-
-    machine_type: str
-    subsections: tuple[ConfigurationSubsection, ...] = ()
-
-
-@dataclass(frozen=True)
-class DeviceState:
-    """A FULL section's data, decoded by the description."""
-
-    state: VmState
-
-
-@dataclass(frozen=True)
-class Undecoded:
-    """Bytes that were not decoded, and why."""
-
-    data: bytes
-    reason: str
-
-
-@dataclass(frozen=True)
-class RamPage:
-    """A page record that is no plain page: xbzrle, compressed."""
-
-    block: str
-    record: RamRecord
-
-
-@dataclass(frozen=True)
-class VmDescription:
-    """The JSON text at the end; ``description`` is what it says, None where it is empty or no description."""
-
-    text: bytes
-    description: Description | None = field(default=None, compare=False)
-
-
-@dataclass(frozen=True)
-class Trailing:
-    """Bytes behind the stream's end."""
-
-    data: bytes
-
-
-StreamRecord: TypeAlias = "Record | Configuration | DeviceState | Undecoded | Pages | RamPage | BlockList | VmDescription | Trailing"
-
-
-class Entry(NamedTuple):
-    """A record with its place.  ``depth`` counts the packages around it.
-
-    ``view`` is the record's bytes; it holds until the walk is resumed.
-    """
-
-    offset: int
-    length: int
-    record: StreamRecord
-    view: memoryview
-    depth: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
 class Limits:
     """How much is kept in memory at once, in bytes: beyond it the stream is refused."""
 
     device_state: int = 1 << 30
     package: int = 1 << 30
 
-
-Step: TypeAlias = Generator[Entry | None]
 
 # The page size of targets that neither announce it nor have 4 KiB; the JSON says it as well, at the end.
 _PAGE_SIZES: Final = {
@@ -202,9 +126,8 @@ class Walker:
         self.advised: PageSizes | None = None
         self.footers: bool | None = None
         self.sections: dict[int, SectionHeader] = {}
-        self.blocks: dict[str, int] = {}
-        self.block: str | None = None
-        self.ram_started = False
+        self.ram: RamSection | None = None
+        self.live: dict[int, LiveState] = {}
         self.switched = False
 
     # -- the top
@@ -220,7 +143,7 @@ class Walker:
                     yield from self._command()
                 case SectionType.START | SectionType.FULL:
                     header, length = yield from self.feed.record(SectionHeader)
-                    if kind == SectionType.FULL and self.ram_started:
+                    if kind == SectionType.FULL and self.ram is not None:
                         yield from self._tail()
                         return
                     yield self._entry(header, length)
@@ -248,13 +171,9 @@ class Walker:
         try:
             header, length = yield from self.feed.record(FileHeader)
         except TruncatedError as exc:
-            raise NoStreamError(
-                f"no migration stream: {len(self.feed)} bytes are there, its header has 8"
-            ) from exc
+            raise NoStreamError(f"no migration stream: {len(self.feed)} bytes are there, its header has 8") from exc
         if header.magic != MAGIC:
-            raise NoStreamError(
-                f"no migration stream: it begins with {header.magic:08x}, expected {MAGIC:08x} (QEVM)"
-            )
+            raise NoStreamError(f"no migration stream: it begins with {header.magic:08x}, expected {MAGIC:08x} (QEVM)")
         if header.version != VERSION:
             raise NoStreamError(f"a migration stream of version {header.version}, expected {VERSION}")
         yield self._entry(header, length)
@@ -288,7 +207,7 @@ class Walker:
     def _configuration_subsection(
         self, at: int, trail: Sequence[str]
     ) -> Generator[None, None, tuple[ConfigurationSubsection, int]]:
-        header, at = yield from self._ahead(SubsectionHeader, at, trail)
+        header, at = yield from self.feed.ahead(SubsectionHeader, at, trail)
         body_class = _CONFIGURATION_BODIES.get(header.name)
         if body_class is None:
             raise UnsupportedError(
@@ -296,21 +215,8 @@ class Walker:
                 offset=self.feed.offset + at,
                 trail=trail,
             )
-        body, at = yield from self._ahead(body_class, at, (*trail, header.name))
+        body, at = yield from self.feed.ahead(body_class, at, (*trail, header.name))
         return ConfigurationSubsection(header=header, body=body), at
-
-    def _ahead(self, cls: type[Any], at: int, trail: Sequence[str]) -> Generator[None, None, tuple[Any, int]]:
-        """A record that begins ``at`` bytes ahead, and where it ends."""
-        while True:
-            try:
-                record, length = cls.read_prefix(
-                    self.feed.view()[at : at + 65536], offset=self.feed.offset + at, trail=trail
-                )
-            except TruncatedError:
-                if len(self.feed) - at >= 65536 or not (yield from self.feed.more()):
-                    raise
-            else:
-                return record, at + length
 
     def _configured(self, machine_type: str, subsections: Sequence[ConfigurationSubsection]) -> None:
         bits: int | None = None
@@ -343,7 +249,8 @@ class Walker:
         elif isinstance(command, Packaged):
             yield from self._package(command)
             self.switched = True
-            self.block = None  # a source names the block again after the switch
+            if self.ram is not None:
+                self.ram.forget_block()
 
     def _package(self, command: Packaged) -> Step:
         if command.length > self.limits.package:
@@ -373,22 +280,16 @@ class Walker:
                 continue
             if item.header is None:
                 undecoded = Undecoded(data[item.begin : item.end], item.reason or "")
-                yield Entry(
-                    base + item.begin, item.end - item.begin, undecoded, view[item.begin : item.end], depth
-                )
+                yield Entry(base + item.begin, item.end - item.begin, undecoded, view[item.begin : item.end], depth)
                 continue
             self.sections[item.header.section_id] = item.header
-            yield Entry(
-                base + item.begin, item.body - item.begin, item.header, view[item.begin : item.body], depth
-            )
+            yield Entry(base + item.begin, item.body - item.begin, item.header, view[item.begin : item.body], depth)
             body: StreamRecord = (
                 DeviceState(item.state)
                 if item.state is not None
                 else Undecoded(data[item.body : item.body_end], item.reason or "")
             )
-            yield Entry(
-                base + item.body, item.body_end - item.body, body, view[item.body : item.body_end], depth
-            )
+            yield Entry(base + item.body, item.body_end - item.body, body, view[item.body : item.body_end], depth)
             if item.body_end < item.end:
                 footer = Footer(section_id=item.header.section_id)
                 yield Entry(base + item.body_end, FOOTER_BYTES, footer, view[item.body_end : item.end], depth)
@@ -414,17 +315,34 @@ class Walker:
             if header.version_id != RAM_VERSION:
                 raise UnsupportedError(
                     f"version {header.version_id} of the ram section, expected {RAM_VERSION}",
-                    offset=self.feed.offset,
+                    offset=self.feed.offset - 4,
                     trail=("ram",),
                 )
-            self.ram_started = True
-            yield from self._block_list()
-            yield from self._ram_records(header)
+            self.ram = RamSection(
+                self.feed, page_size=self.page_size, capabilities=self.capabilities, advised=self.advised
+            )
+            yield from self.ram.block_list()
+            yield from self.ram.records()
             yield from self._footer(header)
         else:
-            raise UnsupportedError(
-                "the inside of this live section is not known", offset=self.feed.offset, trail=(header.idstr,)
-            )
+            yield from self._live(header, SectionType.START)
+
+    def _live(self, header: SectionHeader, kind: SectionType) -> Step:
+        """A live section other than RAM, as far as ``live`` knows it."""
+        trail = (header.idstr,)
+        reader = reader_of(header.idstr)
+        if reader is None:
+            raise UnsupportedError("the inside of this live section is not known", offset=self.feed.offset, trail=trail)
+        state = self.live.setdefault(header.section_id, LiveState(section_id=header.section_id))
+        state.footers = self.footers
+        for item in reader(self.feed, kind, state, trail):
+            if item is None:
+                yield None
+                continue
+            data = getattr(item.record, "data", None)
+            view = self.feed.behind(item.length) if data is None else memoryview(data)
+            yield Entry(item.offset, item.length, item.record, view)
+        yield from self._footer(header)
 
     def _part(self) -> Step:
         part, length = yield from self.feed.record(SectionPart)
@@ -435,9 +353,11 @@ class Walker:
                 offset=self.feed.offset + 1,
             )
         yield self._entry(part, length)
-        if header.idstr == "ram":
-            yield from self._ram_records(header)
-        yield from self._footer(header)
+        if header.idstr == "ram" and self.ram is not None:
+            yield from self.ram.records()
+            yield from self._footer(header)
+        else:
+            yield from self._live(header, part.kind)
 
     def _footer(self, header: SectionHeader) -> Step:
         trail = (header.idstr,)
@@ -493,129 +413,6 @@ class Walker:
                 return end
             searched = end + 1
 
-    # -- RAM
-
-    def _block_list(self) -> Step:
-        trail = ("ram", "block list")
-        start = self.feed.offset
-        if "mapped-ram" in self.capabilities:
-            raise UnsupportedError("mapped-ram streams are not read yet", offset=start, trail=trail)
-        head, at = yield from self._ahead(BlockListHeader, 0, trail)
-        total = head.word & ~(self.page_size - 1)
-        if head.word & (self.page_size - 1) != RamFlag.MEM_SIZE:
-            raise StreamError(
-                f"found flags {head.word & (self.page_size - 1):#x}, expected MEM_SIZE 0x4",
-                offset=start,
-                trail=trail,
-            )
-        blocks: list[RamBlock] = []
-        left = total
-        while left:
-            block, at = yield from self._listed_block(at, left, trail)
-            blocks.append(block)
-            left -= block.used_length
-        self.blocks = {block.name: block.used_length for block in blocks}
-        yield self._entry(BlockList(total=total, blocks=tuple(blocks)), at)
-
-    def _listed_block(
-        self, at: int, left: int, trail: Sequence[str]
-    ) -> Generator[None, None, tuple[RamBlock, int]]:
-        head, after = yield from self._ahead(RamBlockHead, at, trail)
-        if head.used_length > left:
-            raise StreamError(
-                f"{head.name} has {head.used_length:#x} bytes, {left:#x} of the total are left",
-                offset=self.feed.offset + after - 8,
-                trail=trail,
-            )
-        if not head.name:
-            raise StreamError("a block without a name", offset=self.feed.offset + at, trail=trail)
-        page_size = address = None
-        is_last = head.used_length == left
-        if self.advised is not None and (yield from self._has_page_size(after, is_last)):
-            page_size = int.from_bytes(self.feed.view(after + 8)[after:])
-            after += 8
-        if "x-ignore-shared" in self.capabilities:
-            yield from self.feed.need(after + 8, trail)
-            address = int.from_bytes(self.feed.view(after + 8)[after:])
-            after += 8
-        block = RamBlock(name=head.name, used_length=head.used_length, page_size=page_size, address=address)
-        return block, after
-
-    def _has_page_size(self, at: int, is_last: bool) -> Generator[None, None, bool]:
-        """Does a page-size word follow?  It is a power of two and a bit of ADVISE's summary.
-
-        With x-ignore-shared an address that looks like one may stand there: then a name (its length is never
-        0) or, after the last block, a marker follows it at once, and no second word.
-        """
-        assert self.advised is not None
-        yield from self.feed.need(at + 8, ("ram", "block list"))
-        word = int.from_bytes(self.feed.view(at + 8)[at:])
-        if not word or word & (word - 1) or not word & self.advised.summary or word < self.page_size:
-            return False
-        if "x-ignore-shared" not in self.capabilities:
-            return True
-        yield from self.feed.need(at + 16, ("ram", "block list"))
-        following = self.feed.view(at + 16)[at + 8 :]
-        if is_last:
-            return int.from_bytes(following) not in (RamFlag.EOS, RamFlag.HOOK, RamFlag.MULTIFD_FLUSH)
-        return following[0] == 0
-
-    def _ram_records(self, header: SectionHeader) -> Step:
-        """Records until EOS.  Plain pages are read as runs, all else by the declaration."""
-        feed, page_size = self.feed, self.page_size
-        while True:
-            buffer, begin, end = feed.buffer
-            if self.block is not None:
-                runs, position = pages.scan(buffer, begin, end, offset=feed.offset, page_size=page_size)
-                if runs:
-                    batch = Pages(self.block, False, page_size, 0, runs)
-                    self._check_bounds(batch)
-                    yield self._entry(batch, position - begin)
-            trail = ("ram",) if self.block is None else ("ram", self.block)
-            record, length = yield from feed.record(RamRecord, trail, page_size=page_size)
-            if record.word.kind in PAGE_KINDS:
-                yield self._page(record, length, trail)
-                continue
-            yield self._entry(record, length)
-            if record.word.flags == RamFlag.EOS:
-                return
-
-    def _page(self, record: RamRecord, length: int, trail: Sequence[str]) -> Entry:
-        """One page record by itself: named, not zero-filled, a delta, or cut by the window's end."""
-        named = record.block is not None
-        if record.block is not None:
-            if record.block not in self.blocks:
-                raise StreamError(
-                    f"a page of the block {record.block!r}, which the block list does not have",
-                    offset=self.feed.offset + 8,
-                    trail=("ram",),
-                )
-            self.block = record.block
-        if self.block is None:
-            raise StreamError(
-                "the first page continues a block, and none was named", offset=self.feed.offset, trail=trail
-            )
-        kind = record.word.kind
-        run = PageRun(self.feed.offset, kind, record.word.start, 1)
-        fill = getattr(record.body, "fill", 0)
-        batch = Pages(self.block, named, self.page_size, fill, (run,))
-        self._check_bounds(batch)
-        if kind in (RamFlag.PAGE, RamFlag.ZERO):
-            return self._entry(batch, length)
-        return self._entry(RamPage(self.block, record), length)
-
-    def _check_bounds(self, batch: Pages) -> None:
-        length = self.blocks[batch.block]
-        for run in batch.runs:
-            if run.start + run.page_count * batch.page_size > length:
-                outside = max(run.start, length)
-                index = (outside - run.start) // batch.page_size
-                raise StreamError(
-                    f"page at {outside:#x}, the block ends at {length:#x}",
-                    offset=run.offset + index * batch.record_bytes(run.flag),
-                    trail=("ram", batch.block),
-                )
-
     # -- the end
 
     def _tail(self) -> Step:
@@ -639,11 +436,9 @@ class Walker:
             raise tail.error
         yield from self._closing(data, base, tail.end, description)
 
-    def _best_tail(self, data: bytes, base: int) -> tuple[Any, Description | None]:
+    def _best_tail(self, data: bytes, base: int) -> tuple[Tail, Description | None]:
         for at, description in find_description(data, base):
-            tail = read_tail(
-                data[: at + 1], base=base, footers=self.footers, description=description, package=False
-            )
+            tail = read_tail(data[: at + 1], base=base, footers=self.footers, description=description, package=False)
             if tail.error is None and tail.end == at:
                 return tail, description
         return (

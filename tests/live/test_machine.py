@@ -125,7 +125,7 @@ async def test_a_migration_to_nobody_fails_with_qemus_reason(qemu: Qemu, tmp_pat
         assert (await migration.query(machine.session))["status"] == "none"
         await migration.set_parameters(machine.session, {"max-bandwidth": 1 << 30})
         await migration.start(machine.session, f"unix:{tmp_path}/nobody")
-        with pytest.raises(QmpCommandError, match="migrate: Failed to connect to .*nobody.*: No such file"):
+        with pytest.raises(QmpCommandError, match=r"migrate: Failed to connect to .*nobody.*: No such file"):
             await migration.wait_until(machine.session, "completed", timeout_s=30)
 
 

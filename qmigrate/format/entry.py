@@ -1,0 +1,100 @@
+"""What a walk yields: a record, and its place in the stream."""
+
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeAlias
+
+from qmigrate.format._record import Record
+from qmigrate.format.device import VmState
+from qmigrate.format.ram import BlockList, Pages, RamRecord
+from qmigrate.format.stream import SubsectionHeader
+from qmigrate.format.vmdesc import Description
+
+__all__ = [
+    "Configuration",
+    "ConfigurationSubsection",
+    "DeviceState",
+    "Entry",
+    "RamPage",
+    "Step",
+    "StreamRecord",
+    "Trailing",
+    "Undecoded",
+    "VmDescription",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigurationSubsection:
+    """One of CONFIGURATION's subsections, its body by name."""
+
+    header: SubsectionHeader
+    body: Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Configuration:
+    """The machine type's name, and what both ends must agree on.  migration/savevm.c: vmstate_configuration"""
+
+    machine_type: str
+    subsections: tuple[ConfigurationSubsection, ...] = ()
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """A FULL section's data, decoded by the description."""
+
+    state: VmState
+
+
+@dataclass(frozen=True)
+class Undecoded:
+    """Bytes that were not decoded, and why."""
+
+    data: bytes
+    reason: str
+
+
+@dataclass(frozen=True)
+class RamPage:
+    """A page record that is no plain page: xbzrle, compressed."""
+
+    block: str
+    record: RamRecord
+
+
+@dataclass(frozen=True)
+class VmDescription:
+    """The JSON text at the end; ``description`` is what it says, None where it is empty or no description."""
+
+    text: bytes
+    description: Description | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Trailing:
+    """Bytes behind the stream's end."""
+
+    data: bytes
+
+
+StreamRecord: TypeAlias = (
+    Record | Configuration | DeviceState | Undecoded | Pages | RamPage | BlockList | VmDescription | Trailing
+)
+
+
+class Entry(NamedTuple):
+    """A record with its place.  ``depth`` counts the packages around it.
+
+    ``view`` is the record's bytes; it holds until the walk is resumed.
+    """
+
+    offset: int
+    length: int
+    record: StreamRecord
+    view: memoryview
+    depth: int = 0
+
+
+Step: TypeAlias = Generator[Entry | None]
+"""None where bytes are missing."""

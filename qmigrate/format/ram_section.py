@@ -1,0 +1,170 @@
+"""The inside of the ``ram`` section, read as it comes: the block list, then records until EOS.
+
+Plain pages are read as runs by ``pages``, all else by the declarations in ``ram``.
+
+migration/ram.c: ram_load_precopy(), parse_ramblocks()
+"""
+
+from collections.abc import Generator, Sequence
+
+from qmigrate.errors import StreamError, UnsupportedError
+from qmigrate.format import pages
+from qmigrate.format.command import PageSizes
+from qmigrate.format.entry import Entry, RamPage, Step
+from qmigrate.format.feed import Feed
+from qmigrate.format.ram import (
+    PAGE_KINDS,
+    BlockList,
+    BlockListHeader,
+    PageRun,
+    Pages,
+    RamBlock,
+    RamBlockHead,
+    RamFlag,
+    RamRecord,
+)
+
+__all__ = ["RamSection"]
+
+
+class RamSection:
+    """What the section remembers from part to part: its blocks, and the one that pages continue.
+
+    ``page_size`` is the target's, in bytes; ``advised`` what ADVISE said before, None without one.
+    """
+
+    def __init__(self, feed: Feed, *, page_size: int, capabilities: frozenset[str], advised: PageSizes | None) -> None:
+        self.feed = feed
+        self.page_size = page_size
+        self.capabilities = capabilities
+        self.advised = advised
+        self.blocks: dict[str, int] = {}
+        self.block: str | None = None
+
+    def forget_block(self) -> None:
+        """A source names the block again, after the switch and on a new connection."""
+        self.block = None
+
+    def block_list(self) -> Step:
+        trail = ("ram", "block list")
+        start = self.feed.offset
+        if "mapped-ram" in self.capabilities:
+            raise UnsupportedError("mapped-ram streams are not read yet", offset=start, trail=trail)
+        head, at = yield from self.feed.ahead(BlockListHeader, 0, trail)
+        total = head.word & ~(self.page_size - 1)
+        if head.word & (self.page_size - 1) != RamFlag.MEM_SIZE:
+            raise StreamError(
+                f"found flags {head.word & (self.page_size - 1):#x}, expected MEM_SIZE 0x4",
+                offset=start,
+                trail=trail,
+            )
+        blocks: list[RamBlock] = []
+        left = total
+        while left:
+            block, at = yield from self._listed_block(at, left, trail)
+            blocks.append(block)
+            left -= block.used_length
+        self.blocks = {block.name: block.used_length for block in blocks}
+        yield self._consume(BlockList(total=total, blocks=tuple(blocks)), at)
+
+    def _listed_block(self, at: int, left: int, trail: Sequence[str]) -> Generator[None, None, tuple[RamBlock, int]]:
+        head, after = yield from self.feed.ahead(RamBlockHead, at, trail)
+        if head.used_length > left:
+            raise StreamError(
+                f"{head.name} has {head.used_length:#x} bytes, {left:#x} of the total are left",
+                offset=self.feed.offset + after - 8,
+                trail=trail,
+            )
+        if not head.name:
+            raise StreamError("a block without a name", offset=self.feed.offset + at, trail=trail)
+        page_size = address = None
+        is_last = head.used_length == left
+        if self.advised is not None and (yield from self._has_page_size(after, is_last)):
+            page_size = int.from_bytes(self.feed.view(after + 8)[after:])
+            after += 8
+        if "x-ignore-shared" in self.capabilities:
+            yield from self.feed.need(after + 8, trail)
+            address = int.from_bytes(self.feed.view(after + 8)[after:])
+            after += 8
+        block = RamBlock(name=head.name, used_length=head.used_length, page_size=page_size, address=address)
+        return block, after
+
+    def _has_page_size(self, at: int, is_last: bool) -> Generator[None, None, bool]:
+        """Does a page-size word follow?  It is a power of two and a bit of ADVISE's summary.
+
+        With x-ignore-shared an address that looks like one may stand there: then a name (its length is never
+        0) or, after the last block, a marker follows it at once, and no second word.
+        """
+        assert self.advised is not None
+        yield from self.feed.need(at + 8, ("ram", "block list"))
+        word = int.from_bytes(self.feed.view(at + 8)[at:])
+        if not word or word & (word - 1) or not word & self.advised.summary or word < self.page_size:
+            return False
+        if "x-ignore-shared" not in self.capabilities:
+            return True
+        yield from self.feed.need(at + 16, ("ram", "block list"))
+        following = self.feed.view(at + 16)[at + 8 :]
+        if is_last:
+            return int.from_bytes(following) not in (RamFlag.EOS, RamFlag.HOOK, RamFlag.MULTIFD_FLUSH)
+        return following[0] == 0
+
+    def records(self) -> Step:
+        """Records until EOS.  Plain pages are read as runs, all else by the declaration."""
+        feed, page_size = self.feed, self.page_size
+        while True:
+            buffer, begin, end = feed.buffer
+            if self.block is not None:
+                runs, position = pages.scan(buffer, begin, end, offset=feed.offset, page_size=page_size)
+                if runs:
+                    batch = Pages(self.block, False, page_size, 0, runs)
+                    self._check_bounds(batch)
+                    yield self._consume(batch, position - begin)
+            trail = ("ram",) if self.block is None else ("ram", self.block)
+            record, length = yield from feed.record(RamRecord, trail, page_size=page_size)
+            if record.word.kind in PAGE_KINDS:
+                yield self._page(record, length, trail)
+                continue
+            yield self._consume(record, length)
+            if record.word.flags == RamFlag.EOS:
+                return
+
+    def _page(self, record: RamRecord, length: int, trail: Sequence[str]) -> Entry:
+        """One page record by itself: named, not zero-filled, a delta, or cut by the window's end."""
+        named = record.block is not None
+        if record.block is not None:
+            if record.block not in self.blocks:
+                raise StreamError(
+                    f"a page of the block {record.block!r}, which the block list does not have",
+                    offset=self.feed.offset + 8,
+                    trail=("ram",),
+                )
+            self.block = record.block
+        if self.block is None:
+            raise StreamError(
+                "the first page continues a block, and none was named", offset=self.feed.offset, trail=trail
+            )
+        kind = record.word.kind
+        run = PageRun(self.feed.offset, kind, record.word.start, 1)
+        fill = getattr(record.body, "fill", 0)
+        batch = Pages(self.block, named, self.page_size, fill, (run,))
+        self._check_bounds(batch)
+        if kind in (RamFlag.PAGE, RamFlag.ZERO):
+            return self._consume(batch, length)
+        return self._consume(RamPage(self.block, record), length)
+
+    def _check_bounds(self, batch: Pages) -> None:
+        length = self.blocks[batch.block]
+        for run in batch.runs:
+            if run.start + run.page_count * batch.page_size > length:
+                outside = max(run.start, length)
+                index = (outside - run.start) // batch.page_size
+                raise StreamError(
+                    f"page at {outside:#x}, the block ends at {length:#x}",
+                    offset=run.offset + index * batch.record_bytes(run.flag),
+                    trail=("ram", batch.block),
+                )
+
+    def _consume(self, record: BlockList | Pages | RamRecord | RamPage, length: int) -> Entry:
+        entry = Entry(self.feed.offset, length, record, self.feed.view(length))
+        self.feed.skip(length)
+        return entry
