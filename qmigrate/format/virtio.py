@@ -1,21 +1,19 @@
 """The insides of the field ``virtio``: one blob to the JSON description, a whole device to QEMU.
 
 Its parts follow one another without a length: what the transport keeps, what all devices have, what this
-class of device keeps (bytes here), then subsections.  Which transport it is, and how long its configuration
-space, shows only in that everything adds up.
+class of device keeps (bytes here), then subsections.  What was taken for what is right when all adds up to
+the length of the field.
 
 hw/virtio/virtio.c: virtio_save(); hw/virtio/virtio-pci.c; hw/virtio/virtio-mmio.c
 """
 
 import re
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Callable
 from typing import IO, Any, Final, NamedTuple
 
-import construct
 from construct import Bytes, Const, Int8ub, Int16ub, Int32ub, Int64ub
 
-from qmigrate.errors import StreamError, UnsupportedError
+from qmigrate.errors import UnsupportedError
 from qmigrate.format._record import Adapter, AnyConstruct, Nested, Record, Rows, Several, When, refuse, wire
 from qmigrate.format.pci import (
     CONVENTIONAL,
@@ -46,7 +44,7 @@ __all__ = [
 
 _QUEUE_MAX: Final = 1024  # VIRTIO_QUEUE_MAX
 _PCI_DEVICE_VERSION: Final = 2  # vmstate_pci_device
-_MOST_TRIES: Final = 32
+_FIRST_SUBSECTION: Final = re.compile(rb"\x05[\x08-\xff]virtio/", re.DOTALL)
 
 
 class _AtMost(Adapter):
@@ -261,39 +259,23 @@ class _Transport(AnyConstruct):
 # -- all of it
 
 
-class _DeviceClass(AnyConstruct):
-    """The bytes before the subsections: up to the first place from which those use up the field exactly."""
+class _UpToSubsections(AnyConstruct):
+    """Bytes, up to where the first subsection of a virtio device seems to begin, or to the end.
+
+    No device class of QEMU keeps anything that the guest could make look like one.
+    """
 
     def _parse(self, stream: IO[bytes], context: Any, path: str) -> bytes:
         start = stream.tell()
         rest = stream.read()
-        fault: construct.ConstructError | None = None
-        for at in _candidates(rest):
-            stream.seek(start + at)
-            try:
-                _SUBSECTIONS._parsereport(stream, context, path)
-                if left := start + len(rest) - stream.tell():
-                    raise refuse(f"{left} bytes are left behind the last subsection")
-            except construct.ConstructError as exc:
-                fault = fault or exc
-            else:
-                stream.seek(start + at)
-                return rest[:at]
-        if fault:
-            raise fault
-        return rest
+        found = _FIRST_SUBSECTION.search(rest)
+        end = found.start() if found else len(rest)
+        stream.seek(start + end)
+        return rest[:end]
 
     def _build(self, obj: bytes, stream: IO[bytes], context: Any, path: str) -> Any:
         stream.write(obj)
         return obj
-
-
-def _candidates(rest: bytes) -> Iterator[int]:
-    """Where a subsection of virtio may begin; hostile bytes get no more tries than a real device needs."""
-    return (match.start() for match in islice(re.finditer(rb"\x05[\x08-\xff]virtio/", rest), _MOST_TRIES))
-
-
-_SUBSECTIONS: Final = _Subsections("virtio/")
 
 
 def _is_mmio(this: Any) -> bool:
@@ -330,48 +312,31 @@ class Virtio(Record):
     config: bytes = wire(Bytes(lambda this: this.config_length))
     queue_count: int = wire(_AtMost(_QUEUE_MAX, Int32ub))
     queues: tuple[Virtqueue, ...] = wire(Several(lambda this: this.queue_count, Nested(Virtqueue)))
-    device_class: bytes = wire(_DeviceClass())
-    subsections: tuple[VirtioSubsection, ...] = wire(_SUBSECTIONS)
+    device_class: bytes = wire(_UpToSubsections())
+    subsections: tuple[VirtioSubsection, ...] = wire(_Subsections("virtio/"))
 
 
 def decode_virtio(data: bytes) -> Virtio:
-    """The field ``virtio``.  Raises the ``StreamError`` of the reading that came furthest, if none adds up.
-
-    Of several that add up, one that ends in subsections is right: the others take those for bytes of the
-    device class.
-    """
-    plain: Virtio | None = None
-    faults: list[StreamError] = []
-    for parameters in _readings(data):
-        try:
-            value = Virtio.read(data, **parameters)
-        except StreamError as exc:
-            faults.append(exc)
-        else:
-            if value.subsections:
-                return value
-            plain = plain or value
-    if plain is None:
-        raise max(faults, key=lambda fault: fault.offset or 0)
-    return plain
-
-
-def _readings(data: bytes) -> Iterator[dict[str, Any]]:
-    """The transports it may have, the likeliest first.
+    """The field ``virtio``.  Raises ``StreamError`` where its parts don't add up to its length.
 
     PCI begins with the version of a PCIDevice, MMIO with a selector that is 0 or 1.
     """
     first = int.from_bytes(data[:4])
     if first < _PCI_DEVICE_VERSION:
-        yield {"transport": MmioTransport}
-    elif first == _PCI_DEVICE_VERSION:
-        begin = data[4 : 4 + CONVENTIONAL].ljust(CONVENTIONAL, b"\0")
-        if not decode_pci_config(begin).is_express:
-            yield {"transport": PciTransport, "config_length": CONVENTIONAL}
-        yield {"transport": PciTransport, "config_length": EXPRESS}
-    else:
-        raise UnsupportedError(
-            f"found {first:#x}, expected a PCI transport (2) or an MMIO one (0, 1); ccw is not decoded",
-            offset=0,
-            trail=("transport",),
-        )
+        return Virtio.read(data, transport=MmioTransport)
+    if first == _PCI_DEVICE_VERSION:
+        return Virtio.read(data, transport=PciTransport, config_length=_config_length_of(data[4:]))
+    raise UnsupportedError(
+        f"found {first:#x}, expected a PCI transport (2) or an MMIO one (0, 1); ccw is not decoded",
+        offset=0,
+        trail=("transport",),
+    )
+
+
+def _config_length_of(data: bytes) -> int:
+    """Of the configuration space at the front of ``data``: virtio has 4096 bytes only as an express device.
+
+    hw/virtio/virtio-pci.c: virtio_pci_realize()
+    """
+    begin = data[:CONVENTIONAL].ljust(CONVENTIONAL, b"\0")
+    return EXPRESS if decode_pci_config(begin).is_express else CONVENTIONAL

@@ -1,0 +1,80 @@
+"""Sockets by QEMU's URIs: ``unix:PATH`` and ``tcp:HOST:PORT``."""
+
+import asyncio
+import socket
+from dataclasses import dataclass
+
+__all__ = ["SocketAddress", "connect", "listen"]
+
+
+@dataclass(frozen=True)
+class SocketAddress:
+    """Where a stream socket is.  ``path`` for a unix socket, else ``host`` and ``port``."""
+
+    path: str | None = None
+    host: str = ""
+    port: int = 0
+
+    @classmethod
+    def parse(cls, uri: str) -> "SocketAddress":
+        """From ``unix:PATH`` or ``tcp:HOST:PORT`` (``tcp:[::1]:4444``).  Raises ``ValueError``."""
+        scheme, _, rest = uri.partition(":")
+        if scheme == "unix" and rest:
+            return cls(path=rest)
+        host, _, port = rest.rpartition(":")
+        if scheme == "tcp" and port.isascii() and port.isdigit() and int(port) < 1 << 16:
+            return cls(host=host.removeprefix("[").removesuffix("]"), port=int(port))
+        raise ValueError(f"{uri!r} is no socket: expected unix:PATH or tcp:HOST:PORT")
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix:{self.path}"
+        return f"tcp:[{self.host}]:{self.port}" if ":" in self.host else f"tcp:{self.host}:{self.port}"
+
+
+async def listen(address: SocketAddress) -> socket.socket:
+    """A listening socket, which does not block.  Port 0 takes a free one.  Raises ``OSError``."""
+    if address.path is not None:
+        listener = socket.socket(socket.AF_UNIX)
+        where: object = address.path
+    else:
+        family, _, _, _, where = (await _resolve(address, passive=True))[0]
+        listener = socket.socket(family)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.setblocking(False)
+        listener.bind(where)  # type: ignore[arg-type]  # what getaddrinfo gave
+        listener.listen()
+    except OSError:
+        listener.close()
+        raise
+    return listener
+
+
+async def connect(address: SocketAddress) -> socket.socket:
+    """A connected socket, which does not block.  Raises ``OSError``."""
+    candidates: list[tuple[int, object]] = [(socket.AF_UNIX, address.path)]
+    if address.path is None:
+        candidates = [(family, where) for family, _, _, _, where in await _resolve(address, passive=False)]
+    error: OSError = OSError("no address")
+    for family, where in candidates:
+        peer = socket.socket(family)
+        try:
+            peer.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(peer, where)  # type: ignore[arg-type]
+        except OSError as exc:
+            peer.close()
+            error = exc
+        else:
+            return peer
+    raise error
+
+
+async def _resolve(address: SocketAddress, *, passive: bool) -> list[tuple[int, int, int, str, object]]:
+    found = await asyncio.get_running_loop().getaddrinfo(
+        address.host or None,
+        address.port,
+        type=socket.SOCK_STREAM,
+        flags=socket.AI_PASSIVE if passive else 0,
+    )
+    return list(found)

@@ -1,0 +1,36 @@
+"""Numbers as people read them."""
+
+from typing import Final
+
+__all__ = ["count", "plural", "share", "size"]
+
+_UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
+
+
+def size(length: int) -> str:
+    """A length in bytes with its binary unit, to one decimal where it is not whole: ``32 MiB``, ``1.4 MiB``."""
+    unit = min(max(length.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
+    scale = 1 << 10 * unit
+    whole, rest = divmod(length, scale)
+    number = f"{whole:,}" if not rest else f"{length / scale:,.1f}"
+    return f"{number} {'byte' if length == 1 else _UNITS[unit]}"
+
+
+def count(number: int) -> str:
+    """With its thousands apart: ``8,192``."""
+    return f"{number:,}"
+
+
+def plural(number: int, noun: str, nouns: str = "") -> str:
+    """``1 page``, ``8,192 pages``."""
+    return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
+
+
+def share(part: int, whole: int) -> str:
+    """In percent; 0 % and 100 % are said only where they are exact."""
+    if not whole:
+        return "-"
+    percent = round(100 * part / whole)
+    if 0 < part < whole:
+        percent = min(max(percent, 1), 99)
+    return f"{percent} %"
