@@ -467,9 +467,7 @@ def decode_msix_state(data: bytes) -> MsixState:
     """The field ``msix state``: its length gives the number of vectors.  Raises ``StreamError``."""
     entry_count = len(data) * 8 // 129  # 16 bytes and a bit each
     if msix_length(entry_count) != len(data):
-        raise StreamError(
-            f"no number of vectors takes {len(data)} bytes, {entry_count} take {msix_length(entry_count)}"
-        )
+        raise StreamError(f"no number of MSI-X vectors takes {len(data)} bytes")
     return MsixState.read(data, entry_count=entry_count)
 
 

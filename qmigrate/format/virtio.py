@@ -262,7 +262,7 @@ class _Transport(AnyConstruct):
 class _UpToSubsections(AnyConstruct):
     """Bytes, up to where the first subsection of a virtio device seems to begin, or to the end.
 
-    No device class of QEMU keeps anything that the guest could make look like one.
+    A guest can set a MAC filter of virtio-net that looks like one: that field is refused, not misread.
     """
 
     def _parse(self, stream: IO[bytes], context: Any, path: str) -> bytes:

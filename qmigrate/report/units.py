@@ -11,9 +11,11 @@ def size(length: int) -> str:
     """A length in bytes with its binary unit, to one decimal where it is not whole: ``32 MiB``, ``1.4 MiB``."""
     unit = min(max(length.bit_length() - 1, 0) // 10, len(_UNITS) - 1)
     scale = 1 << 10 * unit
-    whole, rest = divmod(length, scale)
-    number = f"{whole:,}" if not rest else f"{length / scale:,.1f}"
-    return f"{number} {'byte' if length == 1 else _UNITS[unit]}"
+    if not length % scale:
+        return f"{length // scale:,} {'byte' if length == 1 else _UNITS[unit]}"
+    if length / scale >= 1023.95 and unit < len(_UNITS) - 1:  # would be rounded to 1,024.0
+        unit, scale = unit + 1, scale << 10
+    return f"{length / scale:,.1f} {_UNITS[unit]}"
 
 
 def count(number: int) -> str:

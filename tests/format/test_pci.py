@@ -1,7 +1,9 @@
 """PCI configuration space, interrupt pins and the MSI-X table."""
 
 import dataclasses
+import random
 import struct
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -87,18 +89,18 @@ def walkable_configs(draw: st.DrawFn) -> bytes:
 
 
 @given(st.sampled_from((256, 4096)), st.randoms(use_true_random=False))
-def test_any_configuration_space_comes_back_as_it_was(size, random):
-    data = random.randbytes(size)
+def test_any_configuration_space_comes_back_as_it_was(size: int, source: random.Random) -> None:
+    data = source.randbytes(size)
     assert encode(decode_pci_config(data)) == data
 
 
 @given(walkable_configs())
-def test_a_configuration_space_with_any_list_of_capabilities_comes_back_as_it_was(data):
+def test_a_configuration_space_with_any_list_of_capabilities_comes_back_as_it_was(data: bytes) -> None:
     assert encode(decode_pci_config(data)) == data
 
 
 @given(walkable_configs())
-def test_each_byte_above_the_header_is_in_one_piece(data):
+def test_each_byte_above_the_header_is_in_one_piece(data: bytes) -> None:
     config = decode_pci_config(data)
     at = 0x40
     for piece in (*config.space, *(config.extended or ())):
@@ -108,12 +110,12 @@ def test_each_byte_above_the_header_is_in_one_piece(data):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_configuration_space_of_a_real_device_comes_back_as_it_was(name):
+def test_the_configuration_space_of_a_real_device_comes_back_as_it_was(name: str) -> None:
     data = recorded(name)
     assert encode(decode_pci_config(data)) == data
 
 
-def test_the_header_of_an_ordinary_device_is_named():
+def test_the_header_of_an_ordinary_device_is_named() -> None:
     config = decode_pci_config(recorded("pci-config-ahci-10.0"))
     assert (config.vendor_id, config.device_id) == (0x8086, 0x2922)
     assert (config.base_class, config.subclass, config.programming_interface) == (1, 6, 1)
@@ -124,7 +126,7 @@ def test_the_header_of_an_ordinary_device_is_named():
     assert config.extended is None
 
 
-def test_the_header_of_a_bridge_is_named():
+def test_the_header_of_a_bridge_is_named() -> None:
     config = decode_pci_config(recorded("pci-config-bridge-7.2"))
     assert isinstance(config.header, BridgeHeader)
     assert config.header.bars == (4, 0)
@@ -132,7 +134,7 @@ def test_the_header_of_a_bridge_is_named():
     assert config.header.capabilities_pointer == 0x4C
 
 
-def test_a_header_of_another_type_is_kept_as_bytes():
+def test_a_header_of_another_type_is_kept_as_bytes() -> None:
     data = bytearray(range(256))
     data[0x0E] = 2
     config = decode_pci_config(bytes(data))
@@ -169,11 +171,11 @@ def test_a_header_of_another_type_is_kept_as_bytes():
         ("pci-config-vmxnet3-7.2", [(0x84, Msi), (0x9C, Msix), (0x100, ExtendedCapability)]),
     ],
 )
-def test_the_capabilities_of_a_real_device_are_found(name, expected):
+def test_the_capabilities_of_a_real_device_are_found(name: str, expected: list[Any]) -> None:
     assert layout(decode_pci_config(recorded(name))) == expected
 
 
-def test_the_registers_of_virtio_are_found_in_its_vendor_specific_capabilities():
+def test_the_registers_of_virtio_are_found_in_its_vendor_specific_capabilities() -> None:
     transport = decode_virtio(recorded("virtio-net-11.1")).transport
     assert isinstance(transport, PciTransport)
     found = [piece for piece in transport.config.space if isinstance(piece, VirtioCapability)]
@@ -184,13 +186,13 @@ def test_the_registers_of_virtio_are_found_in_its_vendor_specific_capabilities()
     assert notify.more == bytes([4, 0, 0, 0])
 
 
-def test_a_device_of_4096_bytes_is_not_for_that_alone_an_express_device():
+def test_a_device_of_4096_bytes_is_not_for_that_alone_an_express_device() -> None:
     assert not decode_pci_config(recorded("pci-config-vmxnet3-7.2")).is_express
     assert decode_pci_config(recorded("pci-config-e1000e-10.0")).is_express
 
 
 @pytest.mark.parametrize(("control", "size"), [(0, 10), (0x80, 14), (0x100, 20), (0x180, 24)])
-def test_the_control_word_of_msi_says_how_long_it_is(control, size):
+def test_the_control_word_of_msi_says_how_long_it_is(control: int, size: int) -> None:
     data = config_space(0x40, {0x40: bytes([5, 0]) + struct.pack("<H", control) + bytes(range(1, 21))})
     msi, rest = decode_pci_config(data).space
     assert isinstance(msi, Msi)
@@ -201,12 +203,12 @@ def test_the_control_word_of_msi_says_how_long_it_is(control, size):
     )
 
 
-def test_a_list_of_capabilities_that_runs_in_a_circle_ends():
+def test_a_list_of_capabilities_that_runs_in_a_circle_ends() -> None:
     data = config_space(0x40, {0x40: bytes([0x01, 0x48]), 0x48: bytes([0x0D, 0x40])})
     assert layout(decode_pci_config(data)) == [(0x40, PowerManagement), (0x48, SubsystemVendor)]
 
 
-def test_what_follows_a_capability_inside_another_stays_bytes():
+def test_what_follows_a_capability_inside_another_stays_bytes() -> None:
     data = config_space(0x40, {0x40: bytes([0x01, 0x44]), 0x44: bytes([0x0D, 0x60]), 0x60: bytes([0x11, 0])})
     assert layout(decode_pci_config(data)) == [(0x40, PowerManagement)]
 
@@ -221,75 +223,75 @@ def test_what_follows_a_capability_inside_another_stays_bytes():
         (0x40, b"\x09\x00\xff"),  # longer than what is left
     ],
 )
-def test_a_capability_that_cannot_be_right_stays_bytes(first, part):
+def test_a_capability_that_cannot_be_right_stays_bytes(first: int, part: bytes) -> None:
     data = config_space(first, {first: part})
     config = decode_pci_config(data)
     assert config.space == (Unclaimed(offset=0x40, data=data[0x40:]),)
 
 
-def test_a_capability_may_not_reach_beyond_256_bytes_where_there_are_more():
+def test_a_capability_may_not_reach_beyond_256_bytes_where_there_are_more() -> None:
     config = decode_pci_config(config_space(0xFC, {0xFC: bytes([0x01, 0])}, size=4096))
     assert layout(config) == []
 
 
-def test_a_list_that_the_status_register_does_not_announce_is_not_read():
+def test_a_list_that_the_status_register_does_not_announce_is_not_read() -> None:
     data = bytearray(config_space(0x40, {0x40: bytes([0x01, 0])}))
     data[6] = 0
     assert layout(decode_pci_config(bytes(data))) == []
 
 
-def test_a_vendor_specific_capability_of_another_vendor_keeps_its_bytes():
+def test_a_vendor_specific_capability_of_another_vendor_keeps_its_bytes() -> None:
     data = config_space(0x40, {0x40: bytes([0x09, 0, 16, 1, 2, 3])}, vendor_id=0x8086)
     capability = decode_pci_config(data).space[0]
     assert capability == VendorSpecific(offset=0x40, id=9, next=0, length=16, data=bytes([1, 2, 3]) + bytes(10))
 
 
 @pytest.mark.parametrize("size", [0, 255, 257, 4095, 4097])
-def test_a_configuration_space_of_another_length_is_refused(size):
+def test_a_configuration_space_of_another_length_is_refused(size: int) -> None:
     with pytest.raises(StreamError, match=f"^configuration space of {size} bytes, expected 256 or 4096$"):
         decode_pci_config(bytes(size))
 
 
-def test_a_changed_register_is_written_where_it_stands():
+def test_a_changed_register_is_written_where_it_stands() -> None:
     data = recorded("pci-config-ahci-10.0")
     changed = encode(dataclasses.replace(decode_pci_config(data), command=0x0506))
     assert changed == data[:4] + b"\x06\x05" + data[6:]
 
 
-def test_a_capability_that_was_moved_cannot_be_written():
+def test_a_capability_that_was_moved_cannot_be_written() -> None:
     config = decode_pci_config(recorded("pci-config-ahci-10.0"))
     with pytest.raises(StreamError, match="Msi says it stands at 128, its place is 0x40"):
         encode(dataclasses.replace(config, space=config.space[1:]))
 
 
-def test_a_configuration_space_that_became_too_short_cannot_be_written():
+def test_a_configuration_space_that_became_too_short_cannot_be_written() -> None:
     config = decode_pci_config(recorded("pci-config-ahci-10.0"))
     with pytest.raises(StreamError, match="configuration space ends at 0xaa, expected 0x100"):
         encode(dataclasses.replace(config, space=config.space[:-1]))
 
 
 @given(st.binary(min_size=16, max_size=16))
-def test_any_state_of_the_interrupt_pins_comes_back_as_it_was(data):
+def test_any_state_of_the_interrupt_pins_comes_back_as_it_was(data: bytes) -> None:
     state = decode_pci_irq_state(data)
     assert len(state.levels) == 4
     assert encode(state) == data
 
 
-def test_interrupt_pins_that_are_cut_off_are_refused():
+def test_interrupt_pins_that_are_cut_off_are_refused() -> None:
     with pytest.raises(TruncatedError):
         decode_pci_irq_state(bytes(15))
 
 
 @given(st.integers(0, 2048), st.randoms(use_true_random=False))
-def test_an_msix_table_of_any_number_of_vectors_comes_back_as_it_was(count, random):
-    data = random.randbytes(16 * count + (count + 7) // 8)
+def test_an_msix_table_of_any_number_of_vectors_comes_back_as_it_was(count: int, source: random.Random) -> None:
+    data = source.randbytes(16 * count + (count + 7) // 8)
     state = decode_msix_state(data)
     assert len(state.table) == count
     assert encode(state) == data
 
 
 @given(st.integers(0, 40_000))
-def test_a_length_either_is_that_of_a_number_of_vectors_or_is_refused(size):
+def test_a_length_either_is_that_of_a_number_of_vectors_or_is_refused(size: int) -> None:
     fits = any(16 * count + (count + 7) // 8 == size for count in range(size // 16 + 1))
     if fits:
         assert len(encode(decode_msix_state(bytes(size)))) == size
@@ -299,14 +301,14 @@ def test_a_length_either_is_that_of_a_number_of_vectors_or_is_refused(size):
 
 
 @pytest.mark.parametrize(("name", "count"), [("nvme-11.1", 65), ("vmxnet3-7.2", 25)])
-def test_the_msix_table_has_as_many_vectors_as_the_capability_of_its_device_says(name, count):
+def test_the_msix_table_has_as_many_vectors_as_the_capability_of_its_device_says(name: str, count: int) -> None:
     state = decode_msix_state(recorded(f"msix-state-{name}"))
     config = decode_pci_config(recorded(f"pci-config-{name}"))
     assert len(state.table) == config.msix_entry_count == count
     assert state.table[0] == MsixEntry(address_lo=0, address_hi=0, data=0, vector_control=1)
 
 
-def test_a_table_with_a_vector_more_has_no_room_for_its_pending_bits():
+def test_a_table_with_a_vector_more_has_no_room_for_its_pending_bits() -> None:
     state = decode_msix_state(bytes(129))
     longer = MsixState(table=(*state.table, MsixEntry(0, 0, 0, 0)), pending=state.pending)
     with pytest.raises(StreamError, match="MsixState can't be written"):

@@ -13,6 +13,7 @@
 .equ PIC1, 0x20
 .equ PIC2, 0xa0
 .equ PIT, 0x40
+.equ LOCAL_APIC, 0xfee00000
 .equ CODE_SELECTOR, 0x08
 .equ DATA_SELECTOR, 0x10
 
@@ -83,6 +84,11 @@ install_interrupts:
     out PIC1 + 1, al
     mov al, 0xff
     out PIC2 + 1, al
+
+    mov eax, [LOCAL_APIC + 0xf0]         # on, and the PICs' interrupts let through: not every firmware does it
+    or eax, 0x1ff
+    mov [LOCAL_APIC + 0xf0], eax
+    mov dword ptr [LOCAL_APIC + 0x350], 0x700
 
     mov al, 0x34                         # channel 0, rate generator, 1193182 Hz / 1193 = 1000 Hz
     out PIT + 3, al

@@ -40,9 +40,7 @@ class Qemu:
 
 @functools.cache
 def _all() -> tuple[Qemu, ...]:
-    ran = subprocess.run(
-        [sys.executable, SCRIPT, "--json", "--list"], capture_output=True, text=True, check=False
-    )
+    ran = subprocess.run([sys.executable, SCRIPT, "--json", "--list"], capture_output=True, text=True, check=False)
     if ran.returncode:
         raise RuntimeError(ran.stderr.strip())
     return tuple(Qemu(**{**entry, "path": Path(entry["path"])}) for entry in json.loads(ran.stdout))

@@ -1,5 +1,6 @@
 """The machine, with a program in QEMU's place that does what no QEMU does."""
 
+import asyncio
 import os
 import signal
 import sys
@@ -142,3 +143,33 @@ async def test_a_machine_starts_once() -> None:
     async with machine:
         with pytest.raises(QmpError, match="fake: it has been started already"):
             await machine.start()
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing() -> None:
+    before = open_files()
+    machine = fake("time.sleep(1000)")
+    starting = asyncio.create_task(machine.start())
+    await asyncio.sleep(0)  # by now it has been spawned, and is waited for
+    pid = machine.pid
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert not is_running(pid)
+    assert open_files() == before
+
+
+async def test_a_machine_whose_block_is_cancelled_has_ended() -> None:
+    machine = fake("greet(); serve()", quit_timeout_s=0.05)
+    inside = asyncio.Event()
+
+    async def use() -> None:
+        async with machine:
+            inside.set()
+            await asyncio.sleep(1000)
+
+    using = asyncio.create_task(use())
+    await inside.wait()
+    using.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await using
+    assert machine.exit_status is not None

@@ -1,0 +1,184 @@
+"""Real migrations, recorded: what `scripts/record_corpus` keeps and live tests make afresh.
+
+Each kind is a machine with its guest, and how it is migrated.  The QEMUs are still there, stopped, when the
+recording is handed over, so that it can be compared with what they say of themselves.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from qmigrate.endpoint.relay import Relay
+from qmigrate.qmp import migration
+from qmigrate.qmp.machine import Machine
+from tests.guests import console
+from tests.guests.build import Guest
+from tests.live.versions import Qemu
+
+TIMEOUT_S: Final = 90.0
+SLOW: Final = 2 << 20  # bytes a second: several passes go by before anybody lets the migration converge
+FAST: Final = 1 << 40
+
+# Small working set, mostly zero: the capture is small, and still every pass has something to send.
+WALKER: Final = Guest("walker", memory_mib=8, zero_share=0.95, walked_share=0.02, pages_per_tick=64)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is migrated and how.  ``capabilities`` are set on both sides; ``through_relay``: to a real peer."""
+
+    shows: str
+    machine: str = "pc"
+    guest: Guest = WALKER
+    devices: Callable[[Qemu, Path], list[str]] | None = None
+    paused: bool = False
+    passes: int = 2
+    capabilities: Mapping[str, bool] = field(default_factory=dict)
+    through_relay: bool = False
+    postcopy: bool = False
+
+
+def many_devices(qemu: Qemu, folder: Path) -> list[str]:
+    """virtio, e1000, USB, AHCI, NVMe where it can migrate (11.x), VGA, four CPUs."""
+    disk, namespace = folder / "disk.img", folder / "namespace.img"
+    for image in (disk, namespace):
+        with image.open("wb") as file:
+            file.truncate(1 << 20)
+    words = [
+        "-smp 4 -vga none -device VGA,vgamem_mb=1",
+        "-netdev user,id=net0 -device virtio-net-pci,netdev=net0,romfile=",
+        "-netdev user,id=net1 -device e1000,netdev=net1,romfile=",
+        f"-drive if=none,id=disk0,file={disk},format=raw,readonly=on -device virtio-blk-pci,drive=disk0",
+        "-device virtio-rng-pci -device virtio-balloon-pci -device virtio-serial-pci",
+        "-device virtio-gpu-pci,max_outputs=1",
+        "-device qemu-xhci -device usb-tablet -device ahci,id=ahci1",
+        "-serial null -parallel null",
+    ]
+    if qemu.number >= (11,):  # before, nvme is marked as not migratable
+        # Without a drive 11.1.3 dies of SIGSEGV while it saves the device.
+        words.append(f"-drive if=none,id=nvme0,file={namespace},format=raw,readonly=on")
+        words.append("-device nvme,serial=qmigrate,drive=nvme0")
+    return " ".join(words).split()
+
+
+KINDS: Final[Mapping[str, Kind]] = {
+    "pc-running": Kind("several passes of a running guest; no capabilities"),
+    "pc-paused": Kind("a paused guest: one pass", paused=True),
+    "q35-running": Kind("several passes of a running guest", machine="q35"),
+    "q35-paused": Kind("a paused guest: one pass", machine="q35", paused=True),
+    "q35-many": Kind("many devices, four CPUs, several passes", machine="q35", devices=many_devices),
+    "q35-advised": Kind(
+        "postcopy was advised and not used: precopy to a real destination",
+        machine="q35",
+        capabilities={"postcopy-ram": True},
+        through_relay=True,
+    ),
+    "pc-postcopy": Kind(
+        "a whole postcopy migration, both directions",
+        capabilities={"postcopy-ram": True},
+        through_relay=True,
+        postcopy=True,
+        # At once: later a small guest may complete as precopy before the switch comes.
+        passes=0,
+    ),
+}
+
+
+@dataclass
+class Recording:
+    """``stream`` is the forward direction; ``back`` the way back, where there is one."""
+
+    qemu: Qemu
+    kind: Kind
+    arguments: list[str]
+    stream: Path
+    source: Machine
+    back: Path | None = None
+    destination: Machine | None = None
+    console: Path | None = None
+    queried: dict[str, Any] = field(default_factory=dict)
+
+
+@asynccontextmanager
+async def recorded(qemu: Qemu, name: str, folder: Path) -> AsyncGenerator[Recording]:
+    """Migrate once, as the kind of this name says.  Source (and destination) live until the block is left."""
+    kind = KINDS[name]
+    said = folder / "source-console"
+    arguments = arguments_of(qemu, kind, folder, said)
+    async with Machine(qemu.path, arguments, name=f"source {qemu.name}") as source:
+        await console.wait_until_ready(said)
+        await console.wait_for_passes(said, 1)
+        if kind.paused:
+            await source.session.execute("stop")
+        if kind.through_relay:
+            async with _through_relay(qemu, kind, folder, source, arguments) as recording:
+                yield recording
+        else:
+            stream = folder / "stream.mig"
+            await _migrate(source, kind, f"exec:cat > {stream}")
+            yield Recording(qemu, kind, arguments, stream, source, queried=await migration.query(source.session))
+
+
+def arguments_of(qemu: Qemu, kind: Kind, folder: Path, said: Path) -> list[str]:
+    """The command line of this kind's machine, whose guest speaks into ``said``."""
+    devices = [] if kind.devices is None else kind.devices(qemu, folder)
+    return [*kind.guest.arguments(console=said, machine=kind.machine), *devices]
+
+
+@asynccontextmanager
+async def _through_relay(
+    qemu: Qemu, kind: Kind, folder: Path, source: Machine, arguments: list[str]
+) -> AsyncGenerator[Recording]:
+    said = folder / "destination-console"
+    incoming = [*arguments_of(qemu, kind, folder, said), "-incoming", "defer"]
+    listens, target = folder / "relay.sock", folder / "incoming.sock"
+    async with (
+        Machine(qemu.path, incoming, name=f"destination {qemu.name}") as destination,
+        Relay(f"unix:{listens}", f"unix:{target}", folder) as relay,
+    ):
+        for machine in (source, destination):
+            await migration.set_capabilities(machine.session, kind.capabilities)
+        await migration.start_incoming(destination.session, f"unix:{target}")
+        await _migrate(source, kind, f"unix:{listens}")
+        await migration.wait_until(destination.session, "completed", timeout_s=TIMEOUT_S)
+        await relay.wait_closed(timeout_s=TIMEOUT_S)
+        (channel,) = relay.channels
+        yield Recording(
+            qemu,
+            kind,
+            arguments,
+            channel.forward_path,
+            source,
+            back=channel.return_path,
+            destination=destination,
+            console=said,
+            queried=await migration.query(source.session),
+        )
+
+
+async def _migrate(source: Machine, kind: Kind, uri: str) -> None:
+    """Slowly, and so that it can't converge, until enough passes went by; then let it end, or switch."""
+    session = source.session
+    held = not kind.paused
+    limits = {"max-bandwidth": SLOW, "downtime-limit": 1} if held else {"max-bandwidth": FAST}
+    if kind.postcopy:
+        limits["max-postcopy-bandwidth"] = SLOW  # so that the guest has to ask for pages
+    await migration.set_parameters(session, limits)
+    await migration.start(session, uri)
+    if held:
+        await _wait_for_syncs(source, kind.passes + 1)
+    if kind.postcopy:
+        await session.execute("migrate-start-postcopy")
+    elif held:
+        await migration.set_parameters(session, {"downtime-limit": 30_000, "max-bandwidth": FAST})
+    await migration.wait_until(session, "completed", timeout_s=TIMEOUT_S)
+
+
+async def _wait_for_syncs(source: Machine, count: int) -> None:
+    """Until the dirty bitmap was synced so often: each time a pass ended."""
+    async with asyncio.timeout(TIMEOUT_S):
+        while (await migration.query(source.session)).get("ram", {}).get("dirty-sync-count", 0) < count:
+            await asyncio.sleep(0.02)
