@@ -14,7 +14,7 @@ from qmigrate.capture.open import Source
 from qmigrate.capture.seen import SeenPages
 from qmigrate.errors import NoStreamError, StreamError
 from qmigrate.format.command import Command, Packaged
-from qmigrate.format.device import VmState
+from qmigrate.format.device import VmState, decode_state
 from qmigrate.format.ram import BlockList, Pages, RamFlag, RamRecord
 from qmigrate.format.stream import (
     ConfigurationCapabilities,
@@ -90,9 +90,7 @@ class Block:
     page_size: int | None
     address: int | None
     index: int
-    counts: dict[str, int] = field(
-        default_factory=lambda: {"normal": 0, "zero": 0, "xbzrle": 0, "compressed": 0}
-    )
+    counts: dict[str, int] = field(default_factory=lambda: {"normal": 0, "zero": 0, "xbzrle": 0, "compressed": 0})
     again: int = 0
     """How many page records replaced an earlier one of the same page."""
     seen: SeenPages = field(default_factory=SeenPages, repr=False)
@@ -169,9 +167,7 @@ class Migration:
 
     def entries(self) -> Iterator[Entry]:
         """Each record with its place, from the start; of a pipe only once.  Raises ``StreamError``."""
-        return self.source.entries(
-            description=self._description, page_size=self._page_size, limits=self._limits
-        )
+        return self.source.entries(description=self._description, page_size=self._page_size, limits=self._limits)
 
     @cached_property
     def contents(self) -> Contents:
@@ -225,8 +221,8 @@ class Gathering:
         self._entries = entries
         self._open: Section | None = None
         self._headers: dict[int, SectionHeader] = {}
+        self._kept: dict[int, tuple[Section, int, bytes]] = {}
         self._packages: list[CommandPlace] = []
-        self._package_ends: list[int] = []
         self._at = (-1, -1)
         self._switched = False
 
@@ -265,8 +261,8 @@ class Gathering:
             case DeviceState(state=state):
                 if self._open is not None:
                     self._open.state = state
-            case Undecoded(reason=reason):
-                self._undecoded(entry, reason)
+            case Undecoded(data=data, reason=reason):
+                self._undecoded(entry, data, reason)
             case BlockList():
                 self._blocks(record)
             case Command():
@@ -275,8 +271,10 @@ class Gathering:
             case Configuration():
                 self._configuration(record)
             case VmDescription():
+                self._close(entry.offset)
                 self.contents.description = record.description
                 self.contents.description_length = len(record.text)
+                self._decode_early()
             case Trailing(data=data):
                 self.contents.trailing += len(data)
             case _:
@@ -309,11 +307,31 @@ class Gathering:
         if package is not None:
             package.contents.append(section)
 
-    def _undecoded(self, entry: Entry, reason: str) -> None:
+    def _undecoded(self, entry: Entry, data: bytes, reason: str) -> None:
         if self._open is None:
             self.contents.undecoded.append((entry.offset, entry.length, reason))
         else:
             self._open.reason = reason
+            self._kept[id(self._open)] = (self._open, entry.offset, data)
+
+    def _decode_early(self) -> None:
+        """Sections that came before the description, now that it is here."""
+        description = self.contents.description
+        if description is None:
+            return
+        for section, offset, data in self._kept.values():
+            device = description.device(section.name, section.instance_id)
+            if device is None or section.package is not None:
+                continue
+            try:
+                state, used = decode_state(device.body, data, offset=offset, trail=(section.name,))
+            except StreamError as exc:
+                section.reason = f"the description does not fit: {exc}"
+                continue
+            if used == len(data):
+                section.state, section.reason = state, None
+            else:
+                section.reason = f"its footer stands after {len(data)} bytes, the description says {used}"
 
     def _command(self, entry: Entry, command: Command) -> None:
         place = CommandPlace(entry.offset, entry.length, command)

@@ -34,9 +34,7 @@ def _zstd(file: BinaryIO) -> _Reader:
         else:
             from backports import zstd
     except ImportError:
-        raise NoStreamError(
-            "compressed with zstd, which this Python can't read: pip install backports.zstd"
-        ) from None
+        raise NoStreamError("compressed with zstd, which this Python can't read: pip install backports.zstd") from None
     return zstd.open(file)
 
 
@@ -123,9 +121,7 @@ class Source:
             count = reader.readinto(feed.space())
         except _COMPRESSION_ERRORS as exc:
             reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-            raise StreamError(
-                f"the input can't be read on: {reason}", offset=feed.offset + len(feed)
-            ) from exc
+            raise StreamError(f"the input can't be read on: {reason}", offset=feed.offset + len(feed)) from exc
         if count:
             feed.received(count)
         else:

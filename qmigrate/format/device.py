@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeAlias
 
 from qmigrate.errors import StreamError, TruncatedError
+from qmigrate.format import pci, virtio
 from qmigrate.format._record import Record
 from qmigrate.format.stream import SubsectionHeader
 from qmigrate.format.vmdesc import NULL_MARKERS, FieldDescription, StructDescription
@@ -122,6 +123,8 @@ UNSIGNED: Final = frozenset(
         *("uint8", "uint16", "uint32", "uint64"),
         *("uint8 equal", "uint16 equal", "uint32 equal", "uint64 equal"),
         *("uint16_from_uint8", "CPU_Double_U"),
+        *("cpsr", "fpscr", "powered_off"),  # Arm
+        *("fpr", "vsr", "cpu/altivec/vscr"),  # ppc64
         "timer",  # expiry in ns of its clock; all ones: not armed
     }
 )
@@ -136,13 +139,52 @@ _NATURAL_SIZES: Final[Mapping[str, int]] = {
     "timer": 8,
 }
 
-TYPES: Final[dict[str, Codec]] = {
+
+def _decode_packet_ids(data: bytes) -> Value:
+    """u32 count, then as many u64.  hw/usb/redirect.c: packet_id_queue_vmstate_info"""
+    if len(data) < 4 or len(data) != 4 + 8 * int.from_bytes(data[:4]):
+        raise StreamError(f"a queue of packet ids has {len(data)} bytes, its count says otherwise")
+    return struct.unpack(f">{len(data) // 8}Q", data[4:])
+
+
+def _encode_packet_ids(ids: Sequence[int]) -> bytes:
+    return struct.pack(f">I{len(ids)}Q", len(ids), *ids)
+
+
+# A vector register is a pair of u64.  target/ppc/machine.c: vmstate_info_avr, vmstate_info_slbe
+_PAIR: Final = Codec(lambda data: struct.unpack(">2Q", _exactly(16, data)), lambda pair: struct.pack(">2Q", *pair))
+
+
+def _exactly(size: int, data: bytes) -> bytes:
+    if len(data) != size:
+        raise StreamError(f"has {len(data)} bytes, expected {size}")
+    return data
+
+
+TYPES: Final[Mapping[str, Codec]] = {
     "bool": _BOOL,
     "bitmap": _BITMAP,
     "buffer": _BUFFER,
     "unused_buffer": _BUFFER,
+    "pci config": Codec(pci.decode_pci_config, pci.encode),
+    "pci irq state": Codec(pci.decode_pci_irq_state, pci.encode),
+    "msix state": Codec(pci.decode_msix_state, pci.encode),
+    "virtio": Codec(virtio.decode_virtio, pci.encode),
+    "usb-redir-packet-id-q": Codec(_decode_packet_ids, _encode_packet_ids),
+    "avr": _PAIR,
+    "slbe": _PAIR,
 }
 """Types whose elements are decoded one by one.  Integers are read in bulk, structs by recursion."""
+
+OPAQUE: Final[Mapping[str, str]] = {
+    "scsi-requests": "each request's layout is its device's own",
+    "shpc": "raw registers of the hot-plug controller",
+    "usb-redir-parser": "the layout is that of another library, libusbredirparser",
+    "usb-redir-bufpq": "the layout is that of another library, libusbredirparser",
+    "virtio-gpu": "resources with their pixels, then scanouts: only the device knows the lengths",
+    "unknown": "QEMU names no type",
+}
+"""Types that stay bytes, and why."""
 
 PLAIN_BYTES: Final = frozenset({"buffer", "unused_buffer"})
 _NULL, _VALID = 0x30, 0x31
@@ -307,7 +349,7 @@ def _decode_leaf(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...
         return (values[0] if field.count is None else values), None
     codec = TYPES.get(field.type)
     if codec is None:
-        return data, f"the type {field.type!r} is not known"
+        return data, OPAQUE.get(field.type, f"the type {field.type!r} is not known")
     if not data or (field.type in PLAIN_BYTES and field.count is None):
         return data, "a buffer has no inner structure"
     try:

@@ -17,11 +17,12 @@ from qmigrate.errors import StreamError
 from qmigrate.format.command import COMMANDS, CommandNumber
 from qmigrate.format.device import VmState, decode_state
 from qmigrate.format.stream import SectionHeader, SectionType
-from qmigrate.format.vmdesc import Description, parse_description
+from qmigrate.format.vmdesc import Description, DeviceDescription, parse_description
 
 __all__ = ["Item", "Tail", "find_description", "plausible_header", "read_tail"]
 
 FOOTER_BYTES: Final = 5
+LONGEST_HEADER: Final = 6 + 255 + 8
 _HIGHEST_VERSION: Final = 0xFFFF  # of a section header that we take for one without other proof
 _MOST_STEPS: Final = 200_000  # candidates tried before a hostile tail is given up
 _HEADER: Final = re.compile(rb"[\x01\x04](?s:.{4})([\x01-\xff])([\x21-\x7e][\x20-\x7e]*)")
@@ -60,7 +61,7 @@ def plausible_header(data: bytes | memoryview, at: int = 0) -> SectionHeader | N
     if found is None or len(found[2]) < found[1][0]:
         return None
     try:
-        header, _ = SectionHeader.read_prefix(data[at : at + 6 + 255 + 8])
+        header, _ = SectionHeader.read_prefix(data[at : at + LONGEST_HEADER])
     except StreamError:
         return None
     return header if header.version_id <= _HIGHEST_VERSION else None
@@ -149,12 +150,26 @@ class _Search:
         if end <= len(self.data):
             yield Item(at, end, command=CommandNumber(number))
 
-    def sections_at(self, at: int) -> Iterator[Item]:
+    def header_at(self, at: int) -> SectionHeader | None:
+        """A plausible header, or one that the description names: a version may be anything (i82801's is)."""
         header = plausible_header(self.data, at)
+        if header is not None or self.description is None:
+            return header
+        try:
+            header, _ = SectionHeader.read_prefix(self.data[at : at + LONGEST_HEADER])
+        except StreamError:
+            return None
+        return header if self.described(header) is not None else None
+
+    def described(self, header: SectionHeader) -> DeviceDescription | None:
+        return None if self.description is None else self.description.device(header.idstr, header.instance_id)
+
+    def sections_at(self, at: int) -> Iterator[Item]:
+        header = self.header_at(at)
         if header is None:
             return
         body = at + 6 + self.data[at + 5] + 8
-        device = None if self.description is None else self.description.device(header.idstr, header.instance_id)
+        device = self.described(header)
         if device is None:
             reason = "no description in this stream" if self.description is None else "not in the description"
             yield from self.by_footer(at, header, body, reason)
@@ -211,7 +226,7 @@ class _Search:
             return True
         match self.data[at : at + 1]:
             case b"\x04":
-                header = plausible_header(self.data, at)
+                header = self.header_at(at)
                 return header is not None and header.section_id != before.section_id
             case b"\x08" if self.package:
                 return any(self.command_at(at))
@@ -291,7 +306,7 @@ class _Search:
         offset = self.base + at
         if at >= len(self.data):
             return StreamError("the stream ends here, expected a section or EOF", offset=offset)
-        header = plausible_header(self.data, at) if self.data[at] == SectionType.FULL else None
+        header = self.header_at(at) if self.data[at] == SectionType.FULL else None
         if header is not None:
             return StreamError(
                 f"no footer 7e{header.section_id:08x} closes this section before the stream ends",

@@ -158,7 +158,9 @@ class _Reader:
         kind = self.string(entry.get("type"), f"{place}.type")
         elements: tuple[StructDescription, ...] = ()
         if kind == "struct":
-            elements = (self.struct(self.object(entry.get("struct"), f"{place}.struct"), f"{place}.struct"),)
+            # 5.2 and 7.2 describe a NULL in an array of pointers as an empty object: without a name, even.
+            inner = self.object(entry.get("struct"), f"{place}.struct")
+            elements = (self.struct(inner, f"{place}.struct", name="" if not inner else None),)
         elif kind in _INLINE:
             elements = tuple(self.struct(part, place) for part in _element_groups(entry))
         count, index = entry.get("array_len"), entry.get("index")

@@ -45,7 +45,7 @@ from qmigrate.format.stream import (
     SubsectionHeader,
     VmDescriptionHeader,
 )
-from qmigrate.format.tail import FOOTER_BYTES, Item, Tail, find_description, plausible_header, read_tail
+from qmigrate.format.tail import FOOTER_BYTES, LONGEST_HEADER, Item, Tail, find_description, plausible_header, read_tail
 from qmigrate.format.vmdesc import Description, parse_description
 
 __all__ = [
@@ -127,6 +127,7 @@ class Walker:
         self.footers: bool | None = None
         self.sections: dict[int, SectionHeader] = {}
         self.ram: RamSection | None = None
+        self.ram_ended = False
         self.live: dict[int, LiveState] = {}
         self.switched = False
 
@@ -144,8 +145,9 @@ class Walker:
                 case SectionType.START | SectionType.FULL:
                     header, length = yield from self.feed.record(SectionHeader)
                     if kind == SectionType.FULL and self.ram is not None:
-                        yield from self._tail()
-                        return
+                        if not (yield from self._is_early(header, length)):
+                            yield from self._tail()
+                            return
                     yield self._entry(header, length)
                     yield from self._opened(header)
                 case SectionType.PART | SectionType.END:
@@ -356,6 +358,7 @@ class Walker:
         if header.idstr == "ram" and self.ram is not None:
             yield from self.ram.records()
             yield from self._footer(header)
+            self.ram_ended = part.kind == SectionType.END
         else:
             yield from self._live(header, part.kind)
 
@@ -375,43 +378,68 @@ class Walker:
             )
         yield self._entry(footer, length)
 
-    def _early(self, header: SectionHeader) -> Step:
-        """A FULL section before RAM: it ends at the first footer of its own that a plausible header follows."""
-        mark = Footer(section_id=header.section_id).build()
-        end = yield from self._early_end(header, mark)
-        reason = "it comes before RAM: its end was found by its footer"
-        yield self._entry(Undecoded(bytes(self.feed.view(end)), reason), end)
-        if self.footers is not False and self.feed.view(5) == mark:
-            self.footers = True
-            yield from self._footer(header)
+    def _is_early(self, header: SectionHeader, length: int) -> Generator[None, None, bool]:
+        """Is a FULL section between RAM's START and END an early one?  10.0 sends virtio-mem's there.
 
-    def _early_end(self, header: SectionHeader, mark: bytes) -> Generator[None, None, int]:
-        searched = 0
+        A background snapshot has its devices there too: those are the tail, for no part of RAM follows them.
+        """
+        if self.ram_ended:
+            return False
+        end = yield from self._early_end(header, length)
+        return end is not None and self._opens_part(bytes(self.feed.view(end + 10)), end + FOOTER_BYTES)
+
+    def _early(self, header: SectionHeader) -> Step:
+        """A FULL section before RAM: it ends at the first footer of its own that plausibly goes on."""
+        end = yield from self._early_end(header, 0)
+        if end is None:
+            raise TruncatedError(
+                "the stream ends here, in a section whose footer has not come",
+                offset=self.feed.offset + len(self.feed),
+                trail=(header.idstr,),
+            )
+        reason = "it comes before the description: its end was found by its footer"
+        yield self._entry(Undecoded(bytes(self.feed.view(end)), reason), end)
+        self.footers = True
+        yield from self._footer(header)
+
+    def _early_end(self, header: SectionHeader, begin: int) -> Generator[None, None, int | None]:
+        """How far ahead the section's footer stands, looking from ``begin`` bytes ahead; None without one."""
+        mark = Footer(section_id=header.section_id).build()
+        searched = begin
         while True:
             data = bytes(self.feed.view())
             end = data.find(mark, searched)
-            if end < 0:
-                searched = max(0, len(data) - len(mark) + 1)
-                if len(data) > self.limits.device_state:
-                    raise UnsupportedError(
-                        f"a section of more than {self.limits.device_state} bytes (--max-device-state)",
-                        offset=self.feed.offset,
-                        trail=(header.idstr,),
-                    )
-                if not (yield from self.feed.more()):
-                    raise TruncatedError(
-                        "the stream ends here, in a section whose footer has not come",
-                        offset=self.feed.offset + len(data),
-                        trail=(header.idstr,),
-                    )
+            if end >= 0:
+                after = end + len(mark)
+                if len(data) < after + LONGEST_HEADER and (yield from self.feed.more()):
+                    continue
+                if self._plausibly_opens(data, after):
+                    return end
+                searched = end + 1
                 continue
-            after = end + len(mark)
-            if len(data) < after + 272 and not self.feed.ended:
-                yield from self.feed.more()
-                continue
-            if data[after : after + 1] == b"\x08" or plausible_header(data, after) is not None:
-                return end
-            searched = end + 1
+            searched = max(begin, len(data) - len(mark) + 1)
+            if len(data) > self.limits.device_state:
+                raise UnsupportedError(
+                    f"a section of more than {self.limits.device_state} bytes (--max-device-state)",
+                    offset=self.feed.offset,
+                    trail=(header.idstr,),
+                )
+            if not (yield from self.feed.more()):
+                return None
+
+    def _plausibly_opens(self, data: bytes, at: int) -> bool:
+        return (
+            data[at : at + 1] == bytes([SectionType.COMMAND])
+            or self._opens_part(data, at)
+            or plausible_header(data, at) is not None
+        )
+
+    def _opens_part(self, data: bytes, at: int) -> bool:
+        """PART or END of a section that a START has opened."""
+        if data[at : at + 1] not in (bytes([SectionType.PART]), bytes([SectionType.END])):
+            return False
+        header = self.sections.get(int.from_bytes(data[at + 1 : at + 5]))
+        return header is not None and header.kind == SectionType.START
 
     # -- the end
 
