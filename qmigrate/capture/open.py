@@ -82,6 +82,11 @@ class Source:
         """Close the file, unless it is standard input."""
         self._file.close()
 
+    @property
+    def position(self) -> int | None:
+        """How many bytes of the file were read so far, as it is stored; None of a pipe."""
+        return self._file.tell() - self._start if self.can_rewind else None
+
     def entries(
         self,
         *,

@@ -266,7 +266,7 @@ def _decode_field(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ..
 
 def _decode_structs(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Value:
     if _is_old_null(field):
-        return _decode_null(cursor, trail)
+        return _decode_nulls(field, cursor, trail)
     if not field.elements:
         return _decode_struct(StructDescription("", 0), cursor, trail)
     count = 1 if field.count is None else field.count
@@ -298,6 +298,14 @@ def _decode_null(cursor: _Cursor, trail: tuple[str, ...]) -> Value:
         cursor.at -= 1
         cursor.fail(f"found {byte:#x}, expected a marker {_NULL:#x} or {_VALID:#x}", trail)
     return None if byte == _NULL else True
+
+
+def _decode_nulls(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Value:
+    if field.count is None:
+        return _decode_null(cursor, trail)
+    if field.count > cursor.left:
+        cursor.fail(f"{field.count} markers are described, {cursor.left} bytes are there", trail)
+    return tuple(_decode_null(cursor, trail) for _ in range(field.count))
 
 
 def _decode_list(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Value:
@@ -337,8 +345,7 @@ def _decode_tree(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...
 def _decode_leaf(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...]) -> tuple[Value, str | None]:
     count = 1 if field.count is None else field.count
     if field.type in NULL_MARKERS:
-        nulls = tuple(_decode_null(cursor, trail) for _ in range(min(count, cursor.left + 1)))
-        return (nulls[0] if field.count is None else nulls), None
+        return _decode_nulls(field, cursor, trail), None
     offset = cursor.offset
     data = cursor.take(count * field.size, trail)
     if _natural_size_differs(field) and data == bytes([_NULL]):

@@ -144,10 +144,9 @@ class Walker:
                     yield from self._command()
                 case SectionType.START | SectionType.FULL:
                     header, length = yield from self.feed.record(SectionHeader)
-                    if kind == SectionType.FULL and self.ram is not None:
-                        if not (yield from self._is_early(header, length)):
-                            yield from self._tail()
-                            return
+                    if self.ram is not None and not (yield from self._is_before_tail(header, length)):
+                        yield from self._tail()
+                        return
                     yield self._entry(header, length)
                     yield from self._opened(header)
                 case SectionType.PART | SectionType.END:
@@ -378,11 +377,14 @@ class Walker:
             )
         yield self._entry(footer, length)
 
-    def _is_early(self, header: SectionHeader, length: int) -> Generator[None, None, bool]:
-        """Is a FULL section between RAM's START and END an early one?  10.0 sends virtio-mem's there.
+    def _is_before_tail(self, header: SectionHeader, length: int) -> Generator[None, None, bool]:
+        """Is this no device of the tail: a START, or an early FULL between RAM's START and END?
 
-        A background snapshot has its devices there too: those are the tail, for no part of RAM follows them.
+        10.0 sends virtio-mem's there.  A background snapshot has its devices there too: those are the tail, as no
+        part of RAM follows them.
         """
+        if header.kind == SectionType.START:
+            return True
         if self.ram_ended:
             return False
         end = yield from self._early_end(header, length)

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from qmigrate.analysis.records import coalesce
+from qmigrate.analysis.summary import describe_block, describe_error
 from qmigrate.capture.migration import Block, Contents, Gathering, Migration
 from qmigrate.format.command import Packaged
 from qmigrate.format.ram import BlockList, Pages, RamFlag
@@ -13,7 +14,7 @@ from qmigrate.report.names import clean
 from qmigrate.report.paper import DIM, HEAD, Paper, text
 from qmigrate.report.units import count, plural, share, size
 
-__all__ = ["tally_ram", "write_ram"]
+__all__ = ["plain_ram", "tally_ram", "write_ram"]
 
 _MOST_PASSES: Final = 24  # more than these are left out of the middle: a hostile stream may have any number
 _KINDS: Final = {
@@ -143,3 +144,24 @@ def _write_passes(tally: RamTally, paper: Paper) -> None:
             for name, sent in named
         ],
     )
+
+
+def plain_ram(tally: RamTally) -> dict[str, Any]:
+    """The same for JSON: blocks as in the summary, with their runs."""
+    contents = tally.contents
+    return {
+        "target_page_size": contents.page_size,
+        "ram_blocks": [
+            {**describe_block(block, contents.page_size), "runs": tally.runs.get(block.name, 0)}
+            for block in contents.blocks.values()
+        ],
+        "passes": [_plain_pass(sent) for sent in tally.passes],
+        "postcopy": _plain_pass(tally.postcopy) if tally.postcopy.blocks else None,
+        "complete": contents.complete,
+        "errors": [describe_error(error) for error in contents.errors],
+    }
+
+
+def _plain_pass(sent: PassCounts) -> dict[str, int]:
+    counts = {kind: number for kind, number in sent.counts.items() if number or kind in ("normal", "zero")}
+    return {**counts, "blocks": len(sent.blocks)}
