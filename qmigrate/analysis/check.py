@@ -80,7 +80,8 @@ def _compare(checked: Checked, entry: Entry) -> None:
         rebuilt = encode(entry.record, contents=entry.view, page_size=page_size)
     except StreamError as exc:
         rebuilt = str(exc).encode()
-    if memoryview(rebuilt) == entry.view or len(checked.differences) >= _MOST_DIFFERENCES:
+    # A bytearray is compared by memcmp, a memoryview element by element.
+    if bytearray(rebuilt) == entry.view or len(checked.differences) >= _MOST_DIFFERENCES:
         return
     found = bytes(entry.view)
     at = next(

@@ -17,6 +17,7 @@ from qmigrate.format.walk import Entry, RamPage
 
 __all__ = ["ExtractError", "Extracted", "extract", "file_name"]
 
+_PAGE: Final = int(RamFlag.PAGE)
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
 _LONGEST_FILE: Final = (1 << 63) - 1
 
@@ -93,13 +94,14 @@ class _Writer:
         self.bytes_written: dict[str, int] = {}
         self._descriptors: dict[str, int] = {}
         self._temporary: dict[str, Path] = {}
+        self._again: dict[str, int] = {}
 
     def take(self, entry: Entry, blocks: dict[str, Block]) -> None:
         match entry.record:
             case BlockList():
                 self._open(blocks)
             case Pages() as pages:
-                self._pages(pages, entry)
+                self._pages(pages, entry, blocks[pages.block])
             case RamPage(block=block, record=record):
                 raise UnsupportedError(
                     f"a page is sent as {RamFlag(record.word.kind).name}, which extract does not read yet",
@@ -117,7 +119,7 @@ class _Writer:
             descriptor = os.open(temporary, flags, 0o666)
             self.stack.callback(self._drop, temporary, descriptor)
             self._descriptors[block.name], self._temporary[block.name] = descriptor, temporary
-            self.bytes_written[block.name] = 0
+            self.bytes_written[block.name] = self._again[block.name] = 0
             try:
                 os.ftruncate(descriptor, block.length)
             except OSError as exc:
@@ -133,23 +135,30 @@ class _Writer:
     def finish(self) -> None:
         """All is read: give the files their names."""
         for block, temporary in self._temporary.items():
-            temporary.replace(self.folder / self.names[block])
+            target = self.folder / self.names[block]
+            # Some file systems write all data out before they rename over a file: seconds for a large one.
+            target.unlink(missing_ok=True)
+            temporary.rename(target)
 
-    def _pages(self, pages: Pages, entry: Entry) -> None:
+    def _pages(self, pages: Pages, entry: Entry, block: Block) -> None:
         descriptor = self._descriptors[pages.block]
-        for index, run in enumerate(pages.runs):
-            if run.flag == RamFlag.PAGE:
-                name_bytes = 0
-                if pages.named and index == 0:
-                    name_bytes = 1 + len(pages.block.encode("utf-8", "surrogateescape"))
+        name_bytes = 1 + len(pages.block.encode("utf-8", "surrogateescape")) if pages.named else 0
+        # A zero page is a hole already, unless the file may hold data of an earlier pass.
+        sent_again = block.again > self._again[pages.block]
+        self._again[pages.block] = block.again
+        page_count = 0
+        for run in pages.runs:
+            if run.flag == _PAGE:
                 self._normal(descriptor, pages, run, entry, name_bytes)
-                self.bytes_written[pages.block] += run.page_count * pages.page_size
-            else:
+                page_count += run.page_count
+            elif sent_again or pages.fill:
                 self._zero(descriptor, pages, run)
+            name_bytes = 0  # only the first record of all can have a name
+        self.bytes_written[pages.block] += page_count * pages.page_size
 
     @staticmethod
     def _normal(descriptor: int, pages: Pages, run: PageRun, entry: Entry, name_bytes: int) -> None:
-        """Gather the pages out from between their headers.  Only a run's first record can have a name."""
+        """Gather the pages out from between their headers."""
         page_size, view = pages.page_size, entry.view
         stride = 8 + page_size
         begin = run.offset - entry.offset + 8 + name_bytes
@@ -161,7 +170,7 @@ class _Writer:
 
     @staticmethod
     def _zero(descriptor: int, pages: Pages, run: PageRun) -> None:
-        """A zero page is a hole; where the file has data from an earlier pass, that goes."""
+        """Where the file has data from an earlier pass, that goes."""
         length = run.page_count * pages.page_size
         if pages.fill:
             _write_all(descriptor, [memoryview(bytes([pages.fill]) * length)], run.start)

@@ -3,6 +3,7 @@
 All else sees only this: ``with qmigrate.open(path) as migration``.
 """
 
+import operator
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -124,6 +125,7 @@ class Contents:
         return {section.key: section.state for section in self.sections if section.state is not None}
 
 
+_ZERO: Final = int(RamFlag.ZERO)
 _COUNT_NAMES: Final[dict[int, str]] = {
     RamFlag.PAGE: "normal",
     RamFlag.ZERO: "zero",
@@ -365,22 +367,27 @@ class Gathering:
 
     def _pages(self, pages: Pages) -> None:
         contents = self.contents
-        block, page_size = contents.blocks[pages.block], pages.page_size
+        block, page_size, runs = contents.blocks[pages.block], pages.page_size, pages.runs
         contents.page_size = page_size
-        seen, counts = block.seen, block.counts
-        pages_sent = 0
-        for _, flag, start, count in pages.runs:
-            counts[_COUNT_NAMES[flag]] += count
-            block.again += seen.add(start // page_size, count)
-            pages_sent += count
-            if not self._switched:
-                # A pass goes through the blocks in the list's order: going back opens the next one.
-                place = (block.index, start)
-                if place <= self._at or not contents.passes:
-                    contents.passes += 1
-                self._at = (block.index, start + (count - 1) * page_size)
+        block.again += block.seen.add_runs(runs, page_size)
+        total = sum([run[3] for run in runs])
+        zero = sum([count for _, flag, _, count in runs if flag == _ZERO])
+        block.counts["normal"] += total - zero
+        block.counts["zero"] += zero
+        if not self._switched:
+            self._count_passes(block.index, [run[2] for run in runs])
         if self._open is not None:
-            self._open.page_count += pages_sent
+            self._open.page_count += total
+
+    def _count_passes(self, block_index: int, starts: list[int]) -> None:
+        """A pass goes through the blocks in the list's order: going back opens the next one."""
+        last_index, last_start = self._at
+        if not self.contents.passes:
+            self.contents.passes = 1
+        elif (block_index, starts[0]) <= (last_index, last_start):
+            self.contents.passes += 1
+        self.contents.passes += sum(map(operator.le, starts[1:], starts))
+        self._at = (block_index, starts[-1])
 
     def _odd_page(self, page: RamPage) -> None:
         block = self.contents.blocks[page.block]

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from qmigrate.capture.migration import Migration
-from qmigrate.format.walk import Entry
+from qmigrate.format.entry import Entry
 from qmigrate.report.units import share, size
 
 __all__ = ["WatchedMigration"]

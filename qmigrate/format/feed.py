@@ -13,6 +13,7 @@ from qmigrate.format._record import Record
 __all__ = ["Feed"]
 
 WINDOW: Final = 1 << 20  # fits a core's second-level cache: RAM streams through it once
+_LONGEST_RECORD: Final = 1 << 18  # a page is at most 64 KiB
 _LONGEST_AHEAD: Final = 1 << 16  # of a record inside CONFIGURATION or the block list
 R = TypeVar("R", bound=Record)
 
@@ -122,13 +123,13 @@ class Feed:
             try:
                 return cls.read_prefix(self.view(1024), offset=self.offset, trail=trail, **context)
             except TruncatedError:
-                # Nothing that is read as a record is longer than a page and a name; a view that long which
-                # does not suffice is tried whole.
+                # Few records are longer than that; none is as long as the next view.
                 if len(self) > 1024:
                     try:
-                        return cls.read_prefix(self.view(), offset=self.offset, trail=trail, **context)
+                        return cls.read_prefix(self.view(_LONGEST_RECORD), offset=self.offset, trail=trail, **context)
                     except TruncatedError:
-                        pass
+                        if len(self) >= _LONGEST_RECORD:
+                            raise
                 if not (yield from self.more()):
                     raise
 

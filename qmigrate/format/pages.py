@@ -16,10 +16,11 @@ from qmigrate.format.ram import PageRun, RamFlag
 
 __all__ = ["scan"]
 
-NORMAL: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)  # 0x28
-ZERO: Final = int(RamFlag.ZERO | RamFlag.CONTINUE)  # 0x22
-_SHORT_RUN: Final = 4  # pages; below, the plain loop is faster
-_LOOP_PAGES: Final = 512  # how long to stay in the plain loop before runs are tried again
+_PAGE: Final = int(RamFlag.PAGE)
+_ZERO: Final = int(RamFlag.ZERO)
+_CONTINUE: Final = int(RamFlag.CONTINUE)
+_SHORT_RUN: Final = 6  # pages; below, the plain loop is faster
+_LOOP_PAGES: Final = 2048  # how long to stay in the plain loop before runs are tried again
 _PIECE: Final = 256  # records unpacked at once
 _WORD: Final = struct.Struct(">Q")
 
@@ -57,13 +58,13 @@ def scan(buffer: bytearray | bytes, begin: int, end: int, *, offset: int, page_s
             return runs, position
         before = len(runs)
         if middle > position:
-            _split(runs, buffer, position, middle, RamFlag.PAGE, page_size, shift)
+            _split(runs, buffer, position, middle, _PAGE, page_size, shift)
         if after > middle:
-            _split(runs, buffer, middle, after, RamFlag.ZERO, page_size, shift)
-        pages = (middle - position) // (8 + page_size) + (after - middle) // 9
+            _split(runs, buffer, middle, after, _ZERO, page_size, shift)
+        page_count = (middle - position) // (8 + page_size) + (after - middle) // 9
         position = after
-        if pages < _SHORT_RUN * (len(runs) - before):
-            position = _plain(runs, buffer, position, end, page_size, shift)
+        if page_count < _SHORT_RUN * max(1, len(runs) - before):
+            position = scan_plainly(runs, buffer, position, end, page_size=page_size, shift=shift)
 
 
 def _split(
@@ -76,51 +77,62 @@ def _split(
     shift: int,
 ) -> None:
     """Records of one kind from ``begin`` to ``end``: cut where the offset in the block jumps."""
-    stride = 8 + (page_size if flag == RamFlag.PAGE else 1)
-    flags = flag | RamFlag.CONTINUE
+    stride = 8 + (page_size if flag == _PAGE else 1)
+    flags = flag | _CONTINUE
     at = begin
     while at < end:
         count = min(_PIECE, (end - at) // stride)
         words = _words(count, stride).unpack_from(buffer, at)
         first = words[0]
         if words == tuple(range(first, first + count * page_size, page_size)):
-            _append(runs, at + shift, flag, first - flags, count, page_size, stride)
+            _append(runs, PageRun(at + shift, flag, first - flags, count), page_size, stride)
         else:
             for index, word in enumerate(words):
-                _append(runs, at + index * stride + shift, flag, word - flags, 1, page_size, stride)
+                _append(runs, PageRun(at + index * stride + shift, flag, word - flags, 1), page_size, stride)
         at += count * stride
 
 
-def _append(runs: list[PageRun], offset: int, flag: int, start: int, count: int, page_size: int, stride: int) -> None:
+def _append(runs: list[PageRun], run: PageRun, page_size: int, stride: int) -> None:
+    """Add a run, or make the last one longer where this goes on with it."""
     if runs:
-        last = runs[-1]
-        if (
-            last.flag == flag
-            and last.start + last.page_count * page_size == start
-            and last.offset + last.page_count * stride == offset
-        ):
-            runs[-1] = PageRun(last.offset, flag, last.start, last.page_count + count)
+        offset, flag, start, count = runs[-1]
+        if (flag, start + count * page_size, offset + count * stride) == (run.flag, run.start, run.offset):
+            runs[-1] = PageRun(offset, flag, start, count + run.page_count)
             return
-    runs.append(PageRun(offset, flag, start, count))
+    runs.append(run)
 
 
-def _plain(runs: list[PageRun], buffer: bytearray | bytes, position: int, end: int, page_size: int, shift: int) -> int:
-    """One record after the other, for a while.  The plain version of the above."""
+def scan_plainly(
+    runs: list[PageRun], buffer: bytearray | bytes, position: int, end: int, *, page_size: int, shift: int
+) -> int:
+    """One record after the other, for a while: the plain version of ``scan``.  Adds to ``runs``."""
     mask = page_size - 1
     unpack = _WORD.unpack_from
+    normal_stride, normal, zero = 8 + page_size, _PAGE | _CONTINUE, _ZERO | _CONTINUE
+    last_place = end - 9  # the last one at which the shorter record fits
+    following = -1  # the word that would go on with the run
+    offset = flag = start = count = 0
     for _ in range(_LOOP_PAGES):
-        if position + 9 > end:
+        if position > last_place:
             break
         word = unpack(buffer, position)[0]
         flags = word & mask
-        if flags == NORMAL:
-            stride = 8 + page_size
-            if position + stride > end:
+        if flags == normal:
+            if position + normal_stride > end:
                 break
-        elif flags == ZERO and not buffer[position + 8]:
+            stride = normal_stride
+        elif flags == zero and not buffer[position + 8]:
             stride = 9
         else:
             break
-        _append(runs, position + shift, flags & ~RamFlag.CONTINUE, word - flags, 1, page_size, stride)
+        if word == following:
+            count += 1
+        else:
+            if count:
+                _append(runs, PageRun(offset, flag, start, count), page_size, normal_stride if flag == _PAGE else 9)
+            offset, flag, start, count = position + shift, flags - _CONTINUE, word - flags, 1
+        following = word + page_size
         position += stride
+    if count:
+        _append(runs, PageRun(offset, flag, start, count), page_size, normal_stride if flag == _PAGE else 9)
     return position

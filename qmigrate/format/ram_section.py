@@ -6,6 +6,7 @@ migration/ram.c: ram_load_precopy(), parse_ramblocks()
 """
 
 from collections.abc import Generator, Sequence
+from typing import Final
 
 from qmigrate.errors import StreamError, UnsupportedError
 from qmigrate.format import pages
@@ -25,6 +26,8 @@ from qmigrate.format.ram import (
 )
 
 __all__ = ["RamSection"]
+
+_PLAIN_PAGE: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)
 
 
 class RamSection:
@@ -119,6 +122,8 @@ class RamSection:
                     batch = Pages(self.block, False, page_size, 0, runs)
                     self._check_bounds(batch)
                     yield self._consume(batch, position - begin)
+                if self._is_cut_page() and (yield from feed.more()):
+                    continue
             trail = ("ram",) if self.block is None else ("ram", self.block)
             record, length = yield from feed.record(RamRecord, trail, page_size=page_size)
             if record.word.kind in PAGE_KINDS:
@@ -127,6 +132,11 @@ class RamSection:
             yield self._consume(record, length)
             if record.word.flags == RamFlag.EOS:
                 return
+
+    def _is_cut_page(self) -> bool:
+        """Is a plain page at hand, but not all of it?  Then it is worth to wait and read it as a run."""
+        head = self.feed.view(8)
+        return len(head) == 8 and head[7] == _PLAIN_PAGE and len(self.feed) < 8 + self.page_size
 
     def _page(self, record: RamRecord, length: int, trail: Sequence[str]) -> Entry:
         """One page record by itself: named, not zero-filled, a delta, or cut by the window's end."""

@@ -10,7 +10,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from qmigrate.errors import NoStreamError, StreamError, TruncatedError, UnsupportedError
+from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
 from qmigrate.format._record import Record
 from qmigrate.format.command import Packaged, PageSizes, PostcopyAdvise, read_command
 from qmigrate.format.entry import (
@@ -319,6 +319,8 @@ class Walker:
                     offset=self.feed.offset - 4,
                     trail=("ram",),
                 )
+            if self.ram is not None:
+                raise SequenceError("a second START of ram", offset=self.feed.offset, trail=("ram",))
             self.ram = RamSection(
                 self.feed, page_size=self.page_size, capabilities=self.capabilities, advised=self.advised
             )

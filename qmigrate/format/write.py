@@ -6,6 +6,7 @@ and the bytes that ``walk`` could not decode.
 
 import struct
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from qmigrate.errors import StreamError
 from qmigrate.format._record import Record
@@ -25,6 +26,12 @@ from qmigrate.format.walk import (
 )
 
 __all__ = ["encode", "write"]
+
+
+_ZERO: Final = int(RamFlag.ZERO)
+_CONTINUE: Final = int(RamFlag.CONTINUE)
+_HEAD: Final = struct.Struct(">Q")
+_ZERO_RECORD: Final = struct.Struct(">QB")
 
 
 def write(entries: Iterable[Entry]) -> Iterator[bytes | bytearray]:
@@ -86,7 +93,7 @@ def _encode_pages(pages: Pages, contents: bytes | memoryview) -> bytearray:
             head = struct.pack(">QB", start | run.flag, len(name)) + name
             out[at : at + len(head)] = head
             at += len(head)
-            if run.flag == RamFlag.ZERO:
+            if run.flag == _ZERO:
                 out[at] = pages.fill
             at += pages.record_bytes(run.flag) - 8
             count, start = count - 1, start + pages.page_size
@@ -97,14 +104,16 @@ def _encode_pages(pages: Pages, contents: bytes | memoryview) -> bytearray:
 
 
 def _encode_run(out: bytearray, at: int, start: int, flag: int, count: int, pages: Pages) -> int:
-    word = start | flag | RamFlag.CONTINUE
-    if flag == RamFlag.ZERO:
-        record = struct.Struct(">QB")
-        for index in range(count):
-            record.pack_into(out, at + 9 * index, word + index * pages.page_size, pages.fill)
-        return at + 9 * count
-    stride = pages.record_bytes(flag)
-    head = struct.Struct(">Q")
-    for index in range(count):
-        head.pack_into(out, at + stride * index, word + index * pages.page_size)
-    return at + stride * count
+    page_size, word = pages.page_size, start | flag | _CONTINUE
+    end = word + count * page_size
+    if flag == _ZERO:
+        pack, fill = _ZERO_RECORD.pack_into, pages.fill
+        for head in range(word, end, page_size):
+            pack(out, at, head, fill)
+            at += _ZERO_RECORD.size
+        return at
+    pack, stride = _HEAD.pack_into, _HEAD.size + page_size
+    for head in range(word, end, page_size):
+        pack(out, at, head)
+        at += stride
+    return at

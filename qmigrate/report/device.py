@@ -88,7 +88,7 @@ def _write_row(row: _Row, names: int, types: int, paper: Paper) -> None:
     name = text((row.name, "" if row.value is not None else KIND))
     value = row.value if row.value is not None else text()
     if paper.width is not None and paper.width < _OFFSET_WIDTH + names + types + 24:
-        paper.line(text(name, "  ", (row.type, DIM), "  ", value), lead=place)
+        paper.line(text("  ").join(part for part in (name, text((row.type, DIM)), value) if part.plain), lead=place)
     else:
         room = max(names - _INDENT * row.depth - name.cell_len, 0) if row.value is not None else 0
         lead = text(place, name, " " * (room + 2), (f"{row.type:<{types}}" if value.plain else row.type, DIM), "  ")
@@ -217,6 +217,8 @@ def _inner_rows(value: Any, depth: int) -> Iterator[_Row]:
 
 def _inner(name: str, value: Any, depth: int) -> Iterator[_Row]:
     match value:
+        case None:  # an optional part that is not there
+            return
         case VmState():
             yield _Row(depth, None, name, clean(value.vmsd_name))
             yield from _state_rows(value, depth + 1)

@@ -41,7 +41,7 @@ class Paper:
         self._console = Console(file=out, markup=False, highlight=False, emoji=False, soft_wrap=True)
         self.width = max(self._console.width, _NARROWEST) if self._console.is_terminal else None
         """In columns, of a terminal; else None."""
-        self._is_plain = not (out.encoding or "").lower().replace("-", "").startswith("utf")
+        self._is_plain = not (out.encoding or "utf-8").lower().replace("-", "").startswith("utf")
 
     def line(self, body: Text | str = "", *, lead: Text | str = "") -> None:
         """One line.  On a terminal that is too narrow the body goes on below itself, to the right of ``lead``."""

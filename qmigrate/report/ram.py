@@ -8,8 +8,8 @@ from qmigrate.analysis.records import coalesce
 from qmigrate.analysis.summary import describe_block, describe_error
 from qmigrate.capture.migration import Block, Contents, Gathering, Migration
 from qmigrate.format.command import Packaged
+from qmigrate.format.entry import Entry, RamPage
 from qmigrate.format.ram import BlockList, Pages, RamFlag
-from qmigrate.format.walk import Entry, RamPage
 from qmigrate.report.names import clean
 from qmigrate.report.paper import DIM, HEAD, Paper, text
 from qmigrate.report.units import count, plural, share, size

@@ -13,6 +13,16 @@ from rich.text import Text
 from qmigrate.analysis.records import coalesce, describe_record
 from qmigrate.capture.migration import Migration
 from qmigrate.format.command import Command
+from qmigrate.format.entry import (
+    Configuration,
+    ConfigurationSubsection,
+    DeviceState,
+    Entry,
+    RamPage,
+    Trailing,
+    Undecoded,
+    VmDescription,
+)
 from qmigrate.format.live import BitmapFlag, DirtyBitmapRecord
 from qmigrate.format.ram import BlockList, PageRun, Pages, RamFlag, RamRecord
 from qmigrate.format.stream import (
@@ -26,16 +36,6 @@ from qmigrate.format.stream import (
     SectionPart,
     SectionType,
     VmDescriptionHeader,
-)
-from qmigrate.format.walk import (
-    Configuration,
-    ConfigurationSubsection,
-    DeviceState,
-    Entry,
-    RamPage,
-    Trailing,
-    Undecoded,
-    VmDescription,
 )
 from qmigrate.report.commands import details
 from qmigrate.report.names import clean
@@ -89,7 +89,7 @@ class _Writer:
 
     def take_all(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
-            if not self.is_held(entry):
+            if entry.length and not self.is_held(entry):  # an empty description has no bytes to show
                 self.flush()
                 self.take(entry)
 
@@ -130,12 +130,10 @@ class _Writer:
     def belongs_to_full(self, entry: Entry) -> bool:
         assert self.full is not None
         match entry.record:
-            case DeviceState():
-                self.full.said.append_text(text((", decoded", DIM)))
+            case DeviceState() | Footer():
+                pass
             case Undecoded(reason=reason):
                 self.full.said.append_text(text((", not decoded", ODD), (f": {clean(reason)}", DIM)))
-            case Footer():
-                self.full.said.append_text(text((", footer", DIM)))
             case _:
                 return False
         self.full.length += entry.length
