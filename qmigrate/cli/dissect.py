@@ -63,7 +63,7 @@ def _records(args: argparse.Namespace, migration: "Migration", out: TextIO) -> i
         from qmigrate.report.paper import Paper
         from qmigrate.report.structure import write_structure
 
-        write_structure(migration, Paper(out))
+        write_structure(migration.entries(), Paper(out))
     return 0
 
 

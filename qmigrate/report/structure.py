@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from rich.text import Text
 
 from qmigrate.analysis.records import coalesce, describe_record
-from qmigrate.capture.migration import Migration
 from qmigrate.format.command import Command
 from qmigrate.format.entry import (
     Configuration,
@@ -45,11 +44,11 @@ from qmigrate.report.units import count, plural, size
 __all__ = ["write_structure"]
 
 
-def write_structure(migration: Migration, paper: Paper) -> None:
+def write_structure(entries: Iterable[Entry], paper: Paper) -> None:
     """Write a line a record, in bounded memory.  Raises what reading raises, once all before it is written."""
     writer = _Writer(paper)
     try:
-        writer.take_all(coalesce(migration.entries()))
+        writer.take_all(coalesce(entries))
     finally:
         writer.finish()
 

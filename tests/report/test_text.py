@@ -1,6 +1,7 @@
 """Reports as text: on a terminal of any width, and in a file."""
 
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -23,12 +24,16 @@ from tests import streams
 from tests.report import papers
 
 CORPUS = sorted((Path(__file__).parents[1] / "corpus").glob("*.mig.xz"))
-MANY = [path for path in CORPUS if path.name.startswith(("q35-many", "pc-postcopy"))]
+MANY = [path for path in CORPUS if path.name.startswith(("q35-many-5", "q35-many-11", "pc-postcopy-11"))]
 Write = Callable[[Migration, Paper], None]
 
 
 def story(migration: Migration, paper: Paper) -> None:
     write_story(migration.contents, "a.mig", paper)
+
+
+def structure(migration: Migration, paper: Paper) -> None:
+    write_structure(migration.entries(), paper)
 
 
 def ram(migration: Migration, paper: Paper) -> None:
@@ -39,7 +44,7 @@ def devices(migration: Migration, paper: Paper) -> None:
     write_devices([section for section in migration.sections if section.kind.name == "FULL"], paper)
 
 
-VIEWS: dict[str, Write] = {"story": story, "structure": write_structure, "ram": ram, "devices": devices}
+VIEWS: dict[str, Write] = {"story": story, "structure": structure, "ram": ram, "devices": devices}
 
 
 @pytest.fixture
@@ -120,7 +125,7 @@ def test_pages_that_were_never_sent_are_counted(in_file: InFile) -> None:
 
 
 def test_the_structure_of_a_precopy_stream(in_file: InFile) -> None:
-    assert in_file(write_structure, streams.minimal()) == """\
+    assert in_file(structure, streams.minimal()) == """\
        0x0         8  QEVM  version 3
        0x8        16  CONFIGURATION  pc-q35-10.0
       0x18        17  START  ram/0  section 2, version 4
@@ -159,7 +164,7 @@ def test_a_package_is_indented(in_file: InFile) -> None:
      0x1f7         9    PING  0x42
      0x200         5    POSTCOPY_RUN
      0x205         9  PING  4
-""" in in_file(write_structure, streams.postcopy())
+""" in in_file(structure, streams.postcopy())
 
 
 @pytest.mark.parametrize("footers", [True, False])
@@ -175,22 +180,19 @@ def test_empty_parts_in_a_row_are_one_line_with_their_count(in_file: InFile, foo
             streams.eof(),
         )
     )
-    shown = [line.split(maxsplit=1)[1] for line in in_file(write_structure, stream).splitlines()]
+    shown = [line.split(maxsplit=1)[1] for line in in_file(structure, stream).splitlines()]
     each = 18 if footers else 13
     assert f"{each * 1000}  PART  ram/0 ×1,000, empty" in shown
     assert f"{each}  PART  ram/0, empty" in shown
     assert shown.count("5  PART  ram/0") == 1
 
 
-def test_a_structure_is_given_up_to_the_fault(in_file: InFile, tmp_path: Path) -> None:
+def test_a_structure_is_given_up_to_the_fault(in_file: InFile) -> None:
     stream = streams.header() + streams.ram_start() + streams.ram_part() * 3 + b"\x02\0\0\0\2\0\0\0\0\0\0\4\0"
-    path = tmp_path / "b.mig"
-    path.write_bytes(stream)
-    shown: list[str] = []
 
     def write(migration: Migration, paper: Paper) -> None:
         with pytest.raises(StreamError, match="unknown flags 0x400"):
-            write_structure(migration, paper)
+            write_structure(migration.entries(), paper)
 
     shown = in_file(write, stream).splitlines()
     assert shown[-2:] == ["      0x4c        54  PART  ram/0 ×3, empty", "      0x82         5  PART  ram/0"]
@@ -199,9 +201,9 @@ def test_a_structure_is_given_up_to_the_fault(in_file: InFile, tmp_path: Path) -
 def test_a_device_is_a_tree_of_its_fields(in_file: InFile) -> None:
     assert in_file(devices, streams.minimal()) == """\
 timer/0  FULL at 0x5144, 41 bytes, section 0, version 2
-    0x5156  cpu_ticks_offset  int64             -5
-    0x515e  unused            unused_buffer[8]  00 00 00 00 00 00 00 00
-    0x5166  flag              bool              true
+    0x5157  cpu_ticks_offset  int64             -5
+    0x515f  unused            unused_buffer[8]  00 00 00 00 00 00 00 00
+    0x5167  flag              bool              true
 
 0000:00:04.0/serial/1  FULL at 0x516d, 74 bytes, section 7, version 3
     0x518e  divider    uint16      4660  0x1234
@@ -230,10 +232,10 @@ def test_equal_lines_of_a_buffer_are_shown_once(in_file: InFile) -> None:
         + streams.description(entry)
     )
     assert in_file(devices, stream).splitlines()[2:] == [
-        "    0x5140  00 01 02 03 04 05 06 07 08 09 0a 0b 0c 0d 0e 0f  ................",
-        "    0x5150  00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00  ................",
+        "    0x5145  00 01 02 03 04 05 06 07 08 09 0a 0b 0c 0d 0e 0f  ................",
+        "    0x5155  00 00 00 00 00 00 00 00 00 00 00 00 00 00 00 00  ................",
         "         *",
-        "    0x51a0  ff ff ff ff                                      ....",
+        "    0x51a5  ff ff ff ff                                      ....",
     ]
 
 
@@ -252,11 +254,11 @@ def test_subsections_and_types_that_are_not_known_are_shown(in_file: InFile) -> 
         + streams.description(entry)
     )
     assert in_file(devices, stream).splitlines()[1:] == [
-        "    0x5140  small   uint8       7",
-        "    0x5141  odd     a new type  not decoded: the type 'a new type' is not known",
-        "    0x5141  61 62 63 64 65 66 67 68 69 6a                    abcdefghij",
-        "    0x514b  dev/extra  subsection, version 1",
-        "    0x5159    when  timer       1099511627776 ns",
+        "    0x5145  small   uint8       7",
+        "    0x5146  odd     a new type  not decoded: the type 'a new type' is not known",
+        "    0x5146  61 62 63 64 65 66 67 68 69 6a                    abcdefghij",
+        "    0x5150  dev/extra  subsection, version 1",
+        "    0x515f    when  timer       1099511627776 ns",
     ]
 
 
@@ -295,22 +297,17 @@ def test_ram_for_programs_says_the_same(tmp_path: Path) -> None:
 # -- however the bytes arrive
 
 
-class Dripped:
-    """A stream that comes in pieces."""
-
-    def __init__(self, pieces: list[bytes]) -> None:
-        self.pieces = pieces
-
-    def entries(self) -> Iterator[Entry]:
-        feed = Feed()
-        pieces = iter(self.pieces)
-        for entry in walk(feed):
-            if entry is not None:
-                yield entry
-            elif (piece := next(pieces, None)) is not None:
-                feed.receive(piece)
-            else:
-                feed.end()
+def dripped(pieces: list[bytes]) -> Iterator[Entry]:
+    """The records of a stream that comes in pieces."""
+    feed = Feed()
+    left = iter(pieces)
+    for entry in walk(feed):
+        if entry is not None:
+            yield entry
+        elif (piece := next(left, None)) is not None:
+            feed.receive(piece)
+        else:
+            feed.end()
 
 
 LONG = (
@@ -334,9 +331,9 @@ def test_the_structure_does_not_depend_on_how_the_bytes_arrive(
     shown = []
     for places in ([], sorted(cuts)):
         bounds = [0, *places, len(LONG)]
-        pieces = [LONG[begin:end] for begin, end in zip(bounds, bounds[1:], strict=False) if begin < end]
+        pieces = [LONG[begin:end] for begin, end in pairwise(bounds) if begin < end]
         paper, out = papers.file(monkeypatch)
-        write_structure(Dripped(pieces), paper)
+        write_structure(dripped(pieces), paper)
         shown.append(out.getvalue())
     assert shown[0] == shown[1]
     assert shown[0].endswith("        14  TRAILING  behind the end of the stream\n")
@@ -348,7 +345,7 @@ def test_every_byte_of_a_real_stream_is_on_one_line_of_its_structure(
 ) -> None:
     paper, out = papers.file(monkeypatch)
     with qmigrate.open(path) as migration:
-        write_structure(migration, paper)
+        write_structure(migration.entries(), paper)
     at = 0
     for line in out.getvalue().splitlines():
         offset, length = line.split()[:2]
@@ -362,7 +359,7 @@ def test_every_byte_of_a_real_stream_is_on_one_line_of_its_structure(
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("width", [40, 50, 80, 120])
+@pytest.mark.parametrize("width", [40, 80])
 @pytest.mark.parametrize("path", MANY, ids=lambda path: path.name.removesuffix(".mig.xz"))
 def test_no_line_is_wider_than_the_terminal(path: Path, width: int, view: str, monkeypatch: pytest.MonkeyPatch) -> None:
     paper, out = papers.terminal(monkeypatch, width)
