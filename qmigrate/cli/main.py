@@ -49,13 +49,7 @@ def main(argv: Sequence[str]) -> int:
     _never_fail_at_a_character(sys.stdout)
     _never_fail_at_a_character(sys.stderr)
     try:
-        try:
-            args = _parser().parse_args(argv)
-        except SystemExit as end:  # argparse: help, version, or a usage error that it has told
-            status = end.code if isinstance(end.code, int) else NOTHING_DONE
-        else:
-            status = _run(args, sys.stdout)
-        sys.stdout.flush()
+        return _answer(argv)
     except BrokenPipeError:
         _give_up_stdout()
         return BROKEN_PIPE
@@ -66,6 +60,14 @@ def main(argv: Sequence[str]) -> int:
         _give_up_stdout()
         tell("standard output", exc.strerror or str(exc))
         return NOTHING_DONE
+
+
+def _answer(argv: Sequence[str]) -> int:
+    try:
+        status = _run(_parser().parse_args(argv), sys.stdout)
+    except SystemExit as end:  # argparse: help, version, or a usage error that it has told
+        status = end.code if isinstance(end.code, int) else NOTHING_DONE
+    sys.stdout.flush()
     return status
 
 

@@ -194,10 +194,11 @@ _MOST_EMPTY_ELEMENTS: Final = 1 << 16
 class _Cursor:
     """A place in a section's bytes."""
 
-    def __init__(self, data: bytes, base: int) -> None:
+    def __init__(self, data: bytes, base: int, at: int = 0) -> None:
         self.data = data
         self.base = base
-        self.at = 0
+        self.begin = self.at = at
+        self.steps = 0
 
     @property
     def offset(self) -> int:
@@ -213,26 +214,33 @@ class _Cursor:
         self.at += count
         return self.data[self.at - count : self.at]
 
+    def count(self, steps: int, trail: Sequence[str]) -> None:
+        """Arrays of arrays of nothing would take no bytes and for ever."""
+        self.steps += steps
+        if self.steps > _MOST_EMPTY_ELEMENTS + 16 * (self.at - self.begin):
+            self.fail(f"more than {_MOST_EMPTY_ELEMENTS} elements that take no bytes are described", trail)
+
     def fail(self, message: str, trail: Sequence[str]) -> NoReturn:
         raise StreamError(message, offset=self.offset, trail=trail)
 
 
 def decode_state(
-    description: StructDescription, data: bytes, *, offset: int, trail: Sequence[str] = ()
+    description: StructDescription, data: bytes, *, offset: int, begin: int = 0, trail: Sequence[str] = ()
 ) -> tuple[VmState, int]:
-    """The state at the front of ``data``, which stands at ``offset`` in the stream, and its length in bytes.
+    """The state in ``data`` from ``begin`` on, which stands at ``offset`` in the stream, and its length in bytes.
 
     Raises ``StreamError`` where the description does not fit the bytes.
     """
-    cursor = _Cursor(data, offset)
+    cursor = _Cursor(data, offset - begin, begin)
     try:
         state = _decode_struct(description, cursor, tuple(trail))
     except RecursionError as exc:
         raise StreamError("nested too deep", offset=offset, trail=trail) from exc
-    return state, cursor.at
+    return state, cursor.at - begin
 
 
 def _decode_struct(description: StructDescription, cursor: _Cursor, trail: tuple[str, ...]) -> VmState:
+    cursor.count(1 + len(description.fields), trail)
     fields = tuple(_decode_field(field, cursor, (*trail, field.name)) for field in description.fields)
     subsections = tuple(_decode_subsection(item, cursor, trail) for item in description.subsections)
     return VmState(description.vmsd_name, fields, subsections)

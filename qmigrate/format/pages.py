@@ -3,10 +3,12 @@
 ``ram.py`` declares the same records; a property test holds the two equal.  What is not a plain continuing
 page (a name, a marker, a delta, a fill that is not zero) is left to it.
 
-Long runs are found by one possessive regular expression, short ones by a plain loop: the expression costs
-about a microsecond a run, the loop about half of one a page.
+Long runs are found by one possessive regular expression, a few microseconds a run.  Where runs are short, the
+words of a whole stretch are gathered first, whatever their kind, and cut into runs together.  The plain loop
+that does the same is kept, to hold both to it.
 """
 
+import operator
 import re
 import struct
 from functools import lru_cache
@@ -14,13 +16,13 @@ from typing import Final
 
 from qmigrate.format.ram import PageRun, RamFlag
 
-__all__ = ["scan"]
+__all__ = ["scan", "scan_plainly"]
 
 _PAGE: Final = int(RamFlag.PAGE)
 _ZERO: Final = int(RamFlag.ZERO)
 _CONTINUE: Final = int(RamFlag.CONTINUE)
 _SHORT_RUN: Final = 6  # pages; below, the plain loop is faster
-_LOOP_PAGES: Final = 2048  # how long to stay in the plain loop before runs are tried again
+_STRETCH: Final = 2048  # records that are gathered before runs are tried again
 _PIECE: Final = 256  # records unpacked at once
 _WORD: Final = struct.Struct(">Q")
 
@@ -28,11 +30,26 @@ _WORD: Final = struct.Struct(">Q")
 @lru_cache(maxsize=16)
 def _pattern(page_size: int) -> re.Pattern[bytes]:
     """Runs of normal pages, then runs of zero pages, either of them empty."""
-    # The word's low bits are the flags; all flags sit in its last two bytes, the upper of which also carries
-    # offset bits where the page is smaller than 64 KiB.
-    upper = b"[" + b"".join(b"\\x%02x" % value for value in range(0, 256, max(page_size >> 8, 1))) + b"]"
-    head = b"(?s:.{6})" + upper
+    head = _head(page_size)
     return re.compile(b"((?:%b\\x28(?s:.{%d}))*+)((?:%b\\x22\\x00)*+)" % (head, page_size, head))
+
+
+def _head(page_size: int) -> bytes:
+    """A word but for its last byte.
+
+    The low bits are the flags.  All flags of plain pages sit in the last byte; the one before it carries
+    offset bits too where the page is smaller than 64 KiB.
+    """
+    return b"(?s:.{6})[" + b"".join(b"\\x%02x" % value for value in range(0, 256, max(page_size >> 8, 1))) + b"]"
+
+
+@lru_cache(maxsize=16)
+def _mixed_patterns(page_size: int) -> tuple[re.Pattern[bytes], re.Pattern[bytes]]:
+    """A stretch of plain pages of both kinds; and one of them, with its word as the group."""
+    head = _head(page_size)
+    rest = b"(?:(?<=\\x28)(?s:.{%d})|(?<=\\x22)\\x00)" % page_size
+    stretch = b"(?:%b[\\x28\\x22]%b){0,%d}+" % (head, rest, _STRETCH)
+    return re.compile(stretch), re.compile(b"(%b[\\x28\\x22])%b" % (head, rest))
 
 
 @lru_cache(maxsize=4096)
@@ -64,7 +81,7 @@ def scan(buffer: bytearray | bytes, begin: int, end: int, *, offset: int, page_s
         page_count = (middle - position) // (8 + page_size) + (after - middle) // 9
         position = after
         if page_count < _SHORT_RUN * max(1, len(runs) - before):
-            position = scan_plainly(runs, buffer, position, end, page_size=page_size, shift=shift)
+            position = _scan_mixed(runs, buffer, position, end, page_size, shift)
 
 
 def _split(
@@ -102,19 +119,45 @@ def _append(runs: list[PageRun], run: PageRun, page_size: int, stride: int) -> N
     runs.append(run)
 
 
+def _scan_mixed(
+    runs: list[PageRun], buffer: bytearray | bytes, position: int, end: int, page_size: int, shift: int
+) -> int:
+    """A stretch of short runs.  Adds to ``runs``."""
+    stretch, record = _mixed_patterns(page_size)
+    found = stretch.match(buffer, position, end)
+    assert found is not None  # it may be empty
+    heads = record.findall(buffer, position, found.end())
+    if not heads:
+        return position
+    words = struct.unpack(f">{len(heads)}Q", b"".join(heads))
+    # A run goes on where the word grows by a page and the flags stay: elsewhere it is cut.
+    steps = map(operator.sub, words[1:], words)
+    cuts = [index for index, step in enumerate(steps, 1) if step != page_size]
+    offset, index, mask = position + shift, 0, page_size - 1
+    flag_of = {_PAGE | _CONTINUE: (_PAGE, 8 + page_size), _ZERO | _CONTINUE: (_ZERO, 9)}
+    fresh: list[PageRun] = []
+    for cut in (*cuts, len(words)):
+        word = words[index]
+        flag, stride = flag_of[word & mask]
+        fresh.append(PageRun(offset, flag, word & ~mask, cut - index))
+        offset += (cut - index) * stride
+        index = cut
+    _append(runs, fresh[0], page_size, flag_of[fresh[0].flag | _CONTINUE][1])
+    runs += fresh[1:]
+    return found.end()
+
+
 def scan_plainly(
     runs: list[PageRun], buffer: bytearray | bytes, position: int, end: int, *, page_size: int, shift: int
 ) -> int:
-    """One record after the other, for a while: the plain version of ``scan``.  Adds to ``runs``."""
+    """One record after the other: the plain version of ``scan``.  Adds to ``runs``, returns where they end."""
     mask = page_size - 1
     unpack = _WORD.unpack_from
     normal_stride, normal, zero = 8 + page_size, _PAGE | _CONTINUE, _ZERO | _CONTINUE
     last_place = end - 9  # the last one at which the shorter record fits
     following = -1  # the word that would go on with the run
     offset = flag = start = count = 0
-    for _ in range(_LOOP_PAGES):
-        if position > last_place:
-            break
+    while position <= last_place:
         word = unpack(buffer, position)[0]
         flags = word & mask
         if flags == normal:

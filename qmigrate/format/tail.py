@@ -7,13 +7,14 @@ between is left undecoded with both readings named; with none, the error is at t
 stream-format.md §4.8 says what may follow a footer.
 """
 
+import heapq
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from qmigrate.errors import StreamError
+from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import COMMANDS, CommandNumber
 from qmigrate.format.device import VmState, decode_state
 from qmigrate.format.stream import SectionHeader, SectionType
@@ -24,9 +25,14 @@ __all__ = ["Item", "Tail", "find_description", "plausible_header", "read_tail"]
 FOOTER_BYTES: Final = 5
 LONGEST_HEADER: Final = 6 + 255 + 8
 _HIGHEST_VERSION: Final = 0xFFFF  # of a section header that we take for one without other proof
-_MOST_STEPS: Final = 200_000  # candidates tried before a hostile tail is given up
+# What is tried before a hostile tail is given up.
+_MOST_STEPS: Final = 200_000  # places where a section may end
+_STEP_BYTES: Final = 1 << 16  # searched in vain, they count as much as such a place
+_MOST_DESCRIPTIONS: Final = 16
+_MOST_NAMED: Final = 4  # sections of a reading, in the reason that names it
 _HEADER: Final = re.compile(rb"[\x01\x04](?s:.{4})([\x01-\xff])([\x21-\x7e][\x20-\x7e]*)")
 _CLOSING: Final = re.compile(rb"\x00\x06(?=(?s:....)\{)")
+_OPENING: Final = re.compile(rb"[\x00\x04\x08]")
 
 
 class Item(NamedTuple):
@@ -78,7 +84,7 @@ def find_description(data: bytes, base: int) -> Iterator[tuple[int, Description]
         end = at + 6 + struct.unpack_from(">I", data, at + 2)[0]
         if end <= len(data) and data[end - 1] == ord("}"):
             candidates.append((end != len(data), at, end))
-    for _, at, end in sorted(candidates):
+    for _, at, end in heapq.nsmallest(_MOST_DESCRIPTIONS, candidates):
         try:
             yield at, parse_description(data[at + 6 : end], offset=base + at + 6)
         except StreamError:
@@ -128,6 +134,13 @@ class _Search:
         end = at + 5 + struct.unpack_from(">I", self.data, at + 1)[0]
         return end == len(self.data) or (end < len(self.data) and self.data[at + 5 : at + 6] == b"{")
 
+    def is_cut_end(self, at: int) -> bool:
+        """EOF and a description that is longer than the stream."""
+        head = self.data[at : at + 7]
+        if self.package or head[:2] != b"\0\6" or head[6:] not in (b"", b"{"):
+            return False
+        return len(head) < 6 or at + 6 + struct.unpack_from(">I", head, 2)[0] > len(self.data)
+
     def items_at(self, at: int) -> Iterator[Item]:
         match self.data[at : at + 1]:
             case b"\x04":
@@ -175,7 +188,9 @@ class _Search:
             yield from self.by_footer(at, header, body, reason)
             return
         try:
-            state, used = decode_state(device.body, self.data[body:], offset=self.base + body, trail=(header.idstr,))
+            state, used = decode_state(
+                device.body, self.data, begin=body, offset=self.base + body, trail=(header.idstr,)
+            )
             item = self.closed(at, header, body, body + used, state)
         except StreamError as exc:
             yield from self.by_footer(at, header, body, f"the description does not fit: {exc}")
@@ -200,29 +215,38 @@ class _Search:
 
     def by_footer(self, at: int, header: SectionHeader, body: int, reason: str) -> Iterator[Item]:
         """Each end that this section may have, by what follows there."""
+        for end, after in self.ends(header, body):
+            if self.plausible(after, header):
+                yield Item(at, after, header, body, end, None, reason)
+
+    def ends(self, header: SectionHeader, body: int) -> Iterator[tuple[int, int]]:
+        """Where the section's data may end, and where it goes on behind that."""
         if self.footers is not False:
             footer = struct.pack(">BI", SectionType.FOOTER, header.section_id)
-            end = self.data.find(footer, body)
-            while end >= 0 and self.may_go_on():
-                if self.plausible(end + FOOTER_BYTES, header):
-                    yield Item(at, end + FOOTER_BYTES, header, body, end, None, reason)
-                end = self.data.find(footer, end + 1)
+            end = self.find(footer, body)
+            while end >= 0:
+                yield end, end + FOOTER_BYTES
+                end = self.find(footer, end + 1)
             return
         # No footers: whatever plausibly opens the next piece takes the footer's place.
-        for found in re.finditer(rb"[\x00\x04\x08]", self.data[body:]):
-            if not self.may_go_on():
+        for found in _OPENING.finditer(self.data, body):
+            self.steps += 1
+            if self.has_given_up:
                 return
-            end = body + found.start()
-            if self.plausible(end, header):
-                yield Item(at, end, header, body, end, None, reason)
+            yield found.start(), found.start()
 
-    def may_go_on(self) -> bool:
-        self.steps += 1
-        return self.steps <= _MOST_STEPS
+    def find(self, footer: bytes, begin: int) -> int:
+        end = self.data.find(footer, begin)
+        self.steps += 1 + ((len(self.data) if end < 0 else end) - begin) // _STEP_BYTES
+        return -1 if self.has_given_up else end
+
+    @property
+    def has_given_up(self) -> bool:
+        return self.steps > _MOST_STEPS
 
     def plausible(self, at: int, before: SectionHeader) -> bool:
         """May something follow at ``at``?"""
-        if self.is_end(at):
+        if self.is_end(at) or self.is_cut_end(at):
             return True
         match self.data[at : at + 1]:
             case b"\x04":
@@ -236,12 +260,12 @@ class _Search:
 
     def result(self) -> Tail:
         ways_on = self._ways_to_end()
-        if not ways_on.get(0):
+        if self.has_given_up or not ways_on[0]:
             return self._failure()
         items: list[Item] = []
         at = 0
         while self.edges[at]:
-            good = [item for item in self.edges[at] if ways_on[item.end]]
+            good = self._good(at, ways_on)
             if len(good) == 1:
                 items.append(good[0])
             else:
@@ -255,38 +279,44 @@ class _Search:
             ways[at] = self.is_end(at) or any(ways[item.end] for item in self.edges[at])
         return ways
 
-    def _ambiguous(self, at: int, ways_on: dict[int, bool]) -> Item:
+    def _ambiguous(self, at: int, ways_on: Mapping[int, bool]) -> Item:
         """One piece from here to the first place that all readings share."""
-        paths: list[list[Item]] = []
-        for first in (item for item in self.edges[at] if ways_on[item.end]):
-            path = [first]
-            while self.edges[path[-1].end]:
-                path.append(next(item for item in self.edges[path[-1].end] if ways_on[item.end]))
-            paths.append(path)
-        shared = set.intersection(*({item.end for item in path} for path in paths))
-        end = min(place for place in shared if self._all_pass(at, place, ways_on))
-        readings = [
-            " + ".join(
-                f"{item.header.idstr} to {self.base + item.end:#x}"
-                for item in path
-                if item.header is not None and item.end <= end
-            )
-            for path in paths[:2]
-        ]
-        return Item(at, end, reason=f"there are two readings: {readings[0]}; or {readings[1]}")
+        end = self._meeting_place(at, ways_on)
+        one, other = [self._reading(item, end, ways_on) for item in self._good(at, ways_on)[:2]]
+        return Item(at, end, reason=f"there are two readings: {one}; or {other}")
 
-    def _all_pass(self, begin: int, place: int, ways_on: dict[int, bool]) -> bool:
-        """Does every chain from ``begin`` pass through ``place``?"""
-        waiting, seen = [begin], set()
-        while waiting:
-            at = waiting.pop()
-            for item in self.edges[at]:
-                if item.end > place and ways_on[item.end]:
-                    return False
-                if item.end < place and item.end not in seen and ways_on[item.end]:
+    def _good(self, at: int, ways_on: Mapping[int, bool]) -> list[Item]:
+        return [item for item in self.edges[at] if ways_on[item.end]]
+
+    def _meeting_place(self, at: int, ways_on: Mapping[int, bool]) -> int:
+        """The first place through which every way from here leads; where ways end apart, the last of their ends."""
+        waiting = sorted({item.end for item in self._good(at, ways_on)})
+        seen = set(waiting)
+        some_ended = False
+        while True:
+            place = heapq.heappop(waiting)
+            following = self._good(place, ways_on)
+            if not waiting and not (some_ended and following):
+                return place
+            some_ended = some_ended or not following
+            for item in following:
+                if item.end not in seen:
                     seen.add(item.end)
-                    waiting.append(item.end)
-        return True
+                    heapq.heappush(waiting, item.end)
+
+    def _reading(self, item: Item, end: int, ways_on: Mapping[int, bool]) -> str:
+        """The sections from ``item`` to ``end``, with the first way on at each place."""
+        named: list[str] = []
+        while item.end <= end and len(named) <= _MOST_NAMED:
+            if item.header is not None:
+                named.append(f"{item.header.idstr} to {self.base + item.end:#x}")
+            following = self._good(item.end, ways_on)
+            if not following:
+                break
+            item = following[0]
+        if len(named) > _MOST_NAMED:
+            named[_MOST_NAMED:] = ["more"]
+        return " + ".join(named)
 
     def _failure(self) -> Tail:
         """No chain uses every byte: what leads to the furthest place is given, and what is wrong there."""
@@ -303,14 +333,27 @@ class _Search:
         return Tail(items[::-1], furthest, self._what_is_wrong(furthest))
 
     def _what_is_wrong(self, at: int) -> StreamError:
-        offset = self.base + at
-        if at >= len(self.data):
-            return StreamError("the stream ends here, expected a section or EOF", offset=offset)
-        header = self.header_at(at) if self.data[at] == SectionType.FULL else None
-        if header is not None:
-            return StreamError(
-                f"no footer 7e{header.section_id:08x} closes this section before the stream ends",
-                offset=offset,
-                trail=(header.idstr,),
+        offset, end = self.base + at, self.base + len(self.data)
+        if self.has_given_up:
+            return UnsupportedError(
+                f"given up after {_MOST_STEPS} places where a section of unknown length might end", offset=offset
             )
+        if at >= len(self.data):
+            return TruncatedError("the stream ends here, expected a section or EOF", offset=offset)
+        if self.is_cut_end(at):
+            return TruncatedError("the stream ends here, in the description", offset=end, trail=("description",))
+        if self.data[at] == SectionType.FULL:
+            try:
+                header, _ = SectionHeader.read_prefix(self.data[at : at + LONGEST_HEADER], offset=offset)
+            except TruncatedError as exc:
+                return exc
+            except StreamError:
+                pass  # not a header after all
+            else:
+                if self.header_at(at) is not None:
+                    return TruncatedError(
+                        f"no footer 7e{header.section_id:08x} closes this section before the stream ends",
+                        offset=offset,
+                        trail=(header.idstr,),
+                    )
         return StreamError(f"found {self.data[at]:#x}, expected a section's header or the end", offset=offset)

@@ -208,9 +208,15 @@ mix:
 # ebx: page index -> eax: 0..255, which decides what the page is for; edx is lost
 lot_of_page:
     mov eax, ebx
+.if ALTERNATE
+    and eax, 1
+    neg al                               # even pages 0, odd ones 255
+.else
+    shr eax, LOT_SHIFT
     xor eax, SEED
     call mix
     shr eax, 24
+.endif
     ret
 
 # ebx: page index -> eax: what its contents are xored with; edx is lost

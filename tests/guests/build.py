@@ -37,6 +37,8 @@ class Guest:
     pages stay zero, ``walked_share`` (of a walker) are written in every pass, and the rest keep contents that
     are known and do not compress.
 
+    What a page is for is drawn for ``lot_pages`` (a power of two) neighbours at once; ``alternate``: it is not
+    drawn, even pages stay zero and odd ones don't.
     ``pages_per_tick``: a walker looks at so many pages each millisecond; 0: as fast as it can.
     ``stride``: how far from one page to the next in a pass, as a share of the range; 0: in order.
     """
@@ -48,6 +50,8 @@ class Guest:
     pages_per_tick: int = 32
     stride: float = 0.618
     seed: int = 2014
+    lot_pages: int = 1
+    alternate: bool = False
 
     @property
     def first_address(self) -> int:
@@ -81,6 +85,8 @@ class Guest:
             "WALKED_FROM": self._walked_from,
             "STRIDE": self._stride_pages,
             "PAGES_PER_TICK": self.pages_per_tick,
+            "LOT_SHIFT": self.lot_pages.bit_length() - 1,
+            "ALTERNATE": int(self.alternate),
         }
         defines = [word for name, value in numbers.items() for word in ("--defsym", f"{name}={value}")]
         source, compiled, image = _SOURCES / f"{self.kind}.S", scratch / "guest.o", scratch / "guest.bin"
@@ -116,7 +122,7 @@ class Guest:
 
     def page(self, index: int, *, last_pass: int = 0) -> bytes:
         """What page ``index`` of the range holds after the walker's pass ``last_pass``."""
-        lot = _mix(index ^ self.seed) >> 24
+        lot = index % 2 * 255 if self.alternate else _mix(index // self.lot_pages ^ self.seed) >> 24
         if lot < self._zero_below:
             return bytes(PAGE_BYTES)
         key = _mix((index ^ self.seed) + 0x9E3779B9)

@@ -1,0 +1,70 @@
+"""``qmigrate extract``."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qmigrate.cli.main import main
+from tests import streams
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Path:
+    path = tmp_path / "a.mig"
+    path.write_bytes(streams.minimal())
+    return path
+
+
+def test_each_block_becomes_a_file_of_its_length(stream: Path, tmp_path: Path, capsys: Output) -> None:
+    folder = tmp_path / "out"
+    assert main(["extract", str(stream), "--raw", str(folder)]) == 0
+    assert capsys.readouterr() == (
+        f"""\
+{folder}  2 files and blocks.json
+  block   file          size    data
+  pc.ram  pc.ram.raw  64 KiB  16 KiB
+  pc.rom  pc.rom.raw   8 KiB   4 KiB
+""",
+        "",
+    )
+    assert sorted(path.name for path in folder.iterdir()) == ["blocks.json", "pc.ram.raw", "pc.rom.raw"]
+    assert (folder / "pc.ram.raw").stat().st_size == 64 * 1024
+
+
+def test_what_was_written_is_told_to_programs(stream: Path, tmp_path: Path, capsys: Output) -> None:
+    assert main(["extract", str(stream), "--raw", str(tmp_path / "out"), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["blocks"][0] == {"name": "pc.ram", "file": "pc.ram.raw", "length": 65536, "data": 16384}
+    assert told["complete"] is True
+
+
+def test_what_was_good_of_a_damaged_stream_is_kept(stream: Path, tmp_path: Path, capsys: Output) -> None:
+    stream.write_bytes(streams.minimal()[:0x20B7])
+    folder = tmp_path / "out"
+    assert main(["extract", str(stream), "--raw", str(folder)]) == 1
+    assert capsys.readouterr().err.startswith(f"qmigrate: {stream}: 0x20b7: ram: pc.ram: ")
+    assert (folder / "pc.ram.raw").stat().st_size == 64 * 1024
+
+
+def test_a_stream_without_ram_is_said(stream: Path, tmp_path: Path, capsys: Output) -> None:
+    stream.write_bytes(streams.header() + streams.configuration() + streams.eof())
+    assert main(["extract", str(stream), "--raw", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr() == ("", f"qmigrate: {stream}: there is no RAM in this stream\n")
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(stream: Path, capsys: Output) -> None:
+    assert main(["extract", str(stream), "--raw", str(stream / "out")]) == 2
+    assert capsys.readouterr() == ("", f"qmigrate: {stream}/out: Not a directory\n")
+
+
+def test_a_hostile_name_stays_in_the_folder(stream: Path, tmp_path: Path, capsys: Output) -> None:
+    name = "../../[bold]\x1b[31m"
+    stream.write_bytes(streams.header() + streams.ram_start({name: streams.PAGE}) + streams.ram_end() + streams.eof())
+    folder = tmp_path / "deep" / "out"
+    assert main(["extract", str(stream), "--raw", str(folder)]) == 0
+    assert r"  ../../[bold]\x1b[31m  ..%2F..%2F%5Bbold%5D%1B%5B31m.raw  " in capsys.readouterr().out
+    assert len(list(folder.iterdir())) == 2
+    assert list(folder.parent.iterdir()) == [folder]
