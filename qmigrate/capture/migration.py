@@ -3,7 +3,6 @@
 All else sees only this: ``with qmigrate.open(path) as migration``.
 """
 
-import operator
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +11,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from qmigrate.capture.open import Source
+from qmigrate.capture.passes import PassCounter
 from qmigrate.capture.seen import SeenPages
 from qmigrate.errors import NoStreamError, StreamError
 from qmigrate.format.command import Command, Packaged
@@ -37,7 +37,7 @@ from qmigrate.format.walk import (
     VmDescription,
 )
 
-__all__ = ["Block", "CommandPlace", "Contents", "Gathering", "Migration", "Section"]
+__all__ = ["KINDS", "Block", "CommandPlace", "Contents", "Gathering", "Migration", "Section"]
 
 
 @dataclass(slots=True)
@@ -79,6 +79,15 @@ class CommandPlace:
     contents: list["CommandPlace | Section"] = field(default_factory=list)
 
 
+KINDS: Final[Mapping[int, str]] = {
+    RamFlag.PAGE: "normal",
+    RamFlag.ZERO: "zero",
+    RamFlag.XBZRLE: "xbzrle",
+    RamFlag.COMPRESS_PAGE: "compressed",
+}
+"""What pages are called by how they were sent, in ``counts``."""
+
+
 @dataclass(slots=True)
 class Block:
     """A RAM block, and how its pages were sent.  Lengths in bytes.
@@ -91,7 +100,7 @@ class Block:
     page_size: int | None
     address: int | None
     index: int
-    counts: dict[str, int] = field(default_factory=lambda: {"normal": 0, "zero": 0, "xbzrle": 0, "compressed": 0})
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS.values(), 0))
     again: int = 0
     """How many page records replaced an earlier one of the same page."""
     seen: SeenPages = field(default_factory=SeenPages, repr=False)
@@ -116,6 +125,7 @@ class Contents:
     footers: bool | None = None
     description: Description | None = None
     description_length: int | None = None
+    description_fault: StreamError | None = None
     complete: bool = False
     errors: list[StreamError] = field(default_factory=list)
 
@@ -126,12 +136,6 @@ class Contents:
 
 
 _ZERO: Final = int(RamFlag.ZERO)
-_COUNT_NAMES: Final[dict[int, str]] = {
-    RamFlag.PAGE: "normal",
-    RamFlag.ZERO: "zero",
-    RamFlag.XBZRLE: "xbzrle",
-    RamFlag.COMPRESS_PAGE: "compressed",
-}
 
 
 class Migration:
@@ -225,7 +229,7 @@ class Gathering:
         self._headers: dict[int, SectionHeader] = {}
         self._kept: dict[int, tuple[Section, int, bytes]] = {}
         self._packages: list[CommandPlace] = []
-        self._at = (-1, -1)
+        self._passes = PassCounter()
         self._switched = False
 
     def __iter__(self) -> Iterator[Entry]:
@@ -275,6 +279,7 @@ class Gathering:
             case VmDescription():
                 self._close(entry.offset)
                 self.contents.description = record.description
+                self.contents.description_fault = record.fault
                 self.contents.description_length = len(record.text)
                 self._decode_early()
             case Trailing(data=data):
@@ -375,23 +380,21 @@ class Gathering:
         block.counts["normal"] += total - zero
         block.counts["zero"] += zero
         if not self._switched:
-            self._count_passes(block.index, [run[2] for run in runs])
+            starts = [run[2] for run in runs]
+            ends = [start + page_count * page_size for _, _, start, page_count in runs]
+            self._passes.take(block.index, starts, ends)
+            contents.passes = self._passes.count
         if self._open is not None:
             self._open.page_count += total
 
-    def _count_passes(self, block_index: int, starts: list[int]) -> None:
-        """A pass goes through the blocks in the list's order: going back opens the next one."""
-        last_index, last_start = self._at
-        if not self.contents.passes:
-            self.contents.passes = 1
-        elif (block_index, starts[0]) <= (last_index, last_start):
-            self.contents.passes += 1
-        self.contents.passes += sum(map(operator.le, starts[1:], starts))
-        self._at = (block_index, starts[-1])
-
     def _odd_page(self, page: RamPage) -> None:
+        self.contents.page_size = page.page_size
         block = self.contents.blocks[page.block]
-        block.counts[_COUNT_NAMES[RamFlag(page.record.word.kind)]] += 1
-        block.again += block.seen.add(page.record.word.start // self.contents.page_size, 1)
+        start = page.record.word.start
+        block.counts[KINDS[page.record.word.kind]] += 1
+        block.again += block.seen.add(start // page.page_size, 1)
+        if not self._switched:
+            self._passes.take(block.index, [start], [start + page.page_size])
+            self.contents.passes = self._passes.count
         if self._open is not None:
             self._open.page_count += 1

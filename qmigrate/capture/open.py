@@ -5,10 +5,13 @@ Files are read into a reused window and never mapped: one that shrinks meanwhile
 
 import bz2
 import gzip
+import io
 import lzma
 import os
+import select
 import stat
 import sys
+import zlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any, BinaryIO, Final, Protocol, Self
@@ -27,7 +30,7 @@ class _Reader(Protocol):
     def close(self) -> None: ...
 
 
-def _zstd(file: BinaryIO) -> _Reader:
+def _zstd(file: BinaryIO) -> tuple[_Reader, type[Exception]]:
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd
@@ -35,17 +38,60 @@ def _zstd(file: BinaryIO) -> _Reader:
             from backports import zstd
     except ImportError:
         raise NoStreamError("compressed with zstd, which this Python can't read: pip install backports.zstd") from None
-    return zstd.open(file)
+    return zstd.open(file), zstd.ZstdError
 
 
-# The first bytes, and who reads it.
-_COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], Any]], ...]] = (
-    (b"\x1f\x8b\x08", gzip.open),
-    (b"BZh", bz2.open),
-    (b"\xfd7zXZ\x00", lzma.open),
+def _gzip(file: BinaryIO) -> tuple[_Reader, type[Exception]]:
+    return gzip.GzipFile(fileobj=file), zlib.error
+
+
+def _bz2(file: BinaryIO) -> tuple[_Reader, type[Exception]]:
+    return bz2.BZ2File(file), OSError
+
+
+def _xz(file: BinaryIO) -> tuple[_Reader, type[Exception]]:
+    return lzma.LZMAFile(file), lzma.LZMAError
+
+
+# The first bytes; who reads it, and what that raises where the rest is damaged, apart from the usual.
+_COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], tuple[_Reader, type[Exception]]]], ...]] = (
+    (b"\x1f\x8b\x08", _gzip),
+    (b"BZh", _bz2),
+    (b"\xfd7zXZ\x00", _xz),
     (b"\x28\xb5\x2f\xfd", _zstd),
 )
-_COMPRESSION_ERRORS: Final = (EOFError, lzma.LZMAError, gzip.BadGzipFile, OSError, ValueError)
+_LONGEST_MAGIC: Final = 6
+_READ_ERRORS: Final = (EOFError, OSError, ValueError)
+
+
+class _Pipe(io.RawIOBase):
+    """A pipe whose first bytes can be looked at before it is read.  Waits where the pipe itself would not."""
+
+    def __init__(self, raw: io.FileIO) -> None:
+        self._raw = raw
+        self._head = b""
+
+    def peek(self, count: int) -> bytes:
+        """The first ``count`` bytes, or fewer where the pipe ends."""
+        while len(self._head) < count and (got := self._wait_for(part := bytearray(count - len(self._head)))):
+            self._head += part[:got]
+        return self._head
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        if not self._head:
+            return self._wait_for(buffer)
+        count = min(len(buffer), len(self._head))
+        buffer[:count] = self._head[:count]
+        self._head = self._head[count:]
+        return count
+
+    def _wait_for(self, buffer: Any) -> int:
+        while (count := self._raw.readinto(buffer)) is None:  # it was made non-blocking
+            select.select([self._raw], [], [])
+        return count
 
 
 class Source:
@@ -65,10 +111,12 @@ class Source:
         self._file = raw
         self.size = status.st_size if stat.S_ISREG(status.st_mode) else None
         """Of a regular file, in bytes, as it is stored; else None."""
+        self.compression: str | None = None
+        """What is read is packed so, once it is read."""
         self.can_rewind = raw.seekable() and stat.S_ISREG(status.st_mode)
         self._start = raw.tell() if self.can_rewind else 0
-        self._first = b""
         self._used = False
+        self._read_errors: tuple[type[Exception], ...] = _READ_ERRORS
 
     def __enter__(self) -> Self:
         return self
@@ -112,22 +160,35 @@ class Source:
                 raise NoStreamError("a pipe can be read only once")
             self._file.seek(self._start)
         self._used = True
-        if not self.can_rewind:
-            return self._file
-        head = os.pread(self._file.fileno(), 8, self._start)
+        try:
+            if self.can_rewind:
+                file: _Reader = self._file
+                head = os.pread(self._file.fileno(), _LONGEST_MAGIC, self._start)
+            else:
+                file = pipe = _Pipe(self._file)
+                head = pipe.peek(_LONGEST_MAGIC)
+        except OSError as exc:
+            raise _unreadable(exc, 0) from exc
         for magic, opener in _COMPRESSIONS:
             if head.startswith(magic):
-                reader: _Reader = opener(self._file)
+                reader: _Reader
+                reader, error = opener(file)
+                self.compression = opener.__name__.removeprefix("_")
+                self._read_errors = (*_READ_ERRORS, error)
                 return reader
-        return self._file
+        return file
 
     def _fill(self, feed: Feed, reader: _Reader) -> None:
         try:
             count = reader.readinto(feed.space())
-        except _COMPRESSION_ERRORS as exc:
-            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
-            raise StreamError(f"the input can't be read on: {reason}", offset=feed.offset + len(feed)) from exc
+        except self._read_errors as exc:
+            raise _unreadable(exc, feed.offset + len(feed)) from exc
         if count:
             feed.received(count)
         else:
             feed.end()
+
+
+def _unreadable(exc: Exception, offset: int) -> StreamError:
+    reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+    return StreamError(f"the input can't be read on: {reason}", offset=offset)

@@ -9,7 +9,7 @@ from typing import ClassVar, Final
 
 from construct import Int8ub, Int16ub, Int32ub, Int64ub
 
-from qmigrate.errors import StreamError
+from qmigrate.errors import StreamError, TruncatedError
 from qmigrate.format._record import CountedString, EverythingLeft, IfMore, Known, Nested, Only, Record, wire
 from qmigrate.format.feed import Feed
 from qmigrate.format.stream import SectionType
@@ -202,7 +202,12 @@ def read_command(feed: Feed, trail: Sequence[str] = ()) -> Generator[None, None,
     size = _HEADER_BYTES + header.length
     yield from feed.need(size, trail)
     payload = bytes(feed.view(size)[_HEADER_BYTES:])
-    command = COMMANDS[header.command].read(payload, offset=feed.offset + _HEADER_BYTES, trail=trail)
+    try:
+        command = COMMANDS[header.command].read(payload, offset=feed.offset + _HEADER_BYTES, trail=trail)
+    except TruncatedError as exc:  # what is too short is the payload: more of the stream would not help
+        raise StreamError(
+            f"the payload of {header.length} bytes ends here", offset=exc.offset, trail=exc.trail
+        ) from exc
     _check_values(command, feed.offset + _HEADER_BYTES, trail)
     return command, size
 

@@ -115,14 +115,12 @@ _BOOL: Final = Codec(_decode_bool, lambda value: bytes([value]))
 _BITMAP: Final = Codec(_decode_bitmap, lambda words: struct.pack(f">{len(words)}Q", *words))
 _BUFFER: Final = Codec(bytes, bytes)
 
-SIGNED: Final = frozenset(
-    {"int8", "int16", "int32", "int64", "int32 equal", "int64 equal", "int32 le", "int32_as_uint16"}
-)
+SIGNED: Final = frozenset({"int8", "int16", "int32", "int64", "int32 equal", "int64 equal", "int32 le"})
 UNSIGNED: Final = frozenset(
     {
         *("uint8", "uint16", "uint32", "uint64"),
         *("uint8 equal", "uint16 equal", "uint32 equal", "uint64 equal"),
-        *("uint16_from_uint8", "CPU_Double_U"),
+        *("uint16_from_uint8", "int32_as_uint16", "CPU_Double_U"),
         *("cpsr", "fpscr", "powered_off"),  # Arm
         *("fpr", "vsr", "cpu/altivec/vscr"),  # ppc64
         "timer",  # expiry in ns of its clock; all ones: not armed
@@ -341,12 +339,14 @@ def _decode_tree(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...
         here = (*trail[:-1], f"{trail[-1]}[{index}]")
         marker = cursor.take(1, here)[0]
         if marker != 1:
+            cursor.at -= 1
             cursor.fail(f"found the mark {marker:#x} before a node, expected 0x1", here)
         key: Value
         key = int.from_bytes(cursor.take(8, here)) if parts == count else _decode_struct(next(elements), cursor, here)
         nodes.append((key, _decode_struct(next(elements), cursor, here)))
-    if cursor.take(1, trail)[0] != 0:
-        cursor.fail("is not closed by 0x0", trail)
+    if (marker := cursor.take(1, trail)[0]) != 0:
+        cursor.at -= 1
+        cursor.fail(f"found the mark {marker:#x} behind the last node, expected 0x0", trail)
     return tuple(nodes)
 
 
@@ -356,8 +356,8 @@ def _decode_leaf(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...
         return _decode_nulls(field, cursor, trail), None
     offset = cursor.offset
     data = cursor.take(count * field.size, trail)
-    if _natural_size_differs(field) and data == bytes([_NULL]):
-        return None, None
+    if _natural_size_differs(field) and data == bytes([_NULL]) * count:
+        return (None if field.count is None else (None,) * count), None
     code = _integer_code(field)
     if code is not None:
         values: tuple[Value, ...] = struct.unpack(f">{count}{code}", data)
@@ -378,7 +378,7 @@ def _decode_leaf(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...
 
 def _natural_size_differs(field: FieldDescription) -> bool:
     """A NULL of 5.2 and 7.2 in an array of pointers to integers: one byte under the integer's type."""
-    return field.size == 1 and field.count is None and _NATURAL_SIZES.get(field.type, 1) != 1
+    return field.size == 1 and _NATURAL_SIZES.get(field.type, 1) != 1
 
 
 def _integer_code(field: FieldDescription) -> str | None:
@@ -408,16 +408,30 @@ def encode_field(field: Field) -> bytes:
     try:
         match description.type:
             case "struct" | "tmp" | "vstruct":
-                return b"".join(_encode_element(element) for element in _as_tuple(value))
+                return _encode_structs(description, _as_tuple(value))
             case "qtailq" | "qlist":
                 return b"".join(b"\1" + _encode_element(element) for element in _as_tuple(value)) + b"\0"
             case "gtree":
                 return _encode_tree(_as_tuple(value))
             case _:
-                return _encode_leaf(field)
+                return _right_size(description, _encode_leaf(field))
     except (struct.error, TypeError, ValueError, AttributeError) as exc:
         raise StreamError(f"{value!r} does not go into the type {description.type!r}: {exc}",
                           offset=field.offset, trail=(field.name,)) from exc  # fmt: skip
+
+
+def _right_size(description: FieldDescription, data: bytes) -> bytes:
+    expected = description.size * (1 if description.count is None else description.count)
+    if len(data) != expected:
+        raise ValueError(f"it takes {len(data)} bytes, {expected} are described")
+    return data
+
+
+def _encode_structs(description: FieldDescription, elements: tuple[Value, ...]) -> bytes:
+    count = 1 if description.count is None else description.count
+    if len(elements) != count:
+        raise ValueError(f"it has {len(elements)} elements, {count} are described")
+    return b"".join(map(_encode_element, elements))
 
 
 def _encode_element(value: Value) -> bytes:
@@ -445,10 +459,10 @@ def _encode_leaf(field: Field) -> bytes:
     description, value = field.description, field.value
     if description.type in NULL_MARKERS:
         return b"".join(_encode_null(element) for element in _as_tuple(value))
-    if value is None:
-        return _encode_null(value)
-    if field.opaque is not None and isinstance(value, bytes):
-        return value
+    if _natural_size_differs(description) and all(element is None for element in _as_tuple(value)):
+        return b"".join(map(_encode_null, _as_tuple(value)))
+    if field.opaque is not None:
+        return b"".join(_as_tuple(value))  # type: ignore[arg-type]  # what is no bytes is a TypeError, as it should be
     code = _integer_code(description)
     values = _as_tuple(value) if description.count is not None else (value,)
     if code is not None:

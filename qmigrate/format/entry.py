@@ -2,13 +2,14 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, Self, TypeAlias
 
+from qmigrate.errors import StreamError
 from qmigrate.format._record import Record
 from qmigrate.format.device import VmState
 from qmigrate.format.ram import BlockList, Pages, RamRecord
 from qmigrate.format.stream import SubsectionHeader
-from qmigrate.format.vmdesc import Description
+from qmigrate.format.vmdesc import Description, parse_description
 
 __all__ = [
     "Configuration",
@@ -57,18 +58,31 @@ class Undecoded:
 
 @dataclass(frozen=True)
 class RamPage:
-    """A page record that is no plain page: xbzrle, compressed."""
+    """A page record that is no plain page: xbzrle, compressed.  ``page_size`` is the target's, in bytes."""
 
     block: str
+    page_size: int
     record: RamRecord
 
 
 @dataclass(frozen=True)
 class VmDescription:
-    """The JSON text at the end; ``description`` is what it says, None where it is empty or no description."""
+    """The JSON text at the end; ``description`` is what it says.
+
+    It is None where the text is empty, or is no description: ``fault`` then says why.
+    """
 
     text: bytes
     description: Description | None = field(default=None, compare=False)
+    fault: StreamError | None = field(default=None, compare=False)
+
+    @classmethod
+    def parse(cls, text: bytes, *, offset: int) -> Self:
+        """What ``text`` at ``offset`` says.  A destination skips it: what is wrong in it is no fault of the stream."""
+        try:
+            return cls(text, parse_description(text, offset=offset) if text else None)
+        except StreamError as exc:
+            return cls(text, fault=exc)
 
 
 @dataclass(frozen=True)

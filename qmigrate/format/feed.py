@@ -7,7 +7,7 @@ it calls ``space()`` and ``received()`` (or ``receive()``), or ``end()``, and go
 from collections.abc import Generator, Sequence
 from typing import Any, Final, TypeVar
 
-from qmigrate.errors import TruncatedError
+from qmigrate.errors import TruncatedError, UnsupportedError
 from qmigrate.format._record import Record
 
 __all__ = ["Feed"]
@@ -127,9 +127,9 @@ class Feed:
                 if len(self) > 1024:
                     try:
                         return cls.read_prefix(self.view(_LONGEST_RECORD), offset=self.offset, trail=trail, **context)
-                    except TruncatedError:
+                    except TruncatedError as exc:
                         if len(self) >= _LONGEST_RECORD:
-                            raise
+                            raise self._too_long(exc, _LONGEST_RECORD, self.offset) from exc
                 if not (yield from self.more()):
                     raise
 
@@ -139,11 +139,17 @@ class Feed:
             view = self.view()[at : at + _LONGEST_AHEAD]
             try:
                 record, length = cls.read_prefix(view, offset=self.offset + at, trail=trail)
-            except TruncatedError:
-                if len(view) == _LONGEST_AHEAD or not (yield from self.more()):
+            except TruncatedError as exc:
+                if len(view) == _LONGEST_AHEAD:
+                    raise self._too_long(exc, _LONGEST_AHEAD, self.offset + at) from exc
+                if not (yield from self.more()):
                     raise
             else:
                 return record, at + length
+
+    @staticmethod
+    def _too_long(exc: TruncatedError, longest: int, offset: int) -> UnsupportedError:
+        return UnsupportedError(f"this is longer than {longest} bytes", offset=offset, trail=exc.trail)
 
     def behind(self, length: int) -> memoryview:
         """The last ``length`` bytes that were consumed, as long as the parser was not resumed since."""

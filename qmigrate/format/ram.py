@@ -6,17 +6,16 @@ is what it is held to, and reads all the others.
 migration/ram.c
 """
 
-import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntFlag
 from typing import Any, Final, NamedTuple
 
 import construct
-from construct import Bytes, If, Int8ub, Int16ub, Int32ub, Int64ub
+from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
 from qmigrate.errors import StreamError
-from qmigrate.format._record import Adapter, CountedString, Record, refuse, wire
+from qmigrate.format._record import Adapter, AnyConstruct, CountedString, Record, When, refuse, wire
 
 __all__ = [
     "RAM_VERSION",
@@ -52,6 +51,7 @@ class RamFlag(IntFlag):
 PAGE_KINDS: Final = frozenset({RamFlag.ZERO, RamFlag.PAGE, RamFlag.XBZRLE, RamFlag.COMPRESS_PAGE})
 MARKERS: Final = frozenset({RamFlag.EOS, RamFlag.HOOK, RamFlag.MULTIFD_FLUSH})
 ALL_FLAGS: Final = 0x3FF
+_LOWEST_BITS: Final = 0xFF  # no target's page is shorter
 
 
 class RamWord(NamedTuple):
@@ -82,6 +82,8 @@ class _Word(Adapter):
         return word
 
     def _encode(self, obj: RamWord, context: Any, path: str) -> int:
+        if obj.start & (context._params.page_size - 1):
+            raise refuse(f"the offset {obj.start:#x} is not a multiple of the page's size")
         return obj.start | obj.flags
 
 
@@ -97,18 +99,56 @@ class NormalPage(Record):
     contents: bytes = wire(Bytes(lambda this: this._params.page_size))
 
 
+XBZRLE_ENCODING: Final = 0x01
+
+
+class _XbzrleEncoding(Adapter):
+    """The one encoding there is."""
+
+    def _decode(self, obj: int, context: Any, path: str) -> int:
+        if obj != XBZRLE_ENCODING:
+            raise refuse(f"xbzrle encoding is {obj:#x}, expected {XBZRLE_ENCODING:#x}")
+        return obj
+
+    def _encode(self, obj: int, context: Any, path: str) -> int:
+        return obj
+
+
+class _DataLength(Adapter):
+    """How much stands for a page: refused before memory is taken for it where it is more than that can be."""
+
+    def __init__(self, subcon: AnyConstruct, kind: str, longest: Callable[[int], int]) -> None:
+        super().__init__(subcon)
+        self.kind = kind
+        self.longest = longest
+
+    def _decode(self, obj: int, context: Any, path: str) -> int:
+        longest = self.longest(context._params.page_size)
+        if obj > longest:
+            raise refuse(f"{self.kind} data is {obj} bytes long, expected at most {longest}")
+        return obj
+
+    def _encode(self, obj: int, context: Any, path: str) -> int:
+        return obj
+
+
+def _zlib_bound(length: int) -> int:
+    """zlib's compressBound()."""
+    return length + (length >> 12) + (length >> 14) + (length >> 25) + 13
+
+
 class XbzrlePage(Record):
     """A page as its difference from the one before.  migration/xbzrle.c"""
 
-    encoding: int = wire(Int8ub)
-    length: int = wire(Int16ub)
+    encoding: int = wire(_XbzrleEncoding(Int8ub))
+    length: int = wire(_DataLength(Int16ub, "xbzrle", lambda page_size: page_size))
     data: bytes = wire(Bytes(lambda this: this.length))
 
 
 class CompressedPage(Record):
     """A page as a zlib stream of its own.  2.4 to 9.0."""
 
-    length: int = wire(Int32ub)
+    length: int = wire(_DataLength(Int32ub, "compressed", _zlib_bound))
     data: bytes = wire(Bytes(lambda this: this.length))
 
 
@@ -118,34 +158,26 @@ _BODIES: Final[dict[int, type[Record]]] = {
     RamFlag.XBZRLE: XbzrlePage,
     RamFlag.COMPRESS_PAGE: CompressedPage,
 }
-XBZRLE_ENCODING: Final = 0x01
 
 
 class _Body(construct.Construct):  # type: ignore[type-arg]
-    """What the kind says follows; its lengths are checked before memory is taken."""
+    """What the kind says follows."""
 
     def _parse(self, stream: Any, context: Any, path: str) -> Record | None:
         body = _BODIES.get(context.word.kind)
         if body is None:
             return None
         values = body._struct._parsereport(stream, context, path)
-        record = body(**{name: values[name] for name in body._names})
-        if isinstance(record, XbzrlePage):
-            _check_xbzrle(record, context._params.page_size)
-        return record
+        return body(**{name: values[name] for name in body._names})
 
     def _build(self, obj: Record | None, stream: Any, context: Any, path: str) -> Any:
+        expected = _BODIES.get(context.word.kind, type(None))
+        if not isinstance(obj, expected):
+            raise refuse(f"flags {context.word.flags:#x} want {expected.__name__}, found {type(obj).__name__}")
         if obj is not None:
             values = construct.Container({name: getattr(obj, name) for name in obj._names})
             obj._struct._build(values, stream, context, path)
         return obj
-
-
-def _check_xbzrle(page: XbzrlePage, page_size: int) -> None:
-    if page.encoding != XBZRLE_ENCODING:
-        raise refuse(f"xbzrle encoding is {page.encoding:#x}, expected {XBZRLE_ENCODING:#x}")
-    if page.length > page_size:
-        raise refuse(f"xbzrle data is {page.length} bytes long, a page has {page_size}")
 
 
 def _names_its_block(this: Any) -> bool:
@@ -159,7 +191,7 @@ class RamRecord(Record):
     """
 
     word: RamWord = wire(_Word(Int64ub))
-    block: str | None = wire(If(_names_its_block, CountedString))
+    block: str | None = wire(When(_names_its_block, CountedString))
     body: Record | None = wire(_Body())
 
     @property
@@ -173,6 +205,12 @@ class RamBlockHead(Record):
 
     name: str = wire(CountedString)
     used_length: int = wire(Int64ub)
+
+
+class RamBlockWord(Record):
+    """Its page size or address, where they are there."""
+
+    word: int = wire(Int64ub)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,7 +231,7 @@ class RamBlock:
         """The bytes of this entry: what is None is not there."""
         words = [word for word in (self.page_size, self.address) if word is not None]
         head = RamBlockHead(name=self.name, used_length=self.used_length).build()
-        return head + b"".join(struct.pack(">Q", word) for word in words)
+        return head + b"".join(RamBlockWord(word=word).build() for word in words)
 
 
 class BlockListHeader(Record):
@@ -210,6 +248,8 @@ class BlockList:
     blocks: tuple[RamBlock, ...]
 
     def build(self) -> bytes:
+        if self.total & _LOWEST_BITS:
+            raise StreamError(f"BlockList can't be written: the total {self.total:#x} is not a multiple of 0x100")
         head = BlockListHeader(word=self.total | RamFlag.MEM_SIZE).build()
         return head + b"".join(block.build() for block in self.blocks)
 

@@ -5,7 +5,7 @@ Plain pages are read as runs by ``pages``, all else by the declarations in ``ram
 migration/ram.c: ram_load_precopy(), parse_ramblocks()
 """
 
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Final
 
 from qmigrate.errors import StreamError, UnsupportedError
@@ -27,6 +27,7 @@ from qmigrate.format.ram import (
 
 __all__ = ["RamSection"]
 
+_LONGEST_BLOCK_LIST: Final = 1 << 20  # bytes: a guest has tens of blocks
 _PLAIN_PAGE: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)
 
 
@@ -65,9 +66,15 @@ class RamSection:
         left = total
         while left:
             block, at = yield from self._listed_block(at, left, trail)
+            if block.name in self.blocks:
+                raise StreamError(f"{block.name} is listed twice", offset=start, trail=trail)
+            if at > _LONGEST_BLOCK_LIST:
+                raise UnsupportedError(
+                    f"the list is longer than {_LONGEST_BLOCK_LIST} bytes", offset=start, trail=trail
+                )
+            self.blocks[block.name] = block.used_length
             blocks.append(block)
             left -= block.used_length
-        self.blocks = {block.name: block.used_length for block in blocks}
         yield self._consume(BlockList(total=total, blocks=tuple(blocks)), at)
 
     def _listed_block(self, at: int, left: int, trail: Sequence[str]) -> Generator[None, None, tuple[RamBlock, int]]:
@@ -119,15 +126,13 @@ class RamSection:
             if self.block is not None:
                 runs, position = pages.scan(buffer, begin, end, offset=feed.offset, page_size=page_size)
                 if runs:
-                    batch = Pages(self.block, False, page_size, 0, runs)
-                    self._check_bounds(batch)
-                    yield self._consume(batch, position - begin)
+                    yield from self._inside(Pages(self.block, False, page_size, 0, runs), position - begin)
                 if self._is_cut_page() and (yield from feed.more()):
                     continue
             trail = ("ram",) if self.block is None else ("ram", self.block)
             record, length = yield from feed.record(RamRecord, trail, page_size=page_size)
             if record.word.kind in PAGE_KINDS:
-                yield self._page(record, length, trail)
+                yield from self._page(record, length, trail)
                 continue
             yield self._consume(record, length)
             if record.word.flags == RamFlag.EOS:
@@ -138,7 +143,7 @@ class RamSection:
         head = self.feed.view(8)
         return len(head) == 8 and head[7] == _PLAIN_PAGE and len(self.feed) < 8 + self.page_size
 
-    def _page(self, record: RamRecord, length: int, trail: Sequence[str]) -> Entry:
+    def _page(self, record: RamRecord, length: int, trail: Sequence[str]) -> Iterator[Entry]:
         """One page record by itself: named, not zero-filled, a delta, or cut by the window's end."""
         named = record.block is not None
         if record.block is not None:
@@ -157,22 +162,34 @@ class RamSection:
         run = PageRun(self.feed.offset, kind, record.word.start, 1)
         fill = getattr(record.body, "fill", 0)
         batch = Pages(self.block, named, self.page_size, fill, (run,))
-        self._check_bounds(batch)
-        if kind in (RamFlag.PAGE, RamFlag.ZERO):
-            return self._consume(batch, length)
-        return self._consume(RamPage(self.block, record), length)
+        yield from self._inside(
+            batch,
+            length,
+            batch if kind in (RamFlag.PAGE, RamFlag.ZERO) else RamPage(self.block, self.page_size, record),
+        )
 
-    def _check_bounds(self, batch: Pages) -> None:
-        length = self.blocks[batch.block]
-        for run in batch.runs:
-            if run.start + run.page_count * batch.page_size > length:
-                outside = max(run.start, length)
-                index = (outside - run.start) // batch.page_size
-                raise StreamError(
-                    f"page at {outside:#x}, the block ends at {length:#x}",
-                    offset=run.offset + index * batch.record_bytes(run.flag),
-                    trail=("ram", batch.block),
-                )
+    def _inside(self, batch: Pages, length: int, record: Pages | RamPage | None = None) -> Iterator[Entry]:
+        """The batch, or ``record`` in its place.
+
+        Raises ``StreamError`` where a page lies behind its block's end, once those before it are given.
+        """
+        block_length, page_size = self.blocks[batch.block], batch.page_size
+        ends = (start + count * page_size for _, _, start, count in batch.runs)
+        index = next((index for index, end in enumerate(ends) if end > block_length), None)
+        if index is None:
+            yield self._consume(record or batch, length)
+            return
+        offset, flag, start, _ = batch.runs[index]
+        inside = max(block_length - start, 0) // page_size
+        offset_outside = offset + inside * batch.record_bytes(flag)
+        good = [*batch.runs[:index], *([PageRun(offset, flag, start, inside)] if inside else [])]
+        if good:
+            yield self._consume(batch._replace(runs=good), offset_outside - self.feed.offset)
+        raise StreamError(
+            f"page at {start + inside * page_size:#x}, the block ends at {block_length:#x}",
+            offset=offset_outside,
+            trail=("ram", batch.block),
+        )
 
     def _consume(self, record: BlockList | Pages | RamRecord | RamPage, length: int) -> Entry:
         entry = Entry(self.feed.offset, length, record, self.feed.view(length))

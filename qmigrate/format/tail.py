@@ -10,6 +10,7 @@ stream-format.md §4.8 says what may follow a footer.
 import heapq
 import re
 import struct
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -27,12 +28,14 @@ LONGEST_HEADER: Final = 6 + 255 + 8
 _HIGHEST_VERSION: Final = 0xFFFF  # of a section header that we take for one without other proof
 # What is tried before a hostile tail is given up.
 _MOST_STEPS: Final = 200_000  # places where a section may end
-_STEP_BYTES: Final = 1 << 16  # searched in vain, they count as much as such a place
 _MOST_DESCRIPTIONS: Final = 16
+_NO_SECTION: Final = -1
 _MOST_NAMED: Final = 4  # sections of a reading, in the reason that names it
 _HEADER: Final = re.compile(rb"[\x01\x04](?s:.{4})([\x01-\xff])([\x21-\x7e][\x20-\x7e]*)")
 _CLOSING: Final = re.compile(rb"\x00\x06(?=(?s:....)\{)")
-_OPENING: Final = re.compile(rb"[\x00\x04\x08]")
+# What may follow a section, by its first bytes, and a footer before it.
+_OPENING: Final = re.compile(rb"\x04(?=(?s:.{5})[\x21-\x7e])|\x00(?=\x06|\Z)|\x08(?=\x00[\x01-\x0b])|\Z")
+_FOOTER: Final = re.compile(rb"\x7e(?=(?s:(.{4}))(?:\x04(?s:.{5})[\x21-\x7e]|\x00\x06|\x00\Z|\x08\x00[\x01-\x0b]|\Z))")
 
 
 class Item(NamedTuple):
@@ -112,6 +115,8 @@ class _Search:
     package: bool
     edges: dict[int, list[Item]] = field(default_factory=dict)
     steps: int = 0
+    places: list[tuple[int, int]] | None = None
+    footer_places: dict[int, list[tuple[int, int]]] | None = None
 
     def run(self) -> None:
         """Find every place that can be reached, and what may stand there."""
@@ -149,7 +154,7 @@ class _Search:
                 yield from self.command_at(at)
 
     def command_at(self, at: int) -> Iterator[Item]:
-        if at + 5 > len(self.data):
+        if self.data[at : at + 1] != b"\x08" or at + 5 > len(self.data):
             return
         number, length = struct.unpack_from(">HH", self.data, at + 1)
         if number not in CommandNumber.__members__.values():
@@ -215,46 +220,44 @@ class _Search:
 
     def by_footer(self, at: int, header: SectionHeader, body: int, reason: str) -> Iterator[Item]:
         """Each end that this section may have, by what follows there."""
-        for end, after in self.ends(header, body):
-            if self.plausible(after, header):
-                yield Item(at, after, header, body, end, None, reason)
-
-    def ends(self, header: SectionHeader, body: int) -> Iterator[tuple[int, int]]:
-        """Where the section's data may end, and where it goes on behind that."""
-        if self.footers is not False:
-            footer = struct.pack(">BI", SectionType.FOOTER, header.section_id)
-            end = self.find(footer, body)
-            while end >= 0:
-                yield end, end + FOOTER_BYTES
-                end = self.find(footer, end + 1)
-            return
-        # No footers: whatever plausibly opens the next piece takes the footer's place.
-        for found in _OPENING.finditer(self.data, body):
+        length = 0 if self.footers is False else FOOTER_BYTES
+        places = self.openings() if self.footers is False else self.closings().get(header.section_id, [])
+        for index in range(bisect_left(places, (body, _NO_SECTION)), len(places)):
+            end, following = places[index]
             self.steps += 1
             if self.has_given_up:
                 return
-            yield found.start(), found.start()
-
-    def find(self, footer: bytes, begin: int) -> int:
-        end = self.data.find(footer, begin)
-        self.steps += 1 + ((len(self.data) if end < 0 else end) - begin) // _STEP_BYTES
-        return -1 if self.has_given_up else end
+            if following != header.section_id:
+                yield Item(at, end + length, header, body, end, None, reason)
 
     @property
     def has_given_up(self) -> bool:
         return self.steps > _MOST_STEPS
 
-    def plausible(self, at: int, before: SectionHeader) -> bool:
-        """May something follow at ``at``?"""
-        if self.is_end(at) or self.is_cut_end(at):
-            return True
-        match self.data[at : at + 1]:
-            case b"\x04":
-                header = self.header_at(at)
-                return header is not None and header.section_id != before.section_id
-            case b"\x08" if self.package:
-                return any(self.command_at(at))
-        return False
+    def openings(self) -> list[tuple[int, int]]:
+        """Each place where something plausibly opens, and what: see ``opens``.  Found once."""
+        if self.places is None:
+            starts = (found.start() for found in _OPENING.finditer(self.data))
+            self.places = [(at, what) for at in starts if (what := self.opens(at)) is not None]
+        return self.places
+
+    def closings(self) -> dict[int, list[tuple[int, int]]]:
+        """Each place where a footer stands before such an opening, by its section id.  Found once."""
+        if self.footer_places is None:
+            self.footer_places = {}
+            for found in _FOOTER.finditer(self.data):
+                what = self.opens(found.start() + FOOTER_BYTES)
+                if what is not None:
+                    places = self.footer_places.setdefault(int.from_bytes(found[1]), [])
+                    places.append((found.start(), what))
+        return self.footer_places
+
+    def opens(self, at: int) -> int | None:
+        """The id of the section that plausibly opens here, or that it is something else; None where nothing does."""
+        if self.is_end(at) or self.is_cut_end(at) or (self.package and any(self.command_at(at))):
+            return _NO_SECTION
+        header = self.header_at(at) if self.data[at : at + 1] == b"\x04" else None
+        return None if header is None else header.section_id
 
     # -- which of the chains
 

@@ -17,6 +17,7 @@ from qmigrate.errors import StreamError
 __all__ = ["Description", "DeviceDescription", "FieldDescription", "StructDescription", "parse_description"]
 
 _INLINE: Final = frozenset({"tmp", "vstruct", "qtailq", "qlist", "gtree"})
+_DEEPEST: Final = 64  # structs in structs; QEMU's own nest less than ten deep
 NULL_MARKERS: Final = frozenset({"nullptr", "ptr-marker"})
 
 
@@ -88,15 +89,13 @@ def parse_description(text: bytes, *, offset: int = 0) -> Description:
     try:
         tree = json.loads(text.decode("utf-8", "surrogateescape"), object_pairs_hook=_Pairs)
     except json.JSONDecodeError as exc:
-        raise StreamError(f"not JSON: {exc.msg}", offset=offset + exc.pos, trail=trail) from exc
+        at = len(exc.doc[: exc.pos].encode("utf-8", "surrogateescape"))
+        raise StreamError(f"not JSON: {exc.msg}", offset=offset + at, trail=trail) from exc
     except RecursionError as exc:
         raise StreamError("nested too deep", offset=offset, trail=trail) from exc
     except ValueError as exc:  # a number of thousands of digits
         raise StreamError(f"not JSON: {exc}", offset=offset, trail=trail) from exc
-    try:
-        return _Reader(offset).description(tree)
-    except RecursionError as exc:
-        raise StreamError("nested too deep", offset=offset, trail=trail) from exc
+    return _Reader(offset).description(tree)
 
 
 class _Reader:
@@ -104,6 +103,7 @@ class _Reader:
 
     def __init__(self, offset: int) -> None:
         self.offset = offset
+        self.depth = 0
 
     def fail(self, place: str, message: str) -> NoReturn:
         raise StreamError(message, offset=self.offset, trail=("description", place) if place else ("description",))
@@ -140,6 +140,14 @@ class _Reader:
         )
 
     def struct(self, entry: _Pairs, place: str, *, name: str | None = None) -> StructDescription:
+        if self.depth == _DEEPEST:
+            self.fail("", f"structs are nested deeper than {_DEEPEST}")
+        self.depth += 1
+        described = self.inner(entry, place, name)
+        self.depth -= 1
+        return described
+
+    def inner(self, entry: _Pairs, place: str, name: str | None) -> StructDescription:
         vmsd_name = entry.get("vmsd_name", name)
         fields = self.list(entry.get("fields", []), f"{place}.fields")
         subsections = self.list(entry.get("subsections", []), f"{place}.subsections")

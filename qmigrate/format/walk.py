@@ -46,7 +46,7 @@ from qmigrate.format.stream import (
     VmDescriptionHeader,
 )
 from qmigrate.format.tail import FOOTER_BYTES, LONGEST_HEADER, Item, Tail, find_description, plausible_header, read_tail
-from qmigrate.format.vmdesc import Description, parse_description
+from qmigrate.format.vmdesc import Description
 
 __all__ = [
     "Configuration",
@@ -390,7 +390,7 @@ class Walker:
         if self.ram_ended:
             return False
         end = yield from self._early_end(header, length)
-        return end is not None and self._opens_part(bytes(self.feed.view(end + 10)), end + FOOTER_BYTES)
+        return end is not None and self._opens_part(bytes(self.feed.view(end + 10)[end + FOOTER_BYTES :]))
 
     def _early(self, header: SectionHeader) -> Step:
         """A FULL section before RAM: it ends at the first footer of its own that plausibly goes on."""
@@ -411,18 +411,19 @@ class Walker:
         mark = Footer(section_id=header.section_id).build()
         searched = begin
         while True:
-            data = bytes(self.feed.view())
-            end = data.find(mark, searched)
-            if end >= 0:
-                after = end + len(mark)
-                if len(data) < after + LONGEST_HEADER and (yield from self.feed.more()):
+            buffer, first, last = self.feed.buffer
+            found = buffer.find(mark, first + searched, last)
+            if found >= 0:
+                searched = found - first
+                after = searched + len(mark)
+                if len(self.feed) < after + LONGEST_HEADER and (yield from self.feed.more()):
                     continue
-                if self._plausibly_opens(data, after):
-                    return end
-                searched = end + 1
+                if self._plausibly_opens(bytes(self.feed.view(after + LONGEST_HEADER)[after:])):
+                    return searched
+                searched += 1
                 continue
-            searched = max(begin, len(data) - len(mark) + 1)
-            if len(data) > self.limits.device_state:
+            searched = max(searched, len(self.feed) - len(mark) + 1)
+            if len(self.feed) > self.limits.device_state:
                 raise UnsupportedError(
                     f"a section of more than {self.limits.device_state} bytes (--max-device-state)",
                     offset=self.feed.offset,
@@ -431,18 +432,20 @@ class Walker:
             if not (yield from self.feed.more()):
                 return None
 
-    def _plausibly_opens(self, data: bytes, at: int) -> bool:
-        return (
-            data[at : at + 1] == bytes([SectionType.COMMAND])
-            or self._opens_part(data, at)
-            or plausible_header(data, at) is not None
-        )
+    def _plausibly_opens(self, data: bytes) -> bool:
+        """Is this how the next thing at the top of the stream may begin?  Fewer bytes than a header: its end."""
+        match data[:1]:
+            case b"\x08":
+                return True
+            case b"\x00":  # alone it proves nothing: a stream of devices alone ends so, and with a description
+                return len(data) == 1 or data[1:2] == b"\x06"
+        return self._opens_part(data) or plausible_header(data) is not None
 
-    def _opens_part(self, data: bytes, at: int) -> bool:
+    def _opens_part(self, data: bytes) -> bool:
         """PART or END of a section that a START has opened."""
-        if data[at : at + 1] not in (bytes([SectionType.PART]), bytes([SectionType.END])):
+        if data[:1] not in (b"\x02", b"\x03"):
             return False
-        header = self.sections.get(int.from_bytes(data[at + 1 : at + 5]))
+        header = self.sections.get(int.from_bytes(data[1:5]))
         return header is not None and header.kind == SectionType.START
 
     # -- the end
@@ -487,8 +490,11 @@ class Walker:
             length = int.from_bytes(data[at + 1 : at + 5])
             end = at + 5 + length
             yield Entry(base + at, 5, VmDescriptionHeader(length=length), view[at : at + 5])
-            text = VmDescription(data[at + 5 : end], description)
-            yield Entry(base + at + 5, length, text, view[at + 5 : end])
+            text = data[at + 5 : end]
+            described = (
+                VmDescription(text, description) if description else VmDescription.parse(text, offset=base + at + 5)
+            )
+            yield Entry(base + at + 5, length, described, view[at + 5 : end])
             at = end
         if at < len(data):
             yield Entry(base + at, len(data) - at, Trailing(data[at:]), view[at:])
@@ -499,9 +505,15 @@ class Walker:
             header, length = yield from self.feed.record(VmDescriptionHeader, ("description",))
             yield self._entry(header, length)
             offset = self.feed.offset
+            if header.length > self.limits.device_state:
+                raise UnsupportedError(
+                    f"a description of {header.length} bytes, the limit is {self.limits.device_state} "
+                    "(--max-device-state)",
+                    offset=offset - 4,
+                    trail=("description",),
+                )
             text = yield from self.feed.take(header.length, ("description",))
-            description = parse_description(text, offset=offset) if text else None
-            yield Entry(offset, len(text), VmDescription(text, description), memoryview(text))
+            yield Entry(offset, len(text), VmDescription.parse(text, offset=offset), memoryview(text))
         while len(self.feed) or (yield from self.feed.more()):
             data = bytes(self.feed.view())
             yield self._entry(Trailing(data), len(data))

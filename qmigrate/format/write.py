@@ -48,18 +48,19 @@ def encode(
 ) -> bytes | bytearray:
     """The bytes of one record, from its values.
 
-    ``contents`` is needed for ``Pages``: the same records' bytes, out of which the pages alone are taken.
+    ``contents`` is needed for ``Pages`` that are not all ZERO: bytes of such records, out of which the pages alone
+    are taken.
     ``page_size`` is that of a ``RamRecord``'s page, in bytes.  Raises ``StreamError`` where a value has no room.
     """
     match record:
         case Pages():
-            return _encode_pages(record, b"" if contents is None else contents)
+            return _encode_pages(record, contents)
         case Command():
             return encode_command(record)
         case RamRecord():
             return record.build(page_size=page_size)
         case RamPage():
-            return record.record.build(page_size=max(page_size, 1 << 16))
+            return record.record.build(page_size=record.page_size)
         case Record() | BlockList():
             return record.build()
         case Configuration():
@@ -80,27 +81,41 @@ def _encode_configuration(record: Configuration) -> bytes:
     return b"".join(parts)
 
 
-def _encode_pages(pages: Pages, contents: bytes | memoryview) -> bytearray:
+def _encode_pages(pages: Pages, contents: bytes | memoryview | None) -> bytearray:
     """Each record's head from its run; the page itself out of ``contents``."""
     name = pages.block.encode("utf-8", "surrogateescape")
     if len(name) > 0xFF:
         raise StreamError(f"a block's name holds at most 255 bytes, {pages.block!r} has {len(name)}")
+    length = sum(count * pages.record_bytes(flag) for _, flag, _, count in pages.runs)
+    length += 1 + len(name) if pages.named else 0
+    if contents is None and not any(flag == RamFlag.PAGE for _, flag, _, _ in pages.runs):
+        contents = bytes(length)
+    if contents is None or len(contents) != length:
+        given = 0 if contents is None else len(contents)
+        raise StreamError(f"the runs take {length} bytes, {given} bytes of contents are given")
     out = bytearray(contents)
-    at = 0
-    for index, run in enumerate(pages.runs):
-        count, start = run.page_count, run.start
-        if pages.named and index == 0:
-            head = struct.pack(">QB", start | run.flag, len(name)) + name
-            out[at : at + len(head)] = head
-            at += len(head)
-            if run.flag == _ZERO:
-                out[at] = pages.fill
-            at += pages.record_bytes(run.flag) - 8
-            count, start = count - 1, start + pages.page_size
-        at = _encode_run(out, at, start, run.flag, count, pages)
-    if at != len(out):
-        raise StreamError(f"the runs take {at} bytes, {len(out)} bytes of contents are given")
+    try:
+        _encode_runs(out, pages, name)
+    except (struct.error, ValueError) as exc:  # ValueError: a fill that is no byte
+        raise StreamError(f"the runs can't be written: {exc}") from exc
     return out
+
+
+def _encode_runs(out: bytearray, pages: Pages, name: bytes) -> None:
+    at = 0
+    for index, (_, flag, start, count) in enumerate(pages.runs):
+        if start % pages.page_size:
+            raise StreamError(f"the offset {start:#x} is not a multiple of the page's size")
+        if not pages.named or index:
+            at = _encode_run(out, at, start, flag, count, pages)
+            continue
+        head = struct.pack(">QB", start | flag, len(name)) + name
+        out[at : at + len(head)] = head
+        at += len(head)
+        if flag == _ZERO:
+            out[at] = pages.fill
+        at += pages.record_bytes(flag) - 8
+        at = _encode_run(out, at, start + pages.page_size, flag, count - 1, pages)
 
 
 def _encode_run(out: bytearray, at: int, start: int, flag: int, count: int, pages: Pages) -> int:

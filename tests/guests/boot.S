@@ -113,7 +113,13 @@ halt:
     hlt
     jmp halt
 
+# Before QEMU 9.0 TCG forgets, after the dirty bitmap was read, to have the next store to a page make it dirty
+# again, as long as the page is in its TLB: such a page stays behind when the guest migrates.  Changing CR4.PGE
+# empties the TLB.  eax is lost.
 wait_for_tick:
+    mov eax, cr4
+    xor eax, 1 << 7
+    mov cr4, eax
     sti
     hlt                                  # nothing comes between the two: sti holds for one instruction
     cli
