@@ -6,6 +6,7 @@
     │   ├── UnsupportedError    they may be right, but we cannot read this
     │   └── SequenceError       a good message at a bad time
     ├── NoStreamError           there is no migration stream in this input (exit code 2)
+    ├── RefusedError            it was refused before anything began (exit code 2)
     └── QmpError                a QEMU could not be talked to; .address
         ├── QmpConnectError     it does not listen, is silent, or does not speak QMP
         ├── QmpCommandError     QEMU refused a command, in its own words; .command, .error_class
@@ -25,6 +26,7 @@ __all__ = [
     "QmpConnectError",
     "QmpError",
     "QmpTimeoutError",
+    "RefusedError",
     "SequenceError",
     "StreamError",
     "TruncatedError",
@@ -68,6 +70,10 @@ class SequenceError(StreamError):
 
 class NoStreamError(QmigrateError):
     """There is no migration stream in this input."""
+
+
+class RefusedError(QmigrateError):
+    """What was asked for is refused before anything began: it can't be had, or it is known to end badly."""
 
 
 class QmpError(QmigrateError):

@@ -142,12 +142,14 @@ def zero(start: int, count: int = 1, *, block: str | None = None, fill: int = 0,
     )
 
 
-def xbzrle(start: int, data: bytes, *, block: str | None = None) -> bytes:
-    return _record(start, RamFlag.XBZRLE, block, XbzrleBody(encoding=1, length=len(data), data=data))
+def xbzrle(start: int, data: bytes, *, block: str | None = None, page_size: int = PAGE) -> bytes:
+    body = XbzrleBody(encoding=1, length=len(data), data=data)
+    return _record(start, RamFlag.XBZRLE, block, body, page_size=page_size)
 
 
-def compressed(start: int, data: bytes, *, block: str | None = None) -> bytes:
-    return _record(start, RamFlag.COMPRESS_PAGE, block, CompressedPage(length=len(data), data=data))
+def compressed(start: int, data: bytes, *, block: str | None = None, page_size: int = PAGE) -> bytes:
+    body = CompressedPage(length=len(data), data=data)
+    return _record(start, RamFlag.COMPRESS_PAGE, block, body, page_size=page_size)
 
 
 def eos() -> bytes:

@@ -45,7 +45,7 @@ def imported_rooms(path: Path) -> Iterator[tuple[int, str]]:
                 names = [f"qmigrate.{alias.name}" for alias in node.names]
         for name in names:
             if name.startswith("qmigrate."):
-                yield node.lineno, name.split(".")[1]
+                yield getattr(node, "lineno", 0), name.split(".")[1]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))

@@ -4,6 +4,7 @@ import lzma
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,20 @@ def blocks_of(language: str) -> list[str]:
 
 
 def test_the_library_example_runs(folder: Path) -> None:
-    (example,) = blocks_of("python")
+    example, _ = blocks_of("python")
     ran = subprocess.run([sys.executable, "-c", example], cwd=folder, capture_output=True, text=True, check=True)
     assert "pc-q35-11.1" in ran.stdout
     assert "cpu_clock_offset int64" in ran.stdout
+
+
+@pytest.mark.skipif(find_spec("dask") is None, reason="no dask")
+def test_the_recipe_for_a_cluster_runs(folder: Path) -> None:
+    _, recipe = blocks_of("python")
+    (folder / "recipe.py").write_text(recipe)
+    ran = subprocess.run([sys.executable, "recipe.py"], cwd=folder, capture_output=True, text=True, check=False)
+    assert (ran.stdout, ran.returncode) == ("vm.mig pc-q35-11.1\nnothing.mig No such file or directory\n", 0), (
+        ran.stderr
+    )
 
 
 def commands() -> list[str]:
@@ -34,7 +45,7 @@ def commands() -> list[str]:
     return [line.partition("#")[0].strip() for line in lines if line.startswith("qmigrate ")]
 
 
-@pytest.mark.parametrize("command", [line for line in commands() if "SRC" not in line])
+@pytest.mark.parametrize("command", [line for line in commands() if "SRC" not in line and "~" not in line])
 def test_each_command_works(command: str, folder: Path) -> None:
     shell = command.replace("qmigrate", f"{sys.executable} -m qmigrate", 1).replace("< pipe", "< vm.mig")
     ran = subprocess.run(shell, shell=True, cwd=folder, capture_output=True, text=True, check=False)

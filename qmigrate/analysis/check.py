@@ -1,15 +1,19 @@
 """Is a stream valid, and is it the same again when it is rebuilt from its values?"""
 
+import os
 from dataclasses import dataclass, field
+from typing import Any
 
+from qmigrate.analysis.file import answer_file
+from qmigrate.analysis.summary import describe_error
 from qmigrate.capture.migration import Gathering, Migration
 from qmigrate.errors import StreamError
 from qmigrate.format.device import Field, VmState
 from qmigrate.format.ram import Pages, RamFlag
-from qmigrate.format.walk import DeviceState, Entry, Trailing, Undecoded, VmDescription
+from qmigrate.format.walk import DeviceState, Entry, Limits, Trailing, Undecoded, VmDescription
 from qmigrate.format.write import encode
 
-__all__ = ["Checked", "Difference", "check"]
+__all__ = ["Checked", "Difference", "check", "check_file", "describe_check"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +74,7 @@ def check(migration: Migration) -> Checked:
     for entry in checked.gathering:
         _compare(checked, entry)
         _count_opaque(checked, entry)
-        checked.length += entry.length if not entry.depth else 0
+        checked.length += entry.length
     return checked
 
 
@@ -121,3 +125,42 @@ def _count_fields(checked: Checked, state: VmState) -> None:
 def is_buffer(leaf: Field) -> bool:
     """Of a type that QEMU itself only calls bytes."""
     return leaf.type in ("buffer", "unused_buffer")
+
+
+def describe_check(checked: Checked) -> dict[str, Any]:
+    """As ``check --json`` prints it; lengths in bytes."""
+    contents = checked.gathering.contents
+    return {
+        "valid": checked.valid,
+        "identical": checked.identical,
+        "complete": contents.complete,
+        "length": checked.length,
+        "opaque": dict(checked.opaque),
+        "opaque_types": dict(checked.opaque_types),
+        "undecoded_sections": checked.undecoded,
+        "trailing": contents.trailing,
+        "differences": [
+            {
+                "offset": difference.offset,
+                "record": difference.record,
+                "found": difference.found.hex(),
+                "rebuilt": difference.rebuilt.hex(),
+            }
+            for difference in checked.differences
+        ],
+        "errors": [describe_error(error) for error in contents.errors],
+    }
+
+
+def check_file(
+    path: str | os.PathLike[str], *, page_size: int | None = None, limits: Limits | None = None
+) -> dict[str, Any]:
+    """What ``describe_check`` says of the stream in a file, or its ``error``, after the ``file``'s name.
+
+    A pure function of the file that can be pickled: for pools and clusters.
+    """
+    return answer_file(path, _answer, page_size=page_size, limits=limits)
+
+
+def _answer(migration: Migration) -> dict[str, Any]:
+    return describe_check(check(migration))

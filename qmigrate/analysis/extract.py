@@ -3,19 +3,20 @@
 import ctypes
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import quote_from_bytes
 
+from qmigrate.analysis.summary import describe_error
 from qmigrate.capture.migration import Block, Gathering, Migration
 from qmigrate.errors import QmigrateError, UnsupportedError
 from qmigrate.format.ram import BlockList, PageRun, Pages, RamFlag
 from qmigrate.format.walk import Entry, RamPage
 
-__all__ = ["ExtractError", "Extracted", "extract", "file_name"]
+__all__ = ["ExtractError", "Extracted", "describe_extract", "extract", "file_name", "folder_names"]
 
 _PAGE: Final = int(RamFlag.PAGE)
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
@@ -38,27 +39,40 @@ class Extracted:
 
 def file_name(block: str) -> str:
     """One path component for a block's name: everything but plain characters is percent-encoded."""
-    raw = block.encode("utf-8", "surrogateescape")
+    return _component(block) + ".raw"
+
+
+def _component(name: str) -> str:
+    raw = name.encode("utf-8", "surrogateescape")
     encoded = quote_from_bytes(raw, safe="").replace("~", "%7E")
     if not encoded.strip("."):
         encoded = "".join(f"%{byte:02X}" for byte in raw)
     # A component holds at most 255 bytes; 200 leave room for a number that tells shortened names apart.
-    return encoded[:200] + ".raw"
+    return encoded[:200]
 
 
 def file_names(blocks: Sequence[str]) -> dict[str, str]:
     """A file name for each block: those that would collide get a number."""
+    return {block: f"{component}.raw" for block, component in _distinct({block: block for block in blocks}).items()}
+
+
+def folder_names(inputs: Sequence[str]) -> dict[str, str]:
+    """A folder name for each input, by the last part of its path: those that would collide get a number."""
+    return _distinct({each: "stdin" if each == "-" else Path(each).name for each in inputs})
+
+
+def _distinct(wanted: Mapping[str, str]) -> dict[str, str]:
     names: dict[str, str] = {}
     taken: set[str] = set()
-    for block in blocks:
-        name = file_name(block)
+    for each, want in wanted.items():
+        name = _component(want)
         number = 1
         # Case is folded, as some file systems do.
         while name.lower() in taken:
             number += 1
-            name = f"{file_name(block)[:-4]}~{number}.raw"
+            name = f"{_component(want)}~{number}"
         taken.add(name.lower())
-        names[block] = name
+        names[each] = name
     return names
 
 
@@ -219,3 +233,22 @@ def _write_index(extracted: Extracted) -> None:
     temporary = extracted.directory / f".blocks.json.{os.getpid()}.part"
     temporary.write_text(json.dumps(index, indent=2) + "\n")
     temporary.replace(path)
+
+
+def describe_extract(extracted: Extracted) -> dict[str, Any]:
+    """As ``extract --json`` prints it; lengths in bytes, ``data`` without the holes."""
+    contents = extracted.gathering.contents
+    return {
+        "directory": str(extracted.directory),
+        "blocks": [
+            {
+                "name": name,
+                "file": file,
+                "length": contents.blocks[name].length,
+                "data": extracted.bytes_written.get(name, 0),
+            }
+            for name, file in extracted.files.items()
+        ],
+        "complete": contents.complete,
+        "errors": [describe_error(error) for error in contents.errors],
+    }

@@ -5,6 +5,7 @@ from typing import Any
 
 from qmigrate.analysis.devices import plain
 from qmigrate.analysis.summary import payload
+from qmigrate.errors import StreamError
 from qmigrate.format.command import Command
 from qmigrate.format.ram import BlockList, PageRun, Pages, RamFlag, RamRecord
 from qmigrate.format.stream import EndOfFile, FileHeader, Footer, SectionHeader, SectionPart, VmDescriptionHeader
@@ -19,31 +20,42 @@ from qmigrate.format.walk import (
     VmDescription,
 )
 
-__all__ = ["coalesce", "describe_record"]
+__all__ = ["coalesce", "describe_record", "record_name"]
 
 _NO_VIEW = memoryview(b"")
 
 
 def coalesce(entries: Iterable[Entry]) -> Iterator[Entry]:
-    """The same records with each run of pages whole, one an entry, however the bytes arrived.
+    """The same records with each run of pages whole, one an entry, and so all that follows the stream's end,
+    however the bytes arrived.
 
-    Entries of pages come without their bytes.
+    Both come without their bytes.  Raises what ``entries`` raises, once all before it is given.
     """
     held: Entry | None = None
-    for entry in entries:
-        if not isinstance(entry.record, Pages):
-            if held is not None:
+    try:
+        for entry in entries:
+            for single in _singles(entry):
+                joined = None if held is None else _join(held, single)
+                if joined is None and held is not None:
+                    yield held
+                held = joined or single
+            if held is not None and not isinstance(held.record, Pages | Trailing):
                 yield held
                 held = None
-            yield entry
-            continue
-        for single in _single_runs(entry, entry.record):
-            joined = None if held is None else _join(held, single)
-            if joined is None and held is not None:
-                yield held
-            held = joined or single
+    except StreamError:
+        if held is not None:
+            yield held
+        raise
     if held is not None:
         yield held
+
+
+def _singles(entry: Entry) -> Iterable[Entry]:
+    if isinstance(entry.record, Pages):
+        return _single_runs(entry, entry.record)
+    if isinstance(entry.record, Trailing):
+        return (entry._replace(record=Trailing(b""), view=_NO_VIEW),)
+    return (entry,)
 
 
 def _single_runs(entry: Entry, pages: Pages) -> Iterator[Entry]:
@@ -57,8 +69,10 @@ def _single_runs(entry: Entry, pages: Pages) -> Iterator[Entry]:
 def _join(held: Entry, single: Entry) -> Entry | None:
     """Both as one run, where the second goes on where the first ends."""
     before, after = held.record, single.record
-    assert isinstance(before, Pages)
-    assert isinstance(after, Pages)
+    if isinstance(before, Trailing) and isinstance(after, Trailing):
+        return held._replace(length=held.length + single.length)
+    if not (isinstance(before, Pages) and isinstance(after, Pages)):
+        return None
     run, following = before.runs[0], after.runs[0]
     if (
         after.named
@@ -73,61 +87,96 @@ def _join(held: Entry, single: Entry) -> Entry | None:
 
 def describe_record(entry: Entry) -> dict[str, Any]:
     """``offset``, ``length``, ``record`` (its kind) and its values; ``depth`` inside a package."""
-    kind, values = _described(entry.record)
-    described = {"offset": entry.offset, "length": entry.length, "record": kind, **values}
+    named = {"offset": entry.offset, "length": entry.length, "record": record_name(entry.record)}
+    described: dict[str, Any] = named | _values(entry.record)
     if entry.depth:
         described["depth"] = entry.depth
     return described
 
 
-def _described(record: StreamRecord) -> tuple[str, dict[str, Any]]:  # noqa: PLR0912 - one row a record
+def record_name(record: StreamRecord) -> str:  # noqa: PLR0912 - one row a record
+    """What kind of record it is, in QEMU's words: of a coalesced run of pages, PAGE or ZERO."""
+    match record:
+        case Pages(runs=(run, *_)):
+            return _flag_name(run.flag)
+        case RamPage(record=page):
+            return _flag_name(page.word.kind)
+        case RamRecord(word=word):
+            return _flag_name(word.flags)
+        case SectionHeader() | SectionPart():
+            return record.kind.name
+        case Command():
+            return record.name
+        case FileHeader():
+            return "HEADER"
+        case Configuration():
+            return "CONFIGURATION"
+        case BlockList():
+            return "MEM_SIZE"
+        case Footer():
+            return "FOOTER"
+        case DeviceState():
+            return "STATE"
+        case Undecoded():
+            return "UNDECODED"
+        case EndOfFile():
+            return "EOF"
+        case VmDescriptionHeader():
+            return "VMDESCRIPTION"
+        case VmDescription():
+            return "DESCRIPTION"
+        case Trailing():
+            return "TRAILING"
+        case _:
+            return type(record).__name__
+
+
+def _flag_name(flags: int) -> str:
+    return RamFlag(flags).name or "RAM"
+
+
+def _values(record: StreamRecord) -> dict[str, Any]:  # noqa: PLR0912 - one row a record
     match record:
         case Pages(runs=runs):
-            return "PAGES", _pages(record, runs[0])
+            return _pages(record, runs[0])
         case FileHeader():
-            return "HEADER", {"version": record.version}
+            return {"version": record.version}
         case Configuration():
             subsections = [
                 {"name": item.header.name, "version": item.header.version, "body": plain(item.body)}
                 for item in record.subsections
             ]
-            return "CONFIGURATION", {"machine_type": record.machine_type, "subsections": subsections}
+            return {"machine_type": record.machine_type, "subsections": subsections}
         case SectionHeader() | SectionPart():
-            fields = plain(record)
-            assert isinstance(fields, dict)
-            return record.kind.name, {name: value for name, value in fields.items() if name != "kind"}
+            return {name: value for name, value in _fields(record).items() if name != "kind"}
         case Footer():
-            return "FOOTER", {"section_id": record.section_id}
+            return {"section_id": record.section_id}
         case Command():
-            return record.name, payload(record)
+            return payload(record)
         case BlockList():
-            return "MEM_SIZE", {"total": record.total, "blocks": plain(record.blocks)}
-        case RamRecord():
-            return RamFlag(record.word.flags).name or "RAM", {}
+            return {"total": record.total, "blocks": plain(record.blocks)}
         case RamPage(block=block, record=page):
-            kind = RamFlag(page.word.kind).name or "PAGE"
-            return kind, {"block": block, "start": page.word.start, "named": page.block is not None}
+            return {"block": block, "start": page.word.start, "named": page.block is not None}
         case DeviceState(state=state):
-            return "STATE", {"vmsd_name": state.vmsd_name, "fields": plain(state)}
+            return {"vmsd_name": state.vmsd_name, "fields": plain(state)}
         case Undecoded(reason=reason):
-            return "UNDECODED", {"reason": reason}
-        case EndOfFile():
-            return "EOF", {}
+            return {"reason": reason}
         case VmDescriptionHeader():
-            return "VMDESCRIPTION", {"text_length": record.length}
-        case VmDescription():
-            return "DESCRIPTION", {}
-        case Trailing():
-            return "TRAILING", {}
+            return {"text_length": record.length}
+        case RamRecord() | EndOfFile() | VmDescription() | Trailing():
+            return {}
         case _:
-            fields = plain(record)
-            return type(record).__name__, fields if isinstance(fields, dict) else {}
+            return _fields(record)
+
+
+def _fields(record: StreamRecord) -> dict[str, Any]:
+    fields = plain(record)
+    return fields if isinstance(fields, dict) else {}
 
 
 def _pages(pages: Pages, run: PageRun) -> dict[str, Any]:
     described: dict[str, Any] = {
         "block": pages.block,
-        "kind": "normal" if run.flag == RamFlag.PAGE else "zero",
         "start": run.start,
         "page_count": run.page_count,
         "named": pages.named,

@@ -122,6 +122,7 @@ class Contents:
     page_size: int = 4096
     length: int = 0
     trailing: int = 0
+    trailing_head: bytes = b""
     footers: bool | None = None
     description: Description | None = None
     description_length: int | None = None
@@ -136,6 +137,7 @@ class Contents:
 
 
 _ZERO: Final = int(RamFlag.ZERO)
+_MAGIC_BYTES: Final = 8
 
 
 class Migration:
@@ -284,6 +286,7 @@ class Gathering:
                 self._decode_early()
             case Trailing(data=data):
                 self.contents.trailing += len(data)
+                self.contents.trailing_head += data[: _MAGIC_BYTES - len(self.contents.trailing_head)]
             case _:
                 self._close(entry.offset)
 

@@ -64,6 +64,22 @@ _LONGEST_MAGIC: Final = 6
 _READ_ERRORS: Final = (EOFError, OSError, ValueError)
 
 
+class _File(io.RawIOBase):
+    """A regular file from ``position`` on.  Each has a place of its own: two walks don't disturb one another."""
+
+    def __init__(self, descriptor: int, position: int) -> None:
+        self._descriptor = descriptor
+        self.position = position
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = os.preadv(self._descriptor, [buffer], self.position)
+        self.position += count
+        return count
+
+
 class _Pipe(io.RawIOBase):
     """A pipe whose first bytes can be looked at before it is read.  Waits where the pipe itself would not."""
 
@@ -103,11 +119,11 @@ class Source:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.name = "standard input" if os.fspath(path) == "-" else os.fspath(path)
         self._is_stdin = os.fspath(path) == "-"
-        raw = open(0 if self._is_stdin else path, "rb", buffering=0, closefd=not self._is_stdin)  # noqa: SIM115 - closed by close(); a Path has no descriptor
+        try:
+            raw = open(0 if self._is_stdin else path, "rb", buffering=0, closefd=not self._is_stdin)  # noqa: SIM115 - closed by close(); a Path has no descriptor
+        except IsADirectoryError:
+            raise NoStreamError("a directory, expected a migration stream") from None
         status = os.fstat(raw.fileno())
-        if stat.S_ISDIR(status.st_mode):
-            raw.close()
-            raise NoStreamError("a directory, expected a migration stream")
         self._file = raw
         self.size = status.st_size if stat.S_ISREG(status.st_mode) else None
         """Of a regular file, in bytes, as it is stored; else None."""
@@ -116,6 +132,7 @@ class Source:
         self.can_rewind = raw.seekable() and stat.S_ISREG(status.st_mode)
         self._start = raw.tell() if self.can_rewind else 0
         self._used = False
+        self._latest: _File | None = None
         self._read_errors: tuple[type[Exception], ...] = _READ_ERRORS
 
     def __enter__(self) -> Self:
@@ -132,8 +149,10 @@ class Source:
 
     @property
     def position(self) -> int | None:
-        """How many bytes of the file were read so far, as it is stored; None of a pipe."""
-        return self._file.tell() - self._start if self.can_rewind else None
+        """How many bytes of the file the latest walk has read, as it is stored; None of a pipe."""
+        if not self.can_rewind:
+            return None
+        return 0 if self._latest is None else self._latest.position - self._start
 
     def entries(
         self,
@@ -155,14 +174,13 @@ class Source:
                 yield entry
 
     def _open(self) -> _Reader:
-        if self._used:
-            if not self.can_rewind:
-                raise NoStreamError("a pipe can be read only once")
-            self._file.seek(self._start)
+        if self._used and not self.can_rewind:
+            raise NoStreamError("a pipe can be read only once")
         self._used = True
         try:
             if self.can_rewind:
-                file: _Reader = self._file
+                file: _Reader
+                file = self._latest = _File(self._file.fileno(), self._start)
                 head = os.pread(self._file.fileno(), _LONGEST_MAGIC, self._start)
             else:
                 file = pipe = _Pipe(self._file)

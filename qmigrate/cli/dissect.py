@@ -1,18 +1,27 @@
 """``qmigrate dissect``: what is in a stream."""
 
 import argparse
-from typing import TYPE_CHECKING, Final, TextIO
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
-from qmigrate.cli.input import add_input, open_input
+from qmigrate.cli.files import Headings, answer_lines, each_file, in_lines
+from qmigrate.cli.input import add_input, open_input, reading_options
 from qmigrate.cli.tell import tell, tell_faults
 
 if TYPE_CHECKING:
-    from qmigrate.capture.migration import Contents, Migration
+    from qmigrate.analysis.devices import Plain
+    from qmigrate.capture.migration import Contents, Migration, Section
 
 __all__ = ["add_arguments", "run"]
 
 HELP = "what is in a stream: structure, devices by field, RAM by block, commands, what is odd"
 DESCRIPTION = "Tell what is in a migration stream: on one screen, or one thing of it in full."
+EXAMPLES = (
+    "qmigrate dissect vm.mig",
+    "qmigrate dissect --device virtio-net vm.mig",
+    "qmigrate dissect --json --jobs 4 *.mig",
+)
 
 _MOST_NAMES: Final = 8
 
@@ -26,10 +35,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     views.add_argument("--field", metavar="PATH", help="the value at DEVICE.FIELD, for scripts, e.g. cpu/0.env.eip")
     views.add_argument("--ram", action="store_true", help="RAM by block and by pass")
     forms = parser.add_argument_group("for programs").add_mutually_exclusive_group()
-    forms.add_argument("--json", action="store_true", help="everything, or the view that is asked for, as JSON")
+    forms.add_argument(
+        "--json",
+        action="store_true",
+        help="everything, or the view that is asked for, as JSON; of several files an answer a line, with its file",
+    )
     forms.add_argument("--ndjson", action="store_true", help="a JSON object for each record, as they are read")
     add_input(parser)
-    parser.set_defaults(usage_error=parser.error)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -37,53 +49,73 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         args.usage_error("--structure goes with --ndjson: there is a record a line")
     if args.ndjson and (args.device or args.field or args.ram):
         args.usage_error("--ndjson gives all records: --device, --field and --ram go with --json")
-    streams = args.structure or args.ndjson
-    with open_input(args, out, streams=streams) as migration:
-        if streams:
-            return _records(args, migration, out)
-        if args.ram:
-            return _ram(args, migration, out)
-        contents = migration.contents
-        if args.device is not None:
-            status = _device(args, contents, migration.source.name, out)
-        elif args.field is not None:
-            status = _field(args, contents, migration.source.name, out)
-        else:
-            status = _story(args, contents, migration.source.name, out)
-        out.flush()
-        return max(status, tell_faults(migration.source.name, contents.errors))
+    if in_lines(args):
+        return answer_lines(args, out, partial(_answer_of(args), **reading_options(args)), severity=_severity)
+    headings = Headings(args, out)
+    view = _view_of(args)
+
+    def dissect(file: str) -> int:
+        with open_input(args, file, out, streams=args.structure or args.ndjson) as migration:
+            status = view(args, migration, headings, out)
+            out.flush()
+            return status
+
+    return each_file(args, out, dissect)
 
 
-def _records(args: argparse.Namespace, migration: "Migration", out: TextIO) -> int:
+_View = Callable[[argparse.Namespace, "Migration", Headings, TextIO], int]
+
+
+def _view_of(args: argparse.Namespace) -> _View:
     if args.ndjson:
-        from qmigrate.report.json import write_ndjson
+        return _ndjson
+    if args.structure:
+        return _structure
+    if args.ram:
+        return _ram
+    if args.device is not None:
+        return _device
+    if args.field is not None:
+        return _field
+    return _story
 
-        write_ndjson(migration.entries(), out)
-    else:
-        from qmigrate.report.paper import Paper
-        from qmigrate.report.structure import write_structure
 
-        write_structure(migration.entries(), Paper(out))
+def _ndjson(args: argparse.Namespace, migration: "Migration", _headings: Headings, out: TextIO) -> int:
+    from qmigrate.report.json import write_ndjson
+
+    write_ndjson(migration.entries(), out, file=migration.source.name if len(args.files) > 1 else None)
     return 0
 
 
-def _ram(args: argparse.Namespace, migration: "Migration", out: TextIO) -> int:
-    from qmigrate.report.ram import plain_ram, tally_ram, write_ram
+def _structure(_args: argparse.Namespace, migration: "Migration", headings: Headings, out: TextIO) -> int:
+    from qmigrate.report.paper import Paper
+    from qmigrate.report.structure import write_structure
+
+    headings.begin(migration.source.name)
+    write_structure(migration.entries(), Paper(out))
+    return 0
+
+
+def _ram(args: argparse.Namespace, migration: "Migration", headings: Headings, out: TextIO) -> int:
+    from qmigrate.analysis.ram import describe_ram, tally_ram
 
     tally = tally_ram(migration)
     if args.json:
         from qmigrate.report.json import write_json
 
-        write_json(plain_ram(tally), out)
+        write_json(describe_ram(tally), out)
     else:
         from qmigrate.report.paper import Paper
+        from qmigrate.report.ram import write_ram
 
+        headings.begin(migration.source.name)
         write_ram(tally, Paper(out))
     out.flush()
     return tell_faults(migration.source.name, tally.contents.errors)
 
 
-def _story(args: argparse.Namespace, contents: "Contents", name: str, out: TextIO) -> int:
+def _story(args: argparse.Namespace, migration: "Migration", headings: Headings, out: TextIO) -> int:
+    contents = migration.contents
     if args.json:
         from qmigrate.analysis.summary import summarize
         from qmigrate.report.json import write_json
@@ -93,48 +125,130 @@ def _story(args: argparse.Namespace, contents: "Contents", name: str, out: TextI
         from qmigrate.report.paper import Paper
         from qmigrate.report.text import write_story
 
-        write_story(contents, name, Paper(out))
-    return 0
+        headings.begin()
+        write_story(contents, migration.source.name, Paper(out))
+    out.flush()
+    return tell_faults(migration.source.name, contents.errors)
 
 
-def _device(args: argparse.Namespace, contents: "Contents", name: str, out: TextIO) -> int:
-    from qmigrate.analysis.devices import find_devices, plain
+def _device(args: argparse.Namespace, migration: "Migration", headings: Headings, out: TextIO) -> int:
+    from qmigrate.analysis.devices import find_devices
 
+    contents = migration.contents
     sections = find_devices(contents, args.device)
     if not sections:
-        tell(name, f"no device {args.device!r} in this stream{_suggestion(args.device, contents)}")
-        return 1
-    if args.json:
+        out.flush()
+        tell(migration.source.name, _no_device(args.device, contents))
+    elif args.json:
         from qmigrate.report.json import write_json
 
-        write_json({section.key: plain(section.state) for section in sections}, out)
+        write_json(_plain_devices(sections), out)
     else:
         from qmigrate.report.device import write_devices
         from qmigrate.report.paper import Paper
 
+        headings.begin(migration.source.name)
         write_devices(sections, Paper(out))
-    return 0
+    out.flush()
+    return max(0 if sections else 1, tell_faults(migration.source.name, contents.errors))
 
 
-def _field(args: argparse.Namespace, contents: "Contents", name: str, out: TextIO) -> int:
+def _field(args: argparse.Namespace, migration: "Migration", headings: Headings, out: TextIO) -> int:
     from qmigrate.analysis.devices import find_field
 
+    contents = migration.contents
     found = find_field(contents, args.field)
     if not found:
-        tell(name, f"no field {args.field!r} in this stream{_reason(args.field, contents)}")
-        return 1
-    if args.json:
+        out.flush()
+        tell(migration.source.name, _no_field(args.field, contents))
+    elif args.json:
         from qmigrate.report.json import write_json
 
-        values = {section.key: value for section, _, value in found}
-        write_json(found[0][2] if len(found) == 1 else values, out)
+        write_json(_plain_field(found), out)
     else:
         from qmigrate.report.device import write_value
         from qmigrate.report.paper import Paper
 
+        headings.begin(migration.source.name)
         for _, _, value in found:
             write_value(value, Paper(out))
-    return 0
+    out.flush()
+    return max(0 if found else 1, tell_faults(migration.source.name, contents.errors))
+
+
+# -- an answer a line: made in processes, so these are functions that can be pickled
+
+
+def _answer_of(args: argparse.Namespace) -> Callable[..., dict[str, Any]]:
+    from qmigrate.analysis.file import answer_file
+    from qmigrate.analysis.summary import summarize_file
+
+    if args.ram:
+        return partial(answer_file, answer=_ram_answer)
+    if args.device is not None:
+        return partial(answer_file, answer=partial(_device_answer, args.device))
+    if args.field is not None:
+        return partial(answer_file, answer=partial(_field_answer, args.field))
+    return summarize_file
+
+
+def _severity(answer: dict[str, Any]) -> int:
+    """Is the answer no?"""
+    return 1 if "missing" in answer else 0
+
+
+def _ram_answer(migration: "Migration") -> dict[str, Any]:
+    from qmigrate.analysis.ram import describe_ram, tally_ram
+
+    return describe_ram(tally_ram(migration))
+
+
+def _device_answer(name: str, migration: "Migration") -> dict[str, Any]:
+    from qmigrate.analysis.devices import find_devices
+
+    contents = migration.contents
+    sections = find_devices(contents, name)
+    answer: dict[str, Any] = (
+        {"devices": _plain_devices(sections)} if sections else {"missing": _no_device(name, contents)}
+    )
+    return answer | _errors(contents)
+
+
+def _field_answer(path: str, migration: "Migration") -> dict[str, Any]:
+    from qmigrate.analysis.devices import find_field
+
+    contents = migration.contents
+    found = find_field(contents, path)
+    answer: dict[str, Any] = {"value": _plain_field(found)} if found else {"missing": _no_field(path, contents)}
+    return answer | _errors(contents)
+
+
+def _errors(contents: "Contents") -> dict[str, Any]:
+    from qmigrate.analysis.summary import describe_error
+
+    return {"complete": contents.complete, "errors": [describe_error(error) for error in contents.errors]}
+
+
+def _plain_devices(sections: "list[Section]") -> dict[str, Any]:
+    from qmigrate.analysis.devices import plain
+
+    return {section.key: plain(section.state) for section in sections}
+
+
+def _plain_field(found: "Sequence[tuple[Section, str, Plain]]") -> "Plain":
+    """The value; where several devices have it, each by its device."""
+    return found[0][2] if len(found) == 1 else {section.key: value for section, _, value in found}
+
+
+# -- what is not there
+
+
+def _no_device(name: str, contents: "Contents") -> str:
+    return f"no device {name!r} in this stream{_suggestion(name, contents)}"
+
+
+def _no_field(path: str, contents: "Contents") -> str:
+    return f"no field {path!r} in this stream{_reason(path, contents)}"
 
 
 def _reason(path: str, contents: "Contents") -> str:

@@ -3,13 +3,15 @@
 import argparse
 from typing import TextIO
 
+from qmigrate.cli.files import Headings, each_file
 from qmigrate.cli.input import add_input, open_input
-from qmigrate.cli.tell import tell, tell_faults
+from qmigrate.cli.tell import FAILURES, tell, tell_faults
 
 __all__ = ["add_arguments", "run"]
 
 HELP = "RAM of each block, as a sparse file"
 DESCRIPTION = "Write the RAM of a migration stream, as its end leaves it: each block in a sparse file."
+EXAMPLES = ("qmigrate extract --raw ram/ vm.mig",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,36 +19,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--raw",
         metavar="DIR",
         required=True,
-        help="where a file for each block goes, and blocks.json that maps the names; made if need be",
+        help="where a file for each block goes, and blocks.json that maps the names; made if need be; of several "
+        "files each gets a directory of its own in it",
     )
-    parser.add_argument("--json", action="store_true", help="what was written as JSON")
-    add_input(parser)
+    parser.add_argument(
+        "--json", action="store_true", help="what was written as JSON; of several files one a line, with its file"
+    )
+    add_input(parser, jobs=False)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
-    from qmigrate.analysis.extract import extract
+    from pathlib import Path
 
-    with open_input(args, out) as migration:
-        name = migration.source.name
+    from qmigrate.analysis.extract import describe_extract, extract, folder_names
+    from qmigrate.analysis.file import why
+    from qmigrate.report.json import write_json, write_json_line
+
+    several = len(args.files) > 1
+    folders = folder_names(args.files) if several else {args.files[0]: ""}
+    headings = Headings(args, out)
+
+    def extract_one(file: str) -> int:
+        folder = Path(args.raw, folders[file])
+        with open_input(args, file, out) as migration:
+            name = migration.source.name
+            try:
+                extracted = extract(migration, folder)
+            except OSError as exc:
+                if exc.filename is None:  # a write to one of the files
+                    exc.filename = str(folder)
+                raise
+        if args.json and several:
+            write_json_line({"file": file} | describe_extract(extracted), out)
+        elif args.json:
+            write_json(describe_extract(extracted), out)
+        elif extracted.files:
+            from qmigrate.report.answers import write_extract
+            from qmigrate.report.paper import Paper
+
+            headings.begin(name)
+            write_extract(extracted, Paper(out))
+        out.flush()
+        status = tell_faults(name, extracted.gathering.contents.errors)
+        if not extracted.files and not status:
+            tell(name, "there is no RAM in this stream")
+            return 1
+        return status
+
+    def extract_one_of_several(file: str) -> int:
         try:
-            extracted = extract(migration, args.raw)
-        except OSError as exc:
-            if exc.filename is None:  # a write to one of the files
-                exc.filename = args.raw
+            return extract_one(file)
+        except FAILURES as failure:
+            write_json_line({"file": file, "error": why(failure)}, out)
             raise
-    if args.json:
-        from qmigrate.report.answers import plain_extract
-        from qmigrate.report.json import write_json
 
-        write_json(plain_extract(extracted), out)
-    else:
-        from qmigrate.report.answers import write_extract
-        from qmigrate.report.paper import Paper
-
-        write_extract(extracted, Paper(out))
-    out.flush()
-    status = tell_faults(name, extracted.gathering.contents.errors)
-    if not extracted.files and not status:
-        tell(name, "there is no RAM in this stream")
-        return 1
-    return status
+    return each_file(args, out, extract_one_of_several if args.json and several else extract_one)

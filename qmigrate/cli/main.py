@@ -6,19 +6,21 @@ Nothing is imported here that ``qmigrate --version`` does not need: each command
 import argparse
 import os
 import sys
+import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Final, NoReturn, TextIO
+from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 from qmigrate import __version__
-from qmigrate.cli import check, dissect, extract
-from qmigrate.cli.tell import tell
-from qmigrate.errors import NoStreamError, QmigrateError, StreamError
+from qmigrate.cli import cancel, check, dissect, extract, migrate, pause, recover, start_postcopy, status
+from qmigrate.cli.completion import SHELLS, PrintCompletion
+from qmigrate.cli.tell import FAILURES, NOTHING_DONE, add_telling, failed, input_name, tell, tell_cost
 
-__all__ = ["entry_point", "main"]
+if TYPE_CHECKING:
+    from rich.text import Text
 
-BAD_STREAM: Final = 1
-NOTHING_DONE: Final = 2
+__all__ = ["build_parser", "entry_point", "main"]
+
 INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE: Final = 141  # 128 + SIGPIPE: what a tool that does not catch it ends with
 
@@ -27,10 +29,16 @@ class _Parser(argparse.ArgumentParser):
     """Loads what makes help beautiful when help is asked for."""
 
     def format_help(self) -> str:
-        from rich_argparse import RichHelpFormatter
+        from rich_argparse import RawDescriptionRichHelpFormatter, RichHelpFormatter
 
         class Formatter(RichHelpFormatter):
             group_name_formatter = str.capitalize
+            help_markup = text_markup = False  # [FILE] is what it looks like
+
+            def _rich_fill_text(self, text: "Text", text_width: int, indent: "Text") -> "Text":
+                """Examples keep their lines."""
+                fills = RawDescriptionRichHelpFormatter if "\n" in text.plain else RichHelpFormatter
+                return fills._rich_fill_text(self, text, text_width, indent)
 
         self.formatter_class = partial(Formatter, max_help_position=28)
         return super().format_help()
@@ -64,56 +72,54 @@ def main(argv: Sequence[str]) -> int:
 
 def _answer(argv: Sequence[str]) -> int:
     try:
-        status = _run(_parser().parse_args(argv), sys.stdout)
+        status = _run(build_parser().parse_args(argv), sys.stdout)
     except SystemExit as end:  # argparse: help, version, or a usage error that it has told
         status = end.code if isinstance(end.code, int) else NOTHING_DONE
     sys.stdout.flush()
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="qmigrate",
         description="Opens up QEMU live migration: dissects migration streams byte by byte.",
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--print-completion",
+        metavar="SHELL",
+        choices=SHELLS,
+        action=PrintCompletion,
+        help="print what makes a shell complete these commands: bash, zsh or fish",
+    )
     parser.add_argument("--version", action="version", version=f"qmigrate {__version__}")
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, prog="qmigrate", parser_class=_Parser
     )
-    for module in (dissect, check, extract):
+    for module in (dissect, check, extract, migrate, start_postcopy, pause, recover, cancel, status):
         command = commands.add_parser(
-            module.__name__.rpartition(".")[2], help=module.HELP, description=module.DESCRIPTION, allow_abbrev=False
+            module.__name__.rpartition(".")[2].replace("_", "-"),
+            help=module.HELP,
+            description=module.DESCRIPTION,
+            epilog="\n  ".join(["Example:" if len(module.EXAMPLES) == 1 else "Examples:", *module.EXAMPLES]),
+            allow_abbrev=False,
         )
         module.add_arguments(command)
+        add_telling(command)
         command.set_defaults(run=module.run)
     return parser
 
 
 def _run(args: argparse.Namespace, out: TextIO) -> int:
     """The command's own answer, or what its failure means."""
-    name = "standard input" if args.file == "-" else args.file
+    name = input_name(getattr(args, "file", args.command))
+    began = time.monotonic()
     try:
         status: int = args.run(args, out)
-    except BrokenPipeError:
-        raise
-    except NoStreamError as exc:
-        return _failed(out, NOTHING_DONE, name, str(exc))
-    except StreamError as exc:
-        return _failed(out, BAD_STREAM, name, str(exc))
-    except QmigrateError as exc:
-        return _failed(out, NOTHING_DONE, str(exc))
-    except OSError as exc:
-        if exc.filename is None:  # a write: whatever is opened has a name
-            raise
-        named = name if isinstance(exc.filename, int) else os.fsdecode(exc.filename)
-        return _failed(out, NOTHING_DONE, named, exc.strerror or str(exc))
-    return status
-
-
-def _failed(out: TextIO, status: int, *parts: str) -> int:
-    out.flush()  # what was good is given, and stands before what is said of the rest
-    tell(*parts)
+    except FAILURES as failure:
+        status = failed(failure, name, out)
+    if args.verbose:
+        tell_cost(began)
     return status
 
 

@@ -13,6 +13,7 @@ from qmigrate.format import pages
 from qmigrate.format.command import PageSizes
 from qmigrate.format.entry import Entry, RamPage, Step
 from qmigrate.format.feed import Feed
+from qmigrate.format.page_size import SMALLEST_PAGE, find_page_size
 from qmigrate.format.ram import (
     PAGE_KINDS,
     BlockList,
@@ -34,12 +35,22 @@ _PLAIN_PAGE: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)
 class RamSection:
     """What the section remembers from part to part: its blocks, and the one that pages continue.
 
-    ``page_size`` is the target's, in bytes; ``advised`` what ADVISE said before, None without one.
+    ``page_size`` is the target's, in bytes, ``is_known`` where that is more than a guess; ``advised`` what ADVISE
+    said before, None without one.
     """
 
-    def __init__(self, feed: Feed, *, page_size: int, capabilities: frozenset[str], advised: PageSizes | None) -> None:
+    def __init__(
+        self,
+        feed: Feed,
+        *,
+        page_size: int,
+        is_known: bool,
+        capabilities: frozenset[str],
+        advised: PageSizes | None,
+    ) -> None:
         self.feed = feed
         self.page_size = page_size
+        self.page_size_is_known = is_known
         self.capabilities = capabilities
         self.advised = advised
         self.blocks: dict[str, int] = {}
@@ -55,10 +66,11 @@ class RamSection:
         if "mapped-ram" in self.capabilities:
             raise UnsupportedError("mapped-ram streams are not read yet", offset=start, trail=trail)
         head, at = yield from self.feed.ahead(BlockListHeader, 0, trail)
-        total = head.word & ~(self.page_size - 1)
-        if head.word & (self.page_size - 1) != RamFlag.MEM_SIZE:
+        below = (self.page_size if self.page_size_is_known else SMALLEST_PAGE) - 1
+        total = head.word & ~below
+        if head.word & below != RamFlag.MEM_SIZE:
             raise StreamError(
-                f"found flags {head.word & (self.page_size - 1):#x}, expected MEM_SIZE 0x4",
+                f"found flags {head.word & below:#x}, expected MEM_SIZE 0x4",
                 offset=start,
                 trail=trail,
             )
@@ -89,7 +101,7 @@ class RamSection:
             raise StreamError("a block without a name", offset=self.feed.offset + at, trail=trail)
         page_size = address = None
         is_last = head.used_length == left
-        if self.advised is not None and (yield from self._has_page_size(after, is_last)):
+        if (yield from self._has_page_size(after, is_last)):
             page_size = int.from_bytes(self.feed.view(after + 8)[after:])
             after += 8
         if "x-ignore-shared" in self.capabilities:
@@ -102,13 +114,15 @@ class RamSection:
     def _has_page_size(self, at: int, is_last: bool) -> Generator[None, None, bool]:
         """Does a page-size word follow?  It is a power of two and a bit of ADVISE's summary.
 
+        A snapshot (savevm) taken with postcopy-ram on has the words and no ADVISE.
         With x-ignore-shared an address that looks like one may stand there: then a name (its length is never
         0) or, after the last block, a marker follows it at once, and no second word.
         """
-        assert self.advised is not None
         yield from self.feed.need(at + 8, ("ram", "block list"))
         word = int.from_bytes(self.feed.view(at + 8)[at:])
-        if not word or word & (word - 1) or not word & self.advised.summary or word < self.page_size:
+        if not word or word & (word - 1) or word < self.page_size:
+            return False
+        if not word & self.advised.summary if self.advised is not None else word <= max(self.page_size, 4096):
             return False
         if "x-ignore-shared" not in self.capabilities:
             return True
@@ -120,7 +134,11 @@ class RamSection:
 
     def records(self) -> Step:
         """Records until EOS.  Plain pages are read as runs, all else by the declaration."""
-        feed, page_size = self.feed, self.page_size
+        feed = self.feed
+        if not self.page_size_is_known and self.blocks and (yield from self._has_pages()):
+            self.page_size = yield from find_page_size(feed, self.blocks, self.page_size)
+            self.page_size_is_known = True
+        page_size = self.page_size
         while True:
             buffer, begin, end = feed.buffer
             if self.block is not None:
@@ -137,6 +155,11 @@ class RamSection:
             yield self._consume(record, length)
             if record.word.flags == RamFlag.EOS:
                 return
+
+    def _has_pages(self) -> Generator[None, None, bool]:
+        """Does anything but EOS stand here?"""
+        yield from self.feed.need(8, ("ram",))
+        return int.from_bytes(self.feed.view(8)) != RamFlag.EOS
 
     def _is_cut_page(self) -> bool:
         """Is a plain page at hand, but not all of it?  Then it is worth to wait and read it as a run."""

@@ -11,8 +11,9 @@ import heapq
 import re
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final, NamedTuple
 
 from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
@@ -21,7 +22,7 @@ from qmigrate.format.device import VmState, decode_state
 from qmigrate.format.stream import SectionHeader, SectionType
 from qmigrate.format.vmdesc import Description, DeviceDescription, parse_description
 
-__all__ = ["Item", "Tail", "find_description", "plausible_header", "read_tail"]
+__all__ = ["ClosingFinder", "Item", "Tail", "find_description", "find_ends", "plausible_header", "read_tail"]
 
 FOOTER_BYTES: Final = 5
 LONGEST_HEADER: Final = 6 + 255 + 8
@@ -29,13 +30,24 @@ _HIGHEST_VERSION: Final = 0xFFFF  # of a section header that we take for one wit
 # What is tried before a hostile tail is given up.
 _MOST_STEPS: Final = 200_000  # places where a section may end
 _MOST_DESCRIPTIONS: Final = 16
+_MOST_WAITED_FOR: Final = 1000  # descriptions whose end has not come
+_MOST_ENDS: Final = 4
 _NO_SECTION: Final = -1
 _MOST_NAMED: Final = 4  # sections of a reading, in the reason that names it
 _HEADER: Final = re.compile(rb"[\x01\x04](?s:.{4})([\x01-\xff])([\x21-\x7e][\x20-\x7e]*)")
 _CLOSING: Final = re.compile(rb"\x00\x06(?=(?s:....)\{)")
+_CLOSING_BYTES: Final = 7
+# EOF with something behind it that is no description: an empty one, or another stream.
+_ENDING: Final = re.compile(rb"\x00(?=\x06\x00{4}|QEVM\x00\x00\x00\x03)")
 # What may follow a section, by its first bytes, and a footer before it.
-_OPENING: Final = re.compile(rb"\x04(?=(?s:.{5})[\x21-\x7e])|\x00(?=\x06|\Z)|\x08(?=\x00[\x01-\x0b])|\Z")
-_FOOTER: Final = re.compile(rb"\x7e(?=(?s:(.{4}))(?:\x04(?s:.{5})[\x21-\x7e]|\x00\x06|\x00\Z|\x08\x00[\x01-\x0b]|\Z))")
+_OPENING: Final = re.compile(
+    rb"\x04(?=(?s:.{5})[\x21-\x7e]|(?s:.{0,5})\Z)|\x00(?=\x06|\Z)|\x08(?=\x00[\x01-\x0b]|\x00?\Z)|\Z"
+)
+_FOOTER: Final = re.compile(
+    rb"\x7e(?=((?s:.{4}))"
+    rb"(?:\x04(?:(?s:.{5})[\x21-\x7e]|(?s:.{0,5})\Z)|\x00(?:\x06|\Z)|\x08(?:\x00[\x01-\x0b]|\x00?\Z)|\Z))"
+)
+_MOST_OPENINGS: Final = 16  # tried as the end of one section
 
 
 class Item(NamedTuple):
@@ -94,8 +106,64 @@ def find_description(data: bytes, base: int) -> Iterator[tuple[int, Description]
             continue
 
 
+def find_ends(data: bytes, *, footers: bool | None) -> Iterator[int]:
+    """Each place where an EOF byte may stand with no description that says anything, and more behind it."""
+    found = (match.start() for match in islice(_ENDING.finditer(data), _MOST_STEPS))
+    # Bytes that look like an empty description are frequent in device state: only behind a footer are they one.
+    likely = (at for at in found if data[at + 1] != SectionType.VMDESCRIPTION or _is_behind_footer(data, at, footers))
+    yield from islice(likely, _MOST_ENDS)
+
+
+def _is_behind_footer(data: bytes, at: int, footers: bool | None) -> bool:
+    return footers is not False and data[at - FOOTER_BYTES : at - FOOTER_BYTES + 1] == b"\x7e"
+
+
+class ClosingFinder:
+    """Where the tail is over, while it comes: for those who may not wait for the input's end.
+
+    EOF and a description close it for certain where every section decodes under that description.
+    """
+
+    def __init__(self, *, base: int, footers: bool | None) -> None:
+        self.base = base
+        self.footers = footers
+        self.searched = 0
+        self.waiting: list[tuple[int, int]] = []
+        self.tries = 0
+
+    def closes(self, data: bytearray) -> tuple[Tail, Description, int] | None:
+        """The tail in front of ``data``, its description, and where that ends; None while it is not all there."""
+        if self.tries > _MOST_DESCRIPTIONS or len(self.waiting) > _MOST_WAITED_FOR:
+            return None
+        for found in islice(_CLOSING.finditer(data, self.searched), _MOST_WAITED_FOR + 1):
+            at = found.start()
+            heapq.heappush(self.waiting, (at + 6 + struct.unpack_from(">I", data, at + 2)[0], at))
+        self.searched = max(len(data) - _CLOSING_BYTES + 1, 0)
+        while self.waiting and self.waiting[0][0] <= len(data):
+            end, at = heapq.heappop(self.waiting)
+            if data[end - 1] == ord("}"):
+                self.tries += 1
+                closed = self._closed_at(data, at, end)
+                if closed is not None:
+                    return closed
+        return None
+
+    def _closed_at(self, data: bytearray, at: int, end: int) -> tuple[Tail, Description, int] | None:
+        try:
+            description = parse_description(bytes(data[at + 6 : end]), offset=self.base + at + 6)
+        except StreamError:
+            return None
+        tail = read_tail(
+            bytes(data[: at + 1]), base=self.base, footers=self.footers, description=description, package=False
+        )
+        is_sure = tail.error is None and tail.end == at and all(item.state is not None for item in tail.items)
+        return (tail, description, end) if is_sure else None
+
+
 def read_tail(data: bytes, *, base: int, footers: bool | None, description: Description | None, package: bool) -> Tail:
     """The sections (and, in a package, commands) at the front of ``data``, which stands at ``base``.
+
+    ``footers`` says whether sections have them, None where that is not known.
 
     A package ends with its last byte; other tails with EOF, which is left for the caller.
     """
@@ -117,6 +185,8 @@ class _Search:
     steps: int = 0
     places: list[tuple[int, int]] | None = None
     footer_places: dict[int, list[tuple[int, int]]] | None = None
+    ways_on: dict[int, bool] = field(default_factory=dict)
+    repeated: frozenset[int] = frozenset()
 
     def run(self) -> None:
         """Find every place that can be reached, and what may stand there."""
@@ -146,6 +216,22 @@ class _Search:
             return False
         return len(head) < 6 or at + 6 + struct.unpack_from(">I", head, 2)[0] > len(self.data)
 
+    def is_cut(self, at: int) -> bool:
+        """Nothing, or too little to tell, is left of a stream that ends too soon."""
+        if at == len(self.data) or self.is_cut_end(at):
+            return True
+        if self.package and (self.command_end(at) or 0) > len(self.data):
+            return True
+        if self.data[at : at + 1] != b"\x04" or at + LONGEST_HEADER <= len(self.data):
+            return False
+        try:
+            SectionHeader.read_prefix(self.data[at : at + LONGEST_HEADER])
+        except TruncatedError:
+            return True
+        except StreamError:
+            pass
+        return False
+
     def items_at(self, at: int) -> Iterator[Item]:
         match self.data[at : at + 1]:
             case b"\x04":
@@ -154,19 +240,27 @@ class _Search:
                 yield from self.command_at(at)
 
     def command_at(self, at: int) -> Iterator[Item]:
-        if self.data[at : at + 1] != b"\x08" or at + 5 > len(self.data):
-            return
+        end = self.command_end(at)
+        if end is not None and end <= len(self.data):
+            number = int.from_bytes(self.data[at + 1 : at + 3])
+            yield Item(at, end, command=CommandNumber(number))
+
+    def command_end(self, at: int) -> int | None:
+        """Where the command ends that may stand here, be it behind the data; None where none does."""
+        if self.data[at : at + 1] != b"\x08":
+            return None
+        if at + 5 > len(self.data):
+            return at + 5
         number, length = struct.unpack_from(">HH", self.data, at + 1)
         if number not in CommandNumber.__members__.values():
-            return
+            return None
         fixed = COMMANDS[CommandNumber(number)].size
         if fixed is not None and fixed != length:
-            return
+            return None
         end = at + 5 + length
         if number == CommandNumber.PACKAGED and end <= len(self.data):
             end += struct.unpack_from(">I", self.data, at + 5)[0]
-        if end <= len(self.data):
-            yield Item(at, end, command=CommandNumber(number))
+        return int(end)
 
     def header_at(self, at: int) -> SectionHeader | None:
         """A plausible header, or one that the description names: a version may be anything (i82801's is)."""
@@ -177,30 +271,33 @@ class _Search:
             header, _ = SectionHeader.read_prefix(self.data[at : at + LONGEST_HEADER])
         except StreamError:
             return None
-        return header if self.described(header) is not None else None
+        return header if self.described(header) else None
 
-    def described(self, header: SectionHeader) -> DeviceDescription | None:
-        return None if self.description is None else self.description.device(header.idstr, header.instance_id)
+    def described(self, header: SectionHeader) -> Sequence[DeviceDescription]:
+        return () if self.description is None else self.description.devices_of(header.idstr, header.instance_id)
 
     def sections_at(self, at: int) -> Iterator[Item]:
         header = self.header_at(at)
         if header is None:
             return
         body = at + 6 + self.data[at + 5] + 8
-        device = self.described(header)
-        if device is None:
-            reason = "no description in this stream" if self.description is None else "not in the description"
+        devices = self.described(header)
+        reason = "no description in this stream" if self.description is None else "not in the description"
+        ends: set[int] = set()
+        for device in devices:
+            try:
+                state, used = decode_state(
+                    device.body, self.data, begin=body, offset=self.base + body, trail=(header.idstr,)
+                )
+                item = self.closed(at, header, body, body + used, state)
+            except StreamError as exc:
+                reason = f"the description does not fit: {exc}"
+                continue
+            if item.end not in ends:
+                ends.add(item.end)
+                yield item
+        if not ends:
             yield from self.by_footer(at, header, body, reason)
-            return
-        try:
-            state, used = decode_state(
-                device.body, self.data, begin=body, offset=self.base + body, trail=(header.idstr,)
-            )
-            item = self.closed(at, header, body, body + used, state)
-        except StreamError as exc:
-            yield from self.by_footer(at, header, body, f"the description does not fit: {exc}")
-            return
-        yield item
 
     def closed(self, at: int, header: SectionHeader, body: int, end: int, state: VmState) -> Item:
         """The section as decoded.  Raises ``StreamError`` where no footer closes it."""
@@ -220,9 +317,14 @@ class _Search:
 
     def by_footer(self, at: int, header: SectionHeader, body: int, reason: str) -> Iterator[Item]:
         """Each end that this section may have, by what follows there."""
-        length = 0 if self.footers is False else FOOTER_BYTES
-        places = self.openings() if self.footers is False else self.closings().get(header.section_id, [])
-        for index in range(bisect_left(places, (body, _NO_SECTION)), len(places)):
+        if self.footers is False:
+            # Whatever plausibly opens takes the footer's place, the first that leads to the end: see result().
+            length, places, most = 0, self.openings(), _MOST_OPENINGS
+            reason += "; there are no footers, so it is taken to end where the next header stands"
+        else:
+            length, places, most = FOOTER_BYTES, self.closings().get(header.section_id, []), _MOST_STEPS
+        first = bisect_left(places, (body, _NO_SECTION))
+        for index in range(first, min(len(places), first + most)):
             end, following = places[index]
             self.steps += 1
             if self.has_given_up:
@@ -254,7 +356,7 @@ class _Search:
 
     def opens(self, at: int) -> int | None:
         """The id of the section that plausibly opens here, or that it is something else; None where nothing does."""
-        if self.is_end(at) or self.is_cut_end(at) or (self.package and any(self.command_at(at))):
+        if self.is_end(at) or self.is_cut(at) or (self.package and any(self.command_at(at))):
             return _NO_SECTION
         header = self.header_at(at) if self.data[at : at + 1] == b"\x04" else None
         return None if header is None else header.section_id
@@ -262,17 +364,15 @@ class _Search:
     # -- which of the chains
 
     def result(self) -> Tail:
-        ways_on = self._ways_to_end()
-        if self.has_given_up or not ways_on[0]:
+        self.ways_on = self._ways_to_end()
+        if self.has_given_up or not self.ways_on[0]:
             return self._failure()
+        self.repeated = self._repeated_ids()
         items: list[Item] = []
         at = 0
         while self.edges[at]:
-            good = self._good(at, ways_on)
-            if len(good) == 1:
-                items.append(good[0])
-            else:
-                items.append(self._ambiguous(at, ways_on))
+            good = self._good(at)
+            items.append(good[0] if len(good) == 1 else self._ambiguous(at))
             at = items[-1].end
         return Tail(items, at)
 
@@ -282,23 +382,45 @@ class _Search:
             ways[at] = self.is_end(at) or any(ways[item.end] for item in self.edges[at])
         return ways
 
-    def _ambiguous(self, at: int, ways_on: Mapping[int, bool]) -> Item:
+    def _repeated_ids(self) -> frozenset[int]:
+        """Section ids that several headers have: one of these is none, as an id is there once in a stream."""
+        seen: set[int] = set()
+        repeated: set[int] = set()
+        for at, items in self.edges.items():
+            if self.ways_on[at] and items and (header := items[0].header) is not None:
+                (repeated if header.section_id in seen else seen).add(header.section_id)
+        return frozenset(repeated)
+
+    def _ambiguous(self, at: int) -> Item:
         """One piece from here to the first place that all readings share."""
-        end = self._meeting_place(at, ways_on)
-        one, other = [self._reading(item, end, ways_on) for item in self._good(at, ways_on)[:2]]
+        end = self._meeting_place(at)
+        one, other = [self._reading(item, end) for item in self._good(at)[:2]]
         return Item(at, end, reason=f"there are two readings: {one}; or {other}")
 
-    def _good(self, at: int, ways_on: Mapping[int, bool]) -> list[Item]:
-        return [item for item in self.edges[at] if ways_on[item.end]]
+    def _good(self, at: int) -> list[Item]:
+        """The items that lead to the end, without those that another makes needless."""
+        good = [item for item in self.edges[at] if self.ways_on[item.end]]
+        if self.footers is not False or len(good) < 2:
+            return good
+        # Without footers a section may go on over whatever stands in it, so the nearest opening counts, and
+        # only what cannot be true together with it is another reading.
+        nearest = good[0].end
+        opened = self.edges[nearest][0] if self.edges[nearest] else None
+        if opened is None or opened.header is None:
+            return good[:1]
+        rivals = [item for item in good[1:] if item.end < opened.body]
+        if opened.header.section_id in self.repeated:
+            rivals += [item for item in good[1:] if item.end >= opened.body][:1]
+        return [good[0], *rivals]
 
-    def _meeting_place(self, at: int, ways_on: Mapping[int, bool]) -> int:
+    def _meeting_place(self, at: int) -> int:
         """The first place through which every way from here leads; where ways end apart, the last of their ends."""
-        waiting = sorted({item.end for item in self._good(at, ways_on)})
+        waiting = sorted({item.end for item in self._good(at)})
         seen = set(waiting)
         some_ended = False
         while True:
             place = heapq.heappop(waiting)
-            following = self._good(place, ways_on)
+            following = self._good(place)
             if not waiting and not (some_ended and following):
                 return place
             some_ended = some_ended or not following
@@ -307,13 +429,13 @@ class _Search:
                     seen.add(item.end)
                     heapq.heappush(waiting, item.end)
 
-    def _reading(self, item: Item, end: int, ways_on: Mapping[int, bool]) -> str:
+    def _reading(self, item: Item, end: int) -> str:
         """The sections from ``item`` to ``end``, with the first way on at each place."""
         named: list[str] = []
         while item.end <= end and len(named) <= _MOST_NAMED:
             if item.header is not None:
                 named.append(f"{item.header.idstr} to {self.base + item.end:#x}")
-            following = self._good(item.end, ways_on)
+            following = self._good(item.end)
             if not following:
                 break
             item = following[0]

@@ -18,6 +18,7 @@ __all__ = ["Description", "DeviceDescription", "FieldDescription", "StructDescri
 
 _INLINE: Final = frozenset({"tmp", "vstruct", "qtailq", "qlist", "gtree"})
 _DEEPEST: Final = 64  # structs in structs; QEMU's own nest less than ten deep
+_MOST_OF_ONE_NAME: Final = 16  # different entries: slirp has one for each network
 NULL_MARKERS: Final = frozenset({"nullptr", "ptr-marker"})
 
 
@@ -65,11 +66,15 @@ class Description:
     page_size: int | None
     devices: tuple[DeviceDescription, ...]
     configuration: StructDescription | None = None
-    _by_name: Mapping[tuple[str, int], DeviceDescription] = field(default_factory=dict, compare=False)
+    _by_name: Mapping[tuple[str, int], Sequence[DeviceDescription]] = field(default_factory=dict, compare=False)
 
     def device(self, name: str, instance_id: int) -> DeviceDescription | None:
         """The entry for this section, or None."""
-        return self._by_name.get((name, instance_id))
+        return next(iter(self.devices_of(name, instance_id)), None)
+
+    def devices_of(self, name: str, instance_id: int) -> Sequence[DeviceDescription]:
+        """All entries for sections of this name: 5.2 and 7.2 call each network of slirp ``slirp``, 0."""
+        return self._by_name.get((name, instance_id), ())
 
 
 class _Pairs(list[tuple[str, Any]]):
@@ -98,6 +103,15 @@ def parse_description(text: bytes, *, offset: int = 0) -> Description:
     return _Reader(offset).description(tree)
 
 
+def _by_name(devices: Sequence[DeviceDescription]) -> Mapping[tuple[str, int], Sequence[DeviceDescription]]:
+    found: dict[tuple[str, int], list[DeviceDescription]] = {}
+    for device in devices:
+        of_this_name = found.setdefault((device.name, device.instance_id), [])
+        if len(of_this_name) < _MOST_OF_ONE_NAME and device not in of_this_name:
+            of_this_name.append(device)
+    return found
+
+
 class _Reader:
     """From JSON to our values; each thing of a wrong type is said with its place."""
 
@@ -124,7 +138,7 @@ class _Reader:
                 if configuration is None
                 else self.struct(self.object(configuration, "configuration"), "configuration")
             ),
-            _by_name={(device.name, device.instance_id): device for device in reversed(devices)},
+            _by_name=_by_name(devices),
         )
 
     def device(self, item: Any, place: str) -> DeviceDescription:

@@ -6,6 +6,7 @@ None where bytes are missing: its driver then gives the feed more, or ends it, a
 migration/savevm.c: qemu_loadvm_state(), qemu_loadvm_state_main()
 """
 
+import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -27,7 +28,8 @@ from qmigrate.format.entry import (
 )
 from qmigrate.format.feed import Feed
 from qmigrate.format.live import LiveState, reader_of
-from qmigrate.format.ram import RAM_VERSION
+from qmigrate.format.page_size import page_size_of_machine
+from qmigrate.format.ram import RAM_VERSION, RamRecord
 from qmigrate.format.ram_section import RamSection
 from qmigrate.format.stream import (
     MAGIC,
@@ -45,7 +47,17 @@ from qmigrate.format.stream import (
     SubsectionHeader,
     VmDescriptionHeader,
 )
-from qmigrate.format.tail import FOOTER_BYTES, LONGEST_HEADER, Item, Tail, find_description, plausible_header, read_tail
+from qmigrate.format.tail import (
+    FOOTER_BYTES,
+    LONGEST_HEADER,
+    ClosingFinder,
+    Item,
+    Tail,
+    find_description,
+    find_ends,
+    plausible_header,
+    read_tail,
+)
 from qmigrate.format.vmdesc import Description
 
 __all__ = [
@@ -72,22 +84,16 @@ class Limits:
     package: int = 1 << 30
 
 
-# The page size of targets that neither announce it nor have 4 KiB; the JSON says it as well, at the end.
-_PAGE_SIZES: Final = {
-    "clipper": 8192,
-    "or1k-sim": 8192,
-    "sun4u": 8192,
-    "sun4v": 8192,
-    "niagara": 8192,
-    "tricore_testboard": 16384,
-    "KIT_AURIX_TC277_TRB": 16384,
-}
 _CONFIGURATION_BODIES: Final[dict[str, type[Record]]] = {
     "configuration/target-page-bits": ConfigurationTargetPageBits,
     "configuration/capabilities": ConfigurationCapabilities,
     "configuration/uuid": ConfigurationUuid,
 }
 _DEEPEST_PACKAGE: Final = 16
+# How the next section may open, and RAM's START: its name, instance 0, version 4.
+_OPENING: Final = re.compile(rb"[\x01\x04](?=(?s:.{5})[\x21-\x7e]|(?s:.{0,5})\Z)|[\x02\x03]")
+_RAM_START: Final = re.compile(rb"\x01(?s:.{4})\x03ram\x00{7}\x04")
+_RAM_START_BYTES: Final = 17
 _LONGEST_MACHINE_TYPE: Final = 4096
 
 
@@ -208,12 +214,13 @@ class Walker:
     def _configuration_subsection(
         self, at: int, trail: Sequence[str]
     ) -> Generator[None, None, tuple[ConfigurationSubsection, int]]:
+        start = self.feed.offset + at
         header, at = yield from self.feed.ahead(SubsectionHeader, at, trail)
         body_class = _CONFIGURATION_BODIES.get(header.name)
         if body_class is None:
             raise UnsupportedError(
                 f"unknown subsection {header.name!r}, expected one of {', '.join(_CONFIGURATION_BODIES)}",
-                offset=self.feed.offset + at,
+                offset=start,
                 trail=trail,
             )
         body, at = yield from self.feed.ahead(body_class, at, (*trail, header.name))
@@ -229,8 +236,10 @@ class Walker:
                     self.capabilities = frozenset(capability.name for capability in body.names)
         if bits is not None and 8 <= bits <= 16:
             self.page_size = 1 << bits
-        elif not self._page_size_is_known:
-            self.page_size = _PAGE_SIZES.get(machine_type, self.page_size)
+            self._page_size_is_known = True
+        elif not self._page_size_is_known and (size := page_size_of_machine(machine_type)) is not None:
+            self.page_size = size
+            self._page_size_is_known = True
 
     # -- commands
 
@@ -247,6 +256,7 @@ class Walker:
                     trail=(command.name,),
                 )
             self.page_size = size
+            self._page_size_is_known = True
         elif isinstance(command, Packaged):
             yield from self._package(command)
             self.switched = True
@@ -261,8 +271,22 @@ class Walker:
                 trail=(command.name,),
             )
         base = self.feed.offset
-        data = yield from self.feed.take(command.length, (command.name,))
-        yield from self._packaged(data, base, 1)
+        data = bytearray()
+        while len(data) < command.length and (len(self.feed) or (yield from self.feed.more())):
+            part = self.feed.view(command.length - len(data))
+            data += part
+            self.feed.skip(len(part))
+        missing = command.length - len(data)
+        if not missing:
+            yield from self._packaged(bytes(data), base, 1)
+            return
+        tail = read_tail(bytes(data), base=base, footers=self.footers, description=self.schema, package=True)
+        yield from self._items(tail.items, bytes(data), base, 1)
+        raise TruncatedError(
+            f"the stream ends here, {missing} of {command.length} bytes too soon",
+            offset=self.feed.offset,
+            trail=(command.name,),
+        )
 
     def _packaged(self, data: bytes, base: int, depth: int) -> Step:
         if depth > _DEEPEST_PACKAGE:
@@ -322,7 +346,11 @@ class Walker:
             if self.ram is not None:
                 raise SequenceError("a second START of ram", offset=self.feed.offset, trail=("ram",))
             self.ram = RamSection(
-                self.feed, page_size=self.page_size, capabilities=self.capabilities, advised=self.advised
+                self.feed,
+                page_size=self.page_size,
+                is_known=self._page_size_is_known,
+                capabilities=self.capabilities,
+                advised=self.advised,
             )
             yield from self.ram.block_list()
             yield from self.ram.records()
@@ -389,8 +417,18 @@ class Walker:
             return True
         if self.ram_ended:
             return False
-        end = yield from self._early_end(header, length)
-        return end is not None and self._opens_part(bytes(self.feed.view(end + 10)[end + FOOTER_BYTES :]))
+        while True:
+            end = yield from self._early_end(header, length)
+            if end is None:
+                return False
+            after = end if self.footers is False else end + FOOTER_BYTES
+            data = bytes(self.feed.view(after + LONGEST_HEADER)[after:])
+            if self._opens_part(data):
+                return True
+            following = plausible_header(data)
+            if following is None or following.kind != SectionType.FULL:
+                return False
+            header, length = following, after + len(following.build())
 
     def _early(self, header: SectionHeader) -> Step:
         """A FULL section before RAM: it ends at the first footer of its own that plausibly goes on."""
@@ -401,18 +439,31 @@ class Walker:
                 offset=self.feed.offset + len(self.feed),
                 trail=(header.idstr,),
             )
-        reason = "it comes before the description: its end was found by its footer"
+        how = "there are no footers, so it is taken to end where the next header stands"
+        if self.footers is not False:
+            self.footers = True
+            how = "its end was found by its footer"
+        reason = f"it comes before the description: {how}"
         yield self._entry(Undecoded(bytes(self.feed.view(end)), reason), end)
-        self.footers = True
         yield from self._footer(header)
 
     def _early_end(self, header: SectionHeader, begin: int) -> Generator[None, None, int | None]:
-        """How far ahead the section's footer stands, looking from ``begin`` bytes ahead; None without one."""
+        """How far ahead the section's footer stands, looking from ``begin`` bytes ahead; None without one.
+
+        Without footers: where the next header stands.  RAM's header before any footer shows that there are none.
+        """
+        if self.footers is False:
+            return (yield from self._next_header(header, begin))
         mark = Footer(section_id=header.section_id).build()
         searched = begin
         while True:
             buffer, first, last = self.feed.buffer
             found = buffer.find(mark, first + searched, last)
+            if self.footers is None and _RAM_START.search(
+                buffer, first + max(begin, searched - _RAM_START_BYTES), last if found < 0 else found
+            ):
+                self.footers = False
+                return (yield from self._next_header(header, begin))
             if found >= 0:
                 searched = found - first
                 after = searched + len(mark)
@@ -423,14 +474,47 @@ class Walker:
                 searched += 1
                 continue
             searched = max(searched, len(self.feed) - len(mark) + 1)
-            if len(self.feed) > self.limits.device_state:
-                raise UnsupportedError(
-                    f"a section of more than {self.limits.device_state} bytes (--max-device-state)",
-                    offset=self.feed.offset,
-                    trail=(header.idstr,),
-                )
+            self._check_early_length(header)
             if not (yield from self.feed.more()):
                 return None
+
+    def _next_header(self, header: SectionHeader, begin: int) -> Generator[None, None, int | None]:
+        """How far ahead the next thing opens that is no part of a device's data, by its looks; None without one."""
+        searched = begin
+        while True:
+            buffer, first, last = self.feed.buffer
+            found = _OPENING.search(buffer, first + searched, last)
+            if found is not None:
+                searched = found.start() - first
+                if len(self.feed) < searched + LONGEST_HEADER and (yield from self.feed.more()):
+                    continue
+                data = bytes(self.feed.view(searched + LONGEST_HEADER)[searched:])
+                if plausible_header(data) is not None or (self._opens_part(data) and self._goes_on(data)):
+                    return searched
+                searched += 1
+                continue
+            searched = max(begin, len(self.feed))
+            self._check_early_length(header)
+            if not (yield from self.feed.more()):
+                return None
+
+    def _goes_on(self, data: bytes) -> bool:
+        """Does a record of RAM stand behind the header of this PART or END, if it is RAM's?"""
+        if self.sections[int.from_bytes(data[1:5])].idstr != "ram" or self.ram is None:
+            return True
+        try:
+            record, _ = RamRecord.read_prefix(data[5:].ljust(1 << 17, b"\0"), page_size=self.ram.page_size)
+        except StreamError:
+            return False
+        return record.is_marker or record.block in self.ram.blocks
+
+    def _check_early_length(self, header: SectionHeader) -> None:
+        if len(self.feed) > self.limits.device_state:
+            raise UnsupportedError(
+                f"a section of more than {self.limits.device_state} bytes (--max-device-state)",
+                offset=self.feed.offset,
+                trail=(header.idstr,),
+            )
 
     def _plausibly_opens(self, data: bytes) -> bool:
         """Is this how the next thing at the top of the stream may begin?  Fewer bytes than a header: its end."""
@@ -454,39 +538,42 @@ class Walker:
         """Device sections after RAM: kept until the end, where the description is that decodes them."""
         base = self.feed.offset
         kept = bytearray()
+        finder = ClosingFinder(base=base, footers=self.footers)
+        limit = self.limits.device_state
         while True:
             kept += self.feed.view()
             self.feed.skip(len(self.feed))
-            if len(kept) > self.limits.device_state:
-                raise UnsupportedError(
-                    f"more than {self.limits.device_state} bytes of device state (--max-device-state)",
-                    offset=base,
-                )
-            if not (yield from self.feed.more()):
+            closed = finder.closes(kept)
+            if (len(kept) if closed is None else closed[2]) > limit:
+                raise UnsupportedError(f"more than {limit} bytes of device state (--max-device-state)", offset=base)
+            if closed is not None or not (yield from self.feed.more()):
                 break
         data = bytes(kept)
-        tail, description = self._best_tail(data, base)
+        tail, description = self._best_tail(data, base) if closed is None else closed[:2]
         yield from self._items(tail.items, data, base, 0)
         if tail.error is not None:
             raise tail.error
         yield from self._closing(data, base, tail.end, description)
+        yield from self._trailing()
 
     def _best_tail(self, data: bytes, base: int) -> tuple[Tail, Description | None]:
+        footers = self.footers
         for at, description in find_description(data, base):
-            tail = read_tail(data[: at + 1], base=base, footers=self.footers, description=description, package=False)
+            tail = read_tail(data[: at + 1], base=base, footers=footers, description=description, package=False)
             if tail.error is None and tail.end == at:
                 return tail, description
-        return (
-            read_tail(data, base=base, footers=self.footers, description=self.schema, package=False),
-            None,
-        )
+        for at in find_ends(data, footers=footers):
+            tail = read_tail(data[: at + 1], base=base, footers=footers, description=self.schema, package=False)
+            if tail.error is None and tail.end == at:
+                return tail, None
+        return read_tail(data, base=base, footers=footers, description=self.schema, package=False), None
 
     def _closing(self, data: bytes, base: int, at: int, description: Description | None) -> Step:
         """EOF, the description, and what stands behind it."""
         view = memoryview(data)
         yield Entry(base + at, 1, EndOfFile(), view[at : at + 1])
         at += 1
-        if at < len(data):
+        if data[at : at + 1] == b"\x06":
             length = int.from_bytes(data[at + 1 : at + 5])
             end = at + 5 + length
             yield Entry(base + at, 5, VmDescriptionHeader(length=length), view[at : at + 5])
@@ -514,6 +601,9 @@ class Walker:
                 )
             text = yield from self.feed.take(header.length, ("description",))
             yield Entry(offset, len(text), VmDescription.parse(text, offset=offset), memoryview(text))
+        yield from self._trailing()
+
+    def _trailing(self) -> Step:
         while len(self.feed) or (yield from self.feed.more()):
             data = bytes(self.feed.view())
             yield self._entry(Trailing(data), len(data))

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any, Final
 
 from qmigrate.errors import QmpCommandError, QmpError, QmpTimeoutError
-from qmigrate.qmp.session import Listener, Session
+from qmigrate.qmp.session import COMMAND_TIMEOUT_S, Listener, Session
 
 __all__ = [
     "capabilities",
@@ -29,9 +29,9 @@ _FIRST_POLL_S: Final = 0.01
 _LAST_POLL_S: Final = 0.25
 
 
-async def capabilities(session: Session) -> dict[str, bool]:
+async def capabilities(session: Session, *, timeout_s: float = COMMAND_TIMEOUT_S) -> dict[str, bool]:
     """The migration capabilities that this QEMU has, and which of them are on."""
-    answer = await session.execute("query-migrate-capabilities")
+    answer = await session.execute("query-migrate-capabilities", timeout_s=timeout_s)
     return {each["capability"]: each["state"] for each in answer}
 
 
@@ -64,9 +64,9 @@ async def start_incoming(session: Session, uri: str, arguments: Mapping[str, Any
     await session.execute("migrate-incoming", {"uri": uri, **(arguments or {})})
 
 
-async def query(session: Session) -> dict[str, Any]:
+async def query(session: Session, *, timeout_s: float = COMMAND_TIMEOUT_S) -> dict[str, Any]:
     """What ``query-migrate`` tells, always with a ``status``: "none" before there was any migration."""
-    return {"status": "none", **await session.execute("query-migrate")}
+    return {"status": "none", **await session.execute("query-migrate", timeout_s=timeout_s)}
 
 
 async def wait_until(session: Session, statuses: str | Collection[str], *, timeout_s: float) -> str:

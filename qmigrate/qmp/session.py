@@ -117,6 +117,10 @@ class Listener:
             raise QmpTimeoutError(f"no {wanted} within {timeout_s:g} s", address=self._session.address) from exc
         raise await self._session.death(f"waiting for {wanted}")
 
+    def get_nowait(self) -> Event | None:
+        """The next event that has come already, or None."""
+        return self._waiting.popleft() if self._waiting else None
+
     def __aiter__(self) -> Self:
         return self
 
@@ -172,6 +176,7 @@ class Session:
     def __init__(self, address: str, autopsy: Autopsy | None = None) -> None:
         self.address = address
         self._autopsy = autopsy
+        self._reached: Address | None = None
         self._client = _Client(self._on_event)
         self._watch: asyncio.Task[None] | None = None
         self._reason = "the session is closed"
@@ -219,7 +224,14 @@ class Session:
             # here is a session that has ended.
             if self._client.runstate is not Runstate.DISCONNECTING:
                 raise
+        self._reached = None if isinstance(address, socket.socket) else address
         self._watch = asyncio.create_task(self._watch_connection(), name=f"qmp {self.address}")
+
+    async def again(self, *, timeout_s: float = CONNECT_TIMEOUT_S) -> "Session | None":
+        """A new connection to where this one went.  None where that was a socket: it can't be connected twice."""
+        if self._reached is None:
+            return None
+        return await Session.open(self._reached, timeout_s=timeout_s, name=self.address)
 
     async def _watch_connection(self) -> None:
         while self._client.runstate is Runstate.RUNNING:
@@ -242,6 +254,14 @@ class Session:
     @property
     def connected(self) -> bool:
         return self._client.runstate is Runstate.RUNNING
+
+    @property
+    def path(self) -> str | None:
+        """The unix socket that was connected to, if it was one by name."""
+        if self._reached is None:
+            return None
+        where = _for_qemu_qmp(self._reached)
+        return where if isinstance(where, str) else None
 
     @property
     def greeting(self) -> Mapping[str, Any]:

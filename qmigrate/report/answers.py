@@ -1,15 +1,12 @@
 """What ``check`` and ``extract`` found and did."""
 
-from typing import Any
-
 from qmigrate.analysis.check import Checked
 from qmigrate.analysis.extract import Extracted
-from qmigrate.analysis.summary import describe_error
 from qmigrate.report.names import clean
 from qmigrate.report.paper import BAD, DIM, GOOD, HEAD, ODD, Paper, text
 from qmigrate.report.units import plural, size
 
-__all__ = ["plain_check", "plain_extract", "write_check", "write_extract"]
+__all__ = ["write_check", "write_extract"]
 
 
 def write_check(checked: Checked, name: str, paper: Paper) -> None:
@@ -43,31 +40,6 @@ def _remark(what: str, checked: Checked) -> str:
     return "bytes" if what == "in all" else ""
 
 
-def plain_check(checked: Checked) -> dict[str, Any]:
-    """The same for JSON; lengths in bytes."""
-    contents = checked.gathering.contents
-    return {
-        "valid": checked.valid,
-        "identical": checked.identical,
-        "complete": contents.complete,
-        "length": checked.length,
-        "opaque": dict(checked.opaque),
-        "opaque_types": dict(checked.opaque_types),
-        "undecoded_sections": checked.undecoded,
-        "trailing": contents.trailing,
-        "differences": [
-            {
-                "offset": difference.offset,
-                "record": difference.record,
-                "found": difference.found.hex(),
-                "rebuilt": difference.rebuilt.hex(),
-            }
-            for difference in checked.differences
-        ],
-        "errors": [describe_error(error) for error in contents.errors],
-    }
-
-
 def write_extract(extracted: Extracted, paper: Paper) -> None:
     """Each block with its file."""
     if not extracted.files:
@@ -85,22 +57,3 @@ def write_extract(extracted: Extracted, paper: Paper) -> None:
         ],
         left=2,
     )
-
-
-def plain_extract(extracted: Extracted) -> dict[str, Any]:
-    """The same for JSON; lengths in bytes, ``data`` without the holes."""
-    contents = extracted.gathering.contents
-    return {
-        "directory": str(extracted.directory),
-        "blocks": [
-            {
-                "name": name,
-                "file": file,
-                "length": contents.blocks[name].length,
-                "data": extracted.bytes_written.get(name, 0),
-            }
-            for name, file in extracted.files.items()
-        ],
-        "complete": contents.complete,
-        "errors": [describe_error(error) for error in contents.errors],
-    }

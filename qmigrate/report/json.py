@@ -11,7 +11,7 @@ from typing import Any, TextIO
 from qmigrate.analysis.records import coalesce, describe_record
 from qmigrate.format.walk import Entry
 
-__all__ = ["write_json", "write_ndjson"]
+__all__ = ["write_json", "write_json_line", "write_ndjson"]
 
 
 def write_json(value: Any, out: TextIO) -> None:
@@ -20,8 +20,17 @@ def write_json(value: Any, out: TextIO) -> None:
     out.write("\n")
 
 
-def write_ndjson(entries: Iterable[Entry], out: TextIO) -> None:
-    """One record a line, as they are read: memory stays bounded.  Raises what reading raises."""
+def write_json_line(value: Any, out: TextIO) -> None:
+    """One value, on a line."""
+    json.dump(value, out, separators=(",", ":"))
+    out.write("\n")
+
+
+def write_ndjson(entries: Iterable[Entry], out: TextIO, *, file: str | None = None) -> None:
+    """One record a line, as they are read: memory stays bounded.  Raises what reading raises.
+
+    ``file`` goes into each line, where there are several.
+    """
+    named = {} if file is None else {"file": file}
     for entry in coalesce(entries):
-        json.dump(describe_record(entry), out, separators=(",", ":"))
-        out.write("\n")
+        write_json_line(named | describe_record(entry), out)

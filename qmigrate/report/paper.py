@@ -6,6 +6,7 @@ tables: those cut or pad what they put out.
 """
 
 from collections.abc import Iterable, Sequence
+from shutil import get_terminal_size
 from typing import Final, TextIO, TypeAlias
 
 from rich.console import Console
@@ -39,7 +40,10 @@ class Paper:
     def __init__(self, out: TextIO) -> None:
         self._out = out
         self._console = Console(file=out, markup=False, highlight=False, emoji=False, soft_wrap=True)
-        self.width = max(self._console.width, _NARROWEST) if self._console.is_terminal else None
+        width = self._console.width
+        if self._console.is_dumb_terminal:  # of which rich says that it has 80 columns
+            width = get_terminal_size((width, 25)).columns
+        self.width = max(width, _NARROWEST) if self._console.is_terminal else None
         """In columns, of a terminal; else None."""
         self._is_plain = not (out.encoding or "utf-8").lower().replace("-", "").startswith("utf")
 
@@ -102,19 +106,20 @@ class Paper:
     ) -> None:
         """Rows below a head, the first ``left`` columns aligned left, the others right.
 
-        Where they are too wide for the terminal, the first column takes a line of its own.
+        Where they are too wide for the terminal, the first column takes a line of its own, then the next too.
         """
         cells = [[text((name, DIM)) for name in head]]
         cells += [[text(cell) if isinstance(cell, str) else cell for cell in row] for row in rows]
         widths = [max(row[column].cell_len for row in cells) for column in range(len(head))]
-        whole = indent + sum(widths) + _GAP * (len(widths) - 1)
-        if self.width is None or whole <= self.width or len(head) == 1:
-            for row in cells:
-                self.line(_row(row, widths, left, indent))
-            return
+        alone = 0
+        while self.width is not None and alone < max(left, 1) and alone < len(head) - 1:
+            if indent + 2 * alone + sum(widths[alone:]) + _GAP * (len(widths) - alone - 1) <= self.width:
+                break
+            alone += 1
         for row in cells:
-            self.line(row[0], lead=" " * indent)
-            self.line(_row(row[1:], widths[1:], left - 1, indent + 2))
+            for depth, cell in enumerate(row[:alone]):
+                self.line(cell, lead=" " * (indent + 2 * depth))
+            self.line(_row(row[alone:], widths[alone:], left - alone), lead=" " * (indent + 2 * alone))
 
     def columns(self, cells: Sequence[tuple[str, str, str]], *, indent: int = 2) -> None:
         """Names with a number each (name, number, style): as many beside each other as fit, read downwards.
@@ -143,8 +148,8 @@ class Paper:
             self.line(line)
 
 
-def _row(row: Sequence[Text], widths: Sequence[int], left: int, indent: int) -> Text:
-    line = text(" " * indent)
+def _row(row: Sequence[Text], widths: Sequence[int], left: int) -> Text:
+    line = text()
     for index, (cell, width) in enumerate(zip(row, widths, strict=True)):
         room = text(" " * (width - cell.cell_len))
         line = line + (cell + room if index < left else room + cell) + text(" " * _GAP)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from rich.text import Text
 
-from qmigrate.analysis.records import coalesce, describe_record
+from qmigrate.analysis.records import coalesce, describe_record, record_name
 from qmigrate.format.command import Command
 from qmigrate.format.entry import (
     Configuration,
@@ -50,7 +50,7 @@ def write_structure(entries: Iterable[Entry], paper: Paper) -> None:
     try:
         writer.take_all(coalesce(entries))
     finally:
-        writer.finish()
+        writer.flush()
 
 
 @dataclass
@@ -75,7 +75,7 @@ class _Full:
 
 class _Writer:
     """What is held back: a FULL section until its footer, a PART until something stands in it, empty PARTs
-    until something else comes, bytes behind the end until no more come."""
+    until something else comes."""
 
     def __init__(self, paper: Paper) -> None:
         self.paper = paper
@@ -84,7 +84,6 @@ class _Writer:
         self.full: _Full | None = None
         self.held: list[Entry] = []
         self.fold: _Fold | None = None
-        self.trailing: tuple[int, int] | None = None
 
     def take_all(self, entries: Iterable[Entry]) -> None:
         for entry in entries:
@@ -92,23 +91,11 @@ class _Writer:
                 self.flush()
                 self.take(entry)
 
-    def finish(self) -> None:
-        """No more records come."""
-        self.flush()
-        if self.trailing is not None:
-            offset, length = self.trailing
-            self.line(offset, length, 0, text(("TRAILING", KIND), "  behind the end of the stream"))
-            self.trailing = None
-
     # -- what is held back
 
     def is_held(self, entry: Entry) -> bool:
         """Keep this one, where what comes next may belong to it."""
         record = entry.record
-        if isinstance(record, Trailing):
-            offset, length = self.trailing or (entry.offset, 0)
-            self.trailing = offset, length + entry.length
-            return True
         if self.full is not None:
             return self.belongs_to_full(entry)
         if isinstance(record, SectionPart) and record.kind is SectionType.PART:
@@ -152,7 +139,7 @@ class _Writer:
         self.held = []
 
     def flush(self) -> None:
-        """Write all that is held, but for bytes behind the end."""
+        """Write all that is held."""
         self.close_part()
         if self.full is not None:
             full, self.full = self.full, None
@@ -188,7 +175,7 @@ class _Writer:
         record = entry.record
         if isinstance(record, SectionHeader):
             self.names[record.section_id] = f"{clean(record.idstr)}/{record.instance_id}"
-        if isinstance(record, SectionHeader | SectionPart | Command | EndOfFile):
+        if isinstance(record, SectionHeader | SectionPart | Command | EndOfFile | Trailing):
             self.in_section = 0
         depth = entry.depth + self.in_section
         if isinstance(record, SectionHeader) and record.kind is SectionType.FULL:
@@ -217,62 +204,60 @@ class _Writer:
             at += length
 
     def said(self, entry: Entry) -> Text:
-        kind, rest, dim = self.parts(entry)
-        return text((kind, KIND), f"  {rest}" if rest else "", (f"  {dim}" if dim else "", DIM))
+        says = self.says(entry)
+        rest, dim = _anything(entry) if says is None else says
+        return text(
+            (clean(record_name(entry.record)), KIND), f"  {rest}" if rest else "", (f"  {dim}" if dim else "", DIM)
+        )
 
-    def parts(self, entry: Entry) -> tuple[str, str, str]:  # noqa: PLR0912 - one row a record
-        """What kind of record it is, what it says, and what is of less weight."""
+    def says(self, entry: Entry) -> tuple[str, str] | None:  # noqa: PLR0912 - one row a record
+        """What a record says beyond its name, and what of it is of less weight; None without words of its own."""
         record = entry.record
         match record:
             case Pages(runs=(run, *_)):
                 return _pages(record, run)
             case RamPage(block=block, record=page):
-                named = "named" if page.block is not None else ""
-                return RamFlag(page.word.kind).name or "", f"{clean(block)}  {page.word.start:#x}", named
-            case RamRecord():
-                return RamFlag(record.word.flags).name or "", "", ""
+                return f"{clean(block)}  {page.word.start:#x}", "named" if page.block is not None else ""
+            case RamRecord() | EndOfFile():
+                return "", ""
             case FileHeader():
-                return "QEVM", "", f"version {record.version}"
+                return "", f"version {record.version}"
             case Configuration():
-                said = (clean(record.machine_type), *map(_subsection, record.subsections))
-                return "CONFIGURATION", "  ".join(said), ""
+                return "  ".join((clean(record.machine_type), *map(_subsection, record.subsections))), ""
             case SectionHeader():
-                of = f"section {record.section_id}, version {record.version_id}"
-                return record.kind.name, self.name(record.section_id), of
+                return self.name(record.section_id), f"section {record.section_id}, version {record.version_id}"
             case SectionPart():
-                return record.kind.name, self.name(record.section_id), ""
+                return self.name(record.section_id), ""
             case Footer():
-                return "FOOTER", "", f"section {record.section_id}"
+                return "", f"section {record.section_id}"
             case Command():
-                return record.name, details(record), ""
+                return details(record), ""
             case Undecoded(reason=reason):
-                return "UNDECODED", clean(reason), ""
-            case EndOfFile():
-                return "EOF", "", ""
+                return clean(reason), ""
             case VmDescriptionHeader():
-                return "VMDESCRIPTION", f"{record.length:,} bytes", ""
+                return f"{record.length:,} bytes", ""
             case VmDescription(description=description):
-                return "JSON", "" if description is None else plural(len(description.devices), "device"), ""
+                return "" if description is None else plural(len(description.devices), "device"), ""
+            case Trailing():
+                return "behind the end of the stream", ""
             case _:
-                return _anything(entry)
+                return None
 
 
-def _pages(pages: Pages, run: PageRun) -> tuple[str, str, str]:
+def _pages(pages: Pages, run: PageRun) -> tuple[str, str]:
     end = run.start + run.page_count * pages.page_size
-    kind = "PAGE" if run.flag == RamFlag.PAGE else "ZERO"
     fill = f", each byte {pages.fill:#04x}" if pages.fill else ""
     said = f"{clean(pages.block)}  {run.start:#x}–{end:#x}  {plural(run.page_count, 'page')}{fill}"
-    return kind, said, "named" if pages.named else ""
+    return said, "named" if pages.named else ""
 
 
-def _anything(entry: Entry) -> tuple[str, str, str]:
+def _anything(entry: Entry) -> tuple[str, str]:
     """A record that has no words of its own here: its values by name, but for long data."""
     described = describe_record(entry)
-    kind = clean(str(described.pop("record")))
-    for left_out in ("offset", "length", "depth", "data", "words"):
+    for left_out in ("record", "offset", "length", "depth", "data", "words"):
         described.pop(left_out, None)
     values = (f"{clean(name)} {clean(str(value))}" for name, value in described.items() if value is not None)
-    return kind, "  ".join(values), ""
+    return "  ".join(values), ""
 
 
 def _subsection(subsection: ConfigurationSubsection) -> str:

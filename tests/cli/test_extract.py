@@ -1,6 +1,11 @@
 """``qmigrate extract``."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +63,23 @@ def test_a_stream_without_ram_is_said(stream: Path, tmp_path: Path, capsys: Outp
 def test_a_folder_that_cannot_be_made_is_one_line(stream: Path, capsys: Output) -> None:
     assert main(["extract", str(stream), "--raw", str(stream / "out")]) == 2
     assert capsys.readouterr() == ("", f"qmigrate: {stream}/out: Not a directory\n")
+
+
+def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
+    pipe, folder = tmp_path / "pipe", tmp_path / "out"
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "qmigrate", "extract", "--raw", str(folder), str(pipe)]
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process,
+        pipe.open("wb", buffering=0) as writer,
+    ):
+        writer.write(streams.header() + streams.ram_start() + b"\2\0\0\0\2" + streams.page(0, block="pc.ram"))
+        while not (folder.exists() and len(list(folder.iterdir())) == 2):
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err) == (130, b"", b"")
+    assert list(folder.iterdir()) == []
 
 
 def test_a_hostile_name_stays_in_the_folder(stream: Path, tmp_path: Path, capsys: Output) -> None:

@@ -5,9 +5,10 @@ recording is handed over, so that it can be compared with what they say of thems
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,7 +17,8 @@ from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
 from tests.guests.build import Guest
-from tests.live.versions import Qemu
+from tests.live.snapshot import snapshot_disk, vm_state
+from tests.live.versions import Qemu, installed
 
 TIMEOUT_S: Final = 90.0
 SLOW: Final = 2 << 20  # bytes a second: several passes go by before anybody lets the migration converge
@@ -39,6 +41,20 @@ class Kind:
     capabilities: Mapping[str, bool] = field(default_factory=dict)
     through_relay: bool = False
     postcopy: bool = False
+    since: tuple[int, ...] = ()
+    before: tuple[int, ...] = (999,)
+    target: str = "x86_64"
+    course: Callable[[Machine, Path], Awaitable[Path]] | None = None
+    """How it goes, where it is no migration to its end; gives the stream."""
+
+    @property
+    def has_guest(self) -> bool:
+        """Does our own guest run in it?  It is for x86; other targets never leave their start."""
+        return self.target == "x86_64"
+
+    def qemus(self) -> list[Qemu]:
+        """Those installed that can make it, oldest first."""
+        return [qemu for qemu in installed(self.target) if self.since <= qemu.number < self.before]
 
 
 def many_devices(qemu: Qemu, folder: Path) -> list[str]:
@@ -87,6 +103,116 @@ KINDS: Final[Mapping[str, Kind]] = {
 }
 
 
+def extra(*words: str) -> Callable[[Qemu, Path], list[str]]:
+    """More arguments; FOLDER in them is the recording's folder."""
+    return lambda _, folder: [part.replace("FOLDER", str(folder)) for word in words for part in word.split()]
+
+
+async def savevm(source: Machine, folder: Path) -> Path:
+    """An internal snapshot into the qcow2 of ``SNAPSHOT_DISK``."""
+    answer = await source.session.human_monitor_command("savevm odd")
+    assert not answer.strip(), answer
+    stream = folder / "stream.mig"
+    stream.write_bytes(vm_state(folder / "disk.qcow2"))
+    return stream
+
+
+async def cancel(source: Machine, folder: Path) -> Path:
+    """Cancelled while RAM is sent."""
+    stream = folder / "stream.mig"
+    await migration.set_parameters(source.session, {"max-bandwidth": SLOW, "downtime-limit": 1})
+    await migration.start(source.session, f"exec:cat > {stream}")
+    async with asyncio.timeout(TIMEOUT_S):
+        while not stream.exists() or stream.stat().st_size < SLOW // 10:  # noqa: ASYNC110 - QEMU does not tell
+            await asyncio.sleep(0.02)
+    await source.session.execute("migrate_cancel")
+    await migration.wait_until(source.session, "cancelled", timeout_s=TIMEOUT_S)
+    return stream
+
+
+async def at_once(source: Machine, folder: Path) -> Path:
+    """As fast as it goes, whatever the guest does."""
+    stream = folder / "stream.mig"
+    await migration.set_parameters(source.session, {"max-bandwidth": FAST})
+    await migration.start(source.session, f"exec:cat > {stream}")
+    await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
+    return stream
+
+
+# Next to no RAM: what is odd about these is elsewhere.
+SMALL: Final = Guest("walker", memory_mib=8, zero_share=0.99, walked_share=0.005, pages_per_tick=64)
+NO_FOOTERS: Final = "-global migration.send-section-footer=off"
+NO_CONFIGURATION: Final = "-global migration.send-configuration=off"
+paused = partial(Kind, guest=SMALL, paused=True)
+
+ODD: Final[Mapping[str, Kind]] = {
+    "pc-no-footers": paused("no section has a footer", devices=extra(NO_FOOTERS)),
+    # Newer ones abort: hazard 3.
+    "pc-no-configuration": paused("no CONFIGURATION", devices=extra(NO_CONFIGURATION), before=(10,)),
+    "pc-no-description": paused("no description", machine="pc,suppress-vmdesc=on"),
+    "pc-bare": paused(
+        "no CONFIGURATION, no footers, no description",
+        machine="pc,suppress-vmdesc=on",
+        devices=extra(NO_FOOTERS, NO_CONFIGURATION),
+    ),
+    "q35-bare": paused(
+        "no footers and no description, many devices",
+        machine="q35,suppress-vmdesc=on",
+        devices=lambda qemu, folder: [*many_devices(qemu, folder), *NO_FOOTERS.split()],
+    ),
+    "pc-snapshot": Kind(
+        "a background snapshot: no END of RAM",
+        guest=SMALL,
+        capabilities={"background-snapshot": True},
+        since=(6,),
+        course=at_once,
+    ),
+    "pc-savevm": Kind(
+        "an internal snapshot, taken out of its qcow2",
+        guest=SMALL,
+        devices=lambda qemu, folder: ["-drive", f"if=none,id=disk0,file={snapshot_disk(qemu, folder)},format=qcow2"],
+        course=savevm,
+    ),
+    "q35-early": paused(
+        "virtio-mem's early section, and two RAM blocks of one length",
+        machine="q35,memory-backend=ram0",
+        devices=extra(
+            "-m 8M,maxmem=64M -object memory-backend-ram,id=ram0,size=8M -object memory-backend-ram,id=more,size=8M",
+            "-device virtio-mem-pci,memdev=more,requested-size=2M,block-size=2M",
+        ),
+        since=(8,),
+    ),
+    "pc-huge": paused(
+        "RAM on huge pages, with postcopy advised: the block list has a page size",
+        machine="pc,memory-backend=ram0",
+        devices=extra("-object memory-backend-memfd,id=ram0,size=8M,hugetlb=on,hugetlbsize=2M"),
+        capabilities={"postcopy-ram": True},
+        through_relay=True,
+    ),
+    "pc-shared": paused(
+        "x-ignore-shared: the block list has addresses, shared RAM is left out",
+        machine="pc,memory-backend=ram0",
+        devices=extra("-object memory-backend-file,id=ram0,size=8M,mem-path=FOLDER/ram.img,share=on"),
+        capabilities={"x-ignore-shared": True},
+    ),
+    "pc-huge-savevm": Kind(
+        "a snapshot on huge pages with postcopy-ram on: a page size in the block list, and no ADVISE",
+        guest=SMALL,
+        machine="pc,memory-backend=ram0",
+        devices=lambda qemu, folder: [
+            *"-object memory-backend-memfd,id=ram0,size=8M,hugetlb=on,hugetlbsize=2M".split(),
+            *("-drive", f"if=none,id=disk0,file={snapshot_disk(qemu, folder)},format=qcow2"),
+        ],
+        capabilities={"postcopy-ram": True},
+        course=savevm,
+    ),
+    "pc-cancelled": Kind("cancelled while RAM was sent", guest=WALKER, course=cancel),
+    "arm-board": Kind("pages of 1 KiB, which nothing announces", machine="none", target="aarch64"),
+    "arm-virt": Kind("the size of pages in CONFIGURATION", machine="virt", target="aarch64"),
+}
+"""Streams as QEMU writes them now and then; for ``Kind.qemus()`` only."""
+
+
 @dataclass
 class Recording:
     """``stream`` is the forward direction; ``back`` the way back, where there is one."""
@@ -105,26 +231,36 @@ class Recording:
 @asynccontextmanager
 async def recorded(qemu: Qemu, name: str, folder: Path) -> AsyncGenerator[Recording]:
     """Migrate once, as the kind of this name says.  Source (and destination) live until the block is left."""
-    kind = KINDS[name]
+    kind = {**KINDS, **ODD}[name]
     said = folder / "source-console"
     arguments = arguments_of(qemu, kind, folder, said)
     async with Machine(qemu.path, arguments, name=f"source {qemu.name}") as source:
-        await console.wait_until_ready(said)
-        await console.wait_for_passes(said, 1)
+        if kind.has_guest:
+            await console.wait_until_ready(said)
+            await console.wait_for_passes(said, 1)
         if kind.paused:
             await source.session.execute("stop")
+        if not kind.through_relay:
+            await migration.set_capabilities(source.session, kind.capabilities)
         if kind.through_relay:
             async with _through_relay(qemu, kind, folder, source, arguments) as recording:
                 yield recording
         else:
             stream = folder / "stream.mig"
-            await _migrate(source, kind, f"exec:cat > {stream}")
+            if kind.course is not None:
+                stream = await kind.course(source, folder)
+            elif not kind.has_guest:
+                stream = await at_once(source, folder)
+            else:
+                await _migrate(source, kind, f"exec:cat > {stream}")
             yield Recording(qemu, kind, arguments, stream, source, queried=await migration.query(source.session))
 
 
 def arguments_of(qemu: Qemu, kind: Kind, folder: Path, said: Path) -> list[str]:
     """The command line of this kind's machine, whose guest speaks into ``said``."""
     devices = [] if kind.devices is None else kind.devices(qemu, folder)
+    if not kind.has_guest:
+        return [*f"-machine {kind.machine},accel=tcg -m 8 -nodefaults -display none -S".split(), *devices]
     return [*kind.guest.arguments(console=said, machine=kind.machine), *devices]
 
 

@@ -1,0 +1,30 @@
+"""``qmigrate cancel``: end precopy, and leave the guest where it is."""
+
+import argparse
+from typing import TYPE_CHECKING, TextIO
+
+from qmigrate.cli.live import add_one_side, add_patience, do_one
+
+if TYPE_CHECKING:
+    from qmigrate.operations.attached import Done
+    from qmigrate.qmp.session import Session
+
+__all__ = ["add_arguments", "run"]
+
+HELP = "end precopy; the guest stays on the source"
+DESCRIPTION = "Cancel a migration that is under way, whoever began it. Refused in postcopy: it would lose the guest."
+EXAMPLES = ("qmigrate cancel /run/src.qmp",)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_one_side(parser, "SRC", "the QEMU that sends the guest")
+    add_patience(parser)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from qmigrate.operations.attached import cancel
+
+    async def work(sessions: "list[Session]") -> "Done":
+        return await cancel(sessions[0], timeout_s=args.answer_timeout)
+
+    return do_one(args, out, [args.src], work)

@@ -1,0 +1,165 @@
+"""What live parts report while they work: timed events, the same for a person, a script and a report.
+
+An event says when it came to us (``time_us``), when QEMU says that it happened (``qemu_us``, by the clock of the
+host that QEMU runs on), and which side it is about.  What QEMU said is passed through as data, whole: a status or
+a field that is not known here is still there.  ``plain()`` is the same for JSON, with the ``event``'s name.
+"""
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from enum import StrEnum
+from typing import Any, TypeAlias
+
+__all__ = [
+    "CommandSent",
+    "Decided",
+    "Finished",
+    "GuestChanged",
+    "LiveEvent",
+    "OnEvent",
+    "PassBegan",
+    "Progressed",
+    "QemuSaid",
+    "Recovering",
+    "Side",
+    "StatusChanged",
+    "Troubled",
+]
+
+
+class Side(StrEnum):
+    """One of the two ends of a migration."""
+
+    SOURCE = "source"
+    DESTINATION = "destination"
+
+    @property
+    def other(self) -> "Side":
+        return Side.DESTINATION if self is Side.SOURCE else Side.SOURCE
+
+
+def _now_us() -> int:
+    return time.time_ns() // 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveEvent:
+    """Something that happened.  Both times are microseconds since 1970; ``qemu_us`` is None where QEMU gave none."""
+
+    side: Side | None = None
+    time_us: int = field(default_factory=_now_us)
+    qemu_us: int | None = None
+
+    @property
+    def name(self) -> str:
+        """``status-changed`` for StatusChanged."""
+        return re.sub(r"(?<!^)(?=[A-Z])", "-", type(self).__name__).lower()
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it: the event's name first, then its fields."""
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        return {"event": self.name, **{key: _plain(value) for key, value in values.items()}}
+
+
+def _plain(value: Any) -> Any:
+    return dict(value) if isinstance(value, Mapping) else value
+
+
+OnEvent: TypeAlias = Callable[[LiveEvent], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StatusChanged(LiveEvent):
+    """The status of the migration on one side, in QEMU's word.  ``heard``: by an event; else by asking."""
+
+    status: str
+    heard: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class PassBegan(LiveEvent):
+    """QEMU's MIGRATION_PASS.  ``number`` is QEMU's; ``completed`` counts the passes that are over."""
+
+    number: int
+    completed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuestChanged(LiveEvent):
+    """The guest was stopped or runs on this side."""
+
+    running: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class QemuSaid(LiveEvent):
+    """Any other event of QEMU."""
+
+    qemu_event: str
+    data: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progressed(LiveEvent):
+    """How far it has come.  ``data`` is QEMU's whole answer; the fields are what most want of it.
+
+    What QEMU did not tell is None.
+    """
+
+    status: str
+    remaining_bytes: int | None = None
+    transferred_bytes: int | None = None
+    total_bytes: int | None = None
+    dirty_bytes_per_s: int | None = None
+    sent_bytes_per_s: int | None = None
+    passes: int = 0
+    page_requests: int | None = None
+    downtime_ms: int | None = None
+    expected_downtime_ms: int | None = None
+    data: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CommandSent(LiveEvent):
+    """We tell this side's QEMU to do something.  Questions are not reported."""
+
+    command: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decided(LiveEvent):
+    """What we do next, and why: ``switch``, ``continue``, ``cancel``, ``pause``, ``leave``."""
+
+    decision: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recovering(LiveEvent):
+    """A paused postcopy is being brought back.  ``limit`` is None when there is none."""
+
+    attempt: int
+    limit: int | None
+    uri: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Troubled(LiveEvent):
+    """Something went wrong on this side; what follows shows what it means."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished(LiveEvent):
+    """The end: what became of it, and where the guest is."""
+
+    outcome: str
+    place: str
+    running: bool | None
+    message: str
+    advice: str
+    exit_code: int

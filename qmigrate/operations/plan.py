@@ -1,0 +1,171 @@
+"""What a migration shall be like, and what of it these two QEMUs can do.
+
+A plan says what is wanted; ``settle()`` makes of it what each side is told, or refuses before anything begins.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeAlias
+
+from qmigrate.errors import RefusedError
+from qmigrate.events import Side
+from qmigrate.operations.policy import Policy
+from qmigrate.qmp.features import Features, NoSuchFeatureError
+
+__all__ = ["Plan", "Settings", "Value", "settle"]
+
+Value: TypeAlias = str | int | bool
+Hook: TypeAlias = Callable[[], Awaitable[None]]
+
+SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
+BOTH: Final = (SOURCE, DESTINATION)
+
+# Which side a capability means something to.  All others: both.
+ONLY_AT: Final[Mapping[str, tuple[Side, ...]]] = {
+    "xbzrle": (SOURCE,),
+    "pause-before-switchover": (SOURCE,),
+    "postcopy-blocktime": (DESTINATION,),
+}
+
+# What a plan turns off where it does not ask for it: left on by an earlier migration, it would change this one.
+GOVERNED: Final = ("postcopy-ram", "postcopy-preempt", "multifd", "xbzrle", "pause-before-switchover")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How to migrate.  Sizes are bytes, rates bytes a second; None leaves a parameter as it is.
+
+    ``uri`` is where the source connects to, ``listen`` where the destination listens (None: the same); a
+    destination that listens already is taken as it is.  ``postcopy``: when to switch; none: never.
+    ``capabilities`` and ``parameters`` are set by name on both sides, or on one with the side as prefix:
+    ``{"destination:max-postcopy-bandwidth": 0}``.
+
+    ``before_switchover`` is awaited while the guest is stopped and nothing of its devices is sent yet.
+
+    ``recoveries``: how often a broken postcopy is brought back; None: without limit.  ``recover_uri`` and
+    ``recover_listen`` are where (None: as before).
+
+    ``answer_timeout_s``: for every command.  ``connect_timeout_s``: for a source that resumes; QEMU 5.2 and 7.2 do
+    not say that they could not connect.  ``stall_timeout_s``: for a migration that shows no sign of life.
+    ``timeout_s``: for precopy as a whole.
+    """
+
+    uri: str | None = None
+    listen: str | None = None
+    postcopy: Sequence[Policy] = ()
+    preempt: bool = False
+    multifd: int | None = None
+    compression: str | None = None
+    xbzrle: bool = False
+    blocktime: bool = False
+    bandwidth: int | None = None
+    postcopy_bandwidth: int | None = None
+    downtime_limit_ms: int | None = None
+    tls_creds: str | None = None
+    destination_tls_creds: str | None = None
+    tls_hostname: str | None = None
+    capabilities: Mapping[str, bool] = field(default_factory=dict)
+    parameters: Mapping[str, Value] = field(default_factory=dict)
+    pause_before_switchover: bool = False
+    before_switchover: Hook | None = None
+    recoveries: int | None = 0
+    recover_uri: str | None = None
+    recover_listen: str | None = None
+    force: bool = False
+    answer_timeout_s: float = 30.0
+    stall_timeout_s: float = 120.0
+    connect_timeout_s: float = 10.0
+    hook_timeout_s: float = 60.0
+    timeout_s: float | None = None
+
+    @property
+    def wants_postcopy(self) -> bool:
+        return bool(self.postcopy) or self.preempt or "postcopy-ram" in self._turned_on
+
+    @property
+    def _turned_on(self) -> set[str]:
+        return {name.rpartition(":")[2].removeprefix("x-") for name, state in self.capabilities.items() if state}
+
+    def wanted_capabilities(self) -> dict[str, bool]:
+        """By name, with or without a side as prefix.  What is governed and not asked for is off."""
+        wanted = dict.fromkeys(GOVERNED, False)
+        wanted |= {"events": True}
+        if self.wants_postcopy:
+            wanted["postcopy-ram"] = True
+        if self.preempt:
+            wanted["postcopy-preempt"] = True
+        if self.multifd is not None:
+            wanted["multifd"] = True
+        if self.xbzrle:
+            wanted["xbzrle"] = True
+        if self.blocktime:
+            wanted["postcopy-blocktime"] = True
+        if self.pause_before_switchover or self.before_switchover is not None:
+            wanted["pause-before-switchover"] = True
+        return wanted | dict(self.capabilities)
+
+    def wanted_parameters(self) -> dict[str, Value]:
+        """By name, with or without a side as prefix."""
+        named: dict[str, Value | None] = {
+            "source:max-bandwidth": self.bandwidth,
+            "source:max-postcopy-bandwidth": self.postcopy_bandwidth,
+            "source:downtime-limit": self.downtime_limit_ms,
+            "multifd-channels": self.multifd,
+            "multifd-compression": self.compression,
+            "source:tls-creds": self.tls_creds,
+            "destination:tls-creds": self.destination_tls_creds or self.tls_creds,
+            "source:tls-hostname": self.tls_hostname,
+        }
+        return {name: value for name, value in named.items() if value is not None} | dict(self.parameters)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What one side is told: only what differs from what it is."""
+
+    capabilities: Mapping[str, bool]
+    parameters: Mapping[str, Any]
+
+
+def settle(plan: Plan, features: Mapping[Side, Features]) -> dict[Side, Settings]:
+    """What each side is told for this plan.  Raises RefusedError where a QEMU can't do it."""
+    if plan.compression not in (None, "none") and plan.multifd is None:
+        raise RefusedError("--compression is of multifd's pages: it goes with --multifd")
+    return {
+        side: Settings(_capabilities(plan, side, features[side]), _parameters(plan, side, features[side]))
+        for side in BOTH
+    }
+
+
+def _capabilities(plan: Plan, side: Side, features: Features) -> dict[str, bool]:
+    states: dict[str, bool] = {}
+    for name, state in _of_side(plan.wanted_capabilities(), side):
+        if not state and not features.has(name):
+            continue
+        if side not in ONLY_AT.get(name, BOTH) and name not in plan.capabilities:
+            continue
+        try:
+            states[features.capability(name)] = state
+        except NoSuchFeatureError as exc:
+            raise RefusedError(f"{side}: {exc}") from None
+    return {name: state for name, state in states.items() if features.capabilities[name] != state}
+
+
+def _parameters(plan: Plan, side: Side, features: Features) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in _of_side(plan.wanted_parameters(), side):
+        try:
+            values[name] = features.parameter(name, value)
+        except NoSuchFeatureError as exc:
+            raise RefusedError(f"{side}: {exc}") from None
+    return values
+
+
+def _of_side(wanted: Mapping[str, Any], side: Side) -> list[tuple[str, Any]]:
+    """What is for this side, the prefix taken off; what is for this side alone comes last and wins."""
+    general = {name: value for name, value in wanted.items() if ":" not in name}
+    special = {name.removeprefix(f"{side}:"): value for name, value in wanted.items() if name.startswith(f"{side}:")}
+    strange = [name for name in wanted if ":" in name and name.partition(":")[0] not in (SOURCE, DESTINATION)]
+    if strange:
+        raise RefusedError(f"{strange[0]!r} is of no side: expected source:NAME or destination:NAME")
+    return list((general | special).items())

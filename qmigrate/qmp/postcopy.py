@@ -1,0 +1,38 @@
+"""The commands of postcopy: the switch, a pause, and the way back from it.
+
+When each of them is safe is not decided here.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from qmigrate.qmp.session import COMMAND_TIMEOUT_S, Session
+
+__all__ = ["is_postcopy", "listen_again", "pause", "switch"]
+
+PAUSED: Final = "postcopy-paused"
+
+
+def is_postcopy(status: str) -> bool:
+    """Is the guest split over both sides?  True for any status that begins so, also one that is not known here."""
+    return status.startswith("postcopy-")
+
+
+async def switch(session: Session, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+    """Ask the source to switch, at once or any time after the start.  After the end this changes nothing."""
+    await session.execute("migrate-start-postcopy", timeout_s=timeout_s)
+
+
+async def pause(session: Session, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+    """Break the connection, of either side.  It has to be out of band: QEMU's main loop may be waiting."""
+    await session.execute("migrate-pause", oob=True, timeout_s=timeout_s)
+
+
+async def listen_again(session: Session, uri: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
+    """Have a destination that is paused listen at ``uri`` for a source that resumes."""
+    await session.execute("migrate-recover", {"uri": uri}, oob=True, timeout_s=timeout_s)
+
+
+def resuming(place: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of ``migrate`` with which a paused source resumes."""
+    return {**place, "resume": True}

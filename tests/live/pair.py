@@ -1,0 +1,87 @@
+"""Two real QEMUs for one migration: a source with a guest that runs, and a destination that waits for it."""
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from qmigrate.operations.policy import AtOnce
+from qmigrate.qmp.machine import Machine
+from qmigrate.qmp.session import Session
+from tests.guests import console
+from tests.guests.build import Guest
+from tests.live.versions import Qemu
+
+# The walker: a pass over its memory takes a tenth of a second, so that it goes on visibly.
+SMALL: Final = Guest("walker", memory_mib=16)
+
+# Precopy with so little bandwidth does not converge; raise it, or switch.
+SLOW: Final = 4 << 20
+
+# Of a plan: postcopy before precopy can have completed, as else it may with a small guest.
+AT_ONCE: Final[Mapping[str, Any]] = {"postcopy": [AtOnce()], "bandwidth": SLOW, "downtime_limit_ms": 1}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The two, and where their guest speaks."""
+
+    source: Machine
+    destination: Machine
+    source_console: Path
+    console: Path
+    uri: str
+    folder: Path
+
+    @property
+    def addresses(self) -> tuple[str, str]:
+        """More monitors of the two, for those who come from outside."""
+        return str(self.folder / "source.qmp"), str(self.folder / "destination.qmp")
+
+    @property
+    def sessions(self) -> tuple[Session, Session]:
+        return self.source.session, self.destination.session
+
+    def kill(self) -> None:
+        """Both: a QEMU whose postcopy is paused does not end when asked."""
+        self.source.kill()
+        self.destination.kill()
+
+    async def assert_guest_goes_on(self) -> None:
+        """On the destination."""
+        await console.assert_goes_on(self.console)
+
+    async def assert_guest_stayed(self) -> None:
+        """On the source."""
+        await console.assert_goes_on(self.source_console)
+
+
+@asynccontextmanager
+async def pair(
+    source: Qemu,
+    folder: Path,
+    *,
+    destination: Qemu | None = None,
+    machine: str = "pc",
+    guest: Guest = SMALL,
+    more: Sequence[str] = (),
+    source_more: Sequence[str] = (),
+    destination_more: Sequence[str] = (),
+) -> AsyncGenerator[Pair]:
+    """Both started, the guest on its way.  ``more``: arguments for both."""
+    taker = destination or source
+    before, after = folder / "source-console", folder / "destination-console"
+    one = [*guest.arguments(console=before, machine=machine), *_monitor(folder / "source.qmp"), *more, *source_more]
+    two = [*guest.arguments(console=after, machine=machine), *_monitor(folder / "destination.qmp"), *more]
+    two += [*destination_more, "-incoming", "defer"]
+    async with (
+        Machine(source.path, one, name=f"source {source.name}") as sender,
+        Machine(taker.path, two, name=f"destination {taker.name}") as receiver,
+    ):
+        await console.wait_for_passes(before, 1)
+        yield Pair(sender, receiver, before, after, f"unix:{folder / 'migration'}", folder)
+
+
+def _monitor(path: Path) -> list[str]:
+    return ["-qmp", f"unix:{path},server=on,wait=off"]

@@ -1,0 +1,76 @@
+"""A postcopy whose connection breaks is brought back, on every version; the guest loses nothing."""
+
+from pathlib import Path
+
+import pytest
+
+from qmigrate import events
+from qmigrate.operations.migrate import migrate, recover
+from qmigrate.operations.plan import Plan
+from qmigrate.operations.result import Outcome
+from qmigrate.operations.whereabouts import Place
+from tests.live import versions
+from tests.live.broken import broken_pair, broken_plan
+from tests.live.versions import Qemu
+
+pytestmark = [pytest.mark.live, pytest.mark.asyncio]
+
+every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
+
+MIB = 1 << 20
+
+
+@every_qemu
+async def test_a_connection_that_breaks_twice_is_brought_back(qemu: Qemu, tmp_path: Path) -> None:
+    async with broken_pair(qemu, tmp_path, [MIB, MIB]) as (two, cutter):
+        result = await migrate(*two.sessions, broken_plan(two), on_event=cutter.heard)
+        assert (result.outcome, result.exit_code, result.place) == (Outcome.COMPLETED, 0, Place.DESTINATION)
+        assert (cutter.cuts, result.recoveries) == (2, 2)
+        assert result.message == "migrated with postcopy, brought back 2 times"
+        await two.assert_guest_goes_on()
+
+
+@every_qemu
+async def test_without_recovery_it_stays_paused_until_recover(qemu: Qemu, tmp_path: Path) -> None:
+    async with broken_pair(qemu, tmp_path, [MIB]) as (two, cutter):
+        result = await migrate(*two.sessions, broken_plan(two, recoveries=0), on_event=cutter.heard)
+        assert (result.outcome, result.exit_code, result.place) == (Outcome.PAUSED, 5, Place.PAUSED)
+        assert "qmigrate recover SRC DST" in result.guest.advice
+        again = Plan(uri=f"unix:{two.folder / 'again'}", recoveries=1, answer_timeout_s=15.0)
+        recovered = await recover(*two.sessions, again)
+        assert (recovered.exit_code, recovered.recoveries) == (0, 1)
+        assert [each.uri for each in recovered.events if isinstance(each, events.Recovering)] == [again.uri]
+        await two.assert_guest_goes_on()
+
+
+@every_qemu
+async def test_the_limit_of_recoveries_is_kept(qemu: Qemu, tmp_path: Path) -> None:
+    async with broken_pair(qemu, tmp_path, [MIB, MIB // 2]) as (two, cutter):
+        result = await migrate(*two.sessions, broken_plan(two, recoveries=1), on_event=cutter.heard)
+        assert (result.exit_code, result.recoveries, cutter.cuts) == (5, 1, 2)
+        assert "in postcopy: the connection of the postcopy broke after one attempt to bring it back" in result.message
+        two.kill()
+
+
+@every_qemu
+async def test_nobody_listens_for_a_while(qemu: Qemu, tmp_path: Path) -> None:
+    """The source can't reach the destination at first.  One of 5.2 would abort if it tried again."""
+    async with broken_pair(qemu, tmp_path, [MIB]) as (two, cutter):
+        relay = tmp_path / "relay"
+
+        def heard(event: events.LiveEvent) -> None:
+            cutter.heard(event)
+            if isinstance(event, events.Recovering):
+                (relay.rename if event.attempt == 1 else (tmp_path / "away").rename)(
+                    tmp_path / "away" if event.attempt == 1 else relay
+                )
+
+        result = await migrate(*two.sessions, broken_plan(two, connect_timeout_s=1.5), on_event=heard)
+        if qemu.name == "5.2":
+            assert (result.exit_code, result.place) == (5, Place.PAUSED)
+            assert "it could not connect; a source of QEMU 5.2 aborts when it resumes again" in result.message
+            assert two.source.exit_status is None
+            two.kill()
+            return
+        assert (result.exit_code, result.recoveries) == (0, 2), result.message
+        await two.assert_guest_goes_on()

@@ -1,0 +1,193 @@
+"""Migrations with servers that do what no QEMU at hand does: old names, words of the future, nonsense."""
+
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any
+
+import pytest
+
+from qmigrate import events
+from qmigrate.errors import RefusedError
+from qmigrate.events import LiveEvent, Side
+from qmigrate.operations.migrate import migrate
+from qmigrate.operations.plan import Plan
+from qmigrate.operations.policy import AtOnce
+from qmigrate.operations.result import MigrationResult, Outcome
+from qmigrate.operations.whereabouts import Place
+from qmigrate.qmp.session import Session
+from tests.qmp.scripted import ScriptedQemu, session_with
+
+pytestmark = pytest.mark.asyncio
+
+SCHEMA = [
+    {"name": "migrate", "meta-type": "command", "arg-type": "1", "ret-type": "0"},
+    {"name": "migrate-incoming", "meta-type": "command", "arg-type": "1", "ret-type": "0"},
+    {"name": "1", "meta-type": "object", "members": [{"name": "uri", "type": "str"}]},
+]
+PRECOPY = [("source", "setup"), ("destination", "active"), ("source", "active")]
+END = [("destination", "RESUME"), ("destination", "completed"), ("source", "completed")]
+
+
+class Story:
+    """Two QEMUs and what happens between them once `migrate` (and `migrate-start-postcopy`) was told."""
+
+    def __init__(
+        self,
+        capabilities: Sequence[str],
+        *,
+        after_migrate: Sequence[tuple[str, str]],
+        after_switch: Sequence[tuple[str, str]] = (),
+    ) -> None:
+        self.capabilities = {side: dict.fromkeys(capabilities, False) for side in ("source", "destination")}
+        self.after = {"migrate": after_migrate, "migrate-start-postcopy": after_switch}
+        self.status = {"source": "none", "destination": "none"}
+        self.run_state = {"source": "running", "destination": "inmigrate"}
+        self.heard: list[tuple[str, str]] = []
+        self.servers: dict[str, ScriptedQemu] = {}
+
+    def script(self, side: str) -> Callable[[ScriptedQemu], Any]:
+        async def play(qemu: ScriptedQemu) -> None:
+            self.servers[side] = qemu
+            while True:
+                try:
+                    command = await qemu.hear()
+                except (EOFError, ConnectionError):
+                    return
+                name = command["execute"]
+                self.heard.append((side, name))
+                await qemu.answer(command, self._answer(side, name, command.get("arguments", {})))
+                for each in self.after.get(name, ()):
+                    await self._happen(*each)
+
+        return play
+
+    def _answer(self, side: str, name: str, arguments: dict[str, Any]) -> Any:
+        if name == "query-qmp-schema":
+            return SCHEMA
+        if name == "query-status":
+            return {"status": self.run_state[side], "running": self.run_state[side] == "running"}
+        if name == "query-migrate":
+            return {"status": self.status[side], "a-field-of-2031": {"x": [1]}}
+        if name == "query-migrate-capabilities":
+            return [{"capability": each, "state": state} for each, state in self.capabilities[side].items()]
+        if name == "migrate-set-capabilities":
+            self.capabilities[side] |= {each["capability"]: each["state"] for each in arguments["capabilities"]}
+        return None
+
+    async def _happen(self, side: str, what: str) -> None:
+        server = self.servers[side]
+        if what in ("STOP", "RESUME"):
+            self.run_state[side] = "running" if what == "RESUME" else "postmigrate"
+            await server.event(what)
+        elif what == "HANG UP":
+            server.hang_up()
+        elif what == "NONSENSE":
+            await server.say_bytes(b"}{ this is no JSON\r\n")
+        elif what.isupper():
+            await server.event(what, of=2031)
+        else:
+            self.status[side] = what
+            await server.event("MIGRATION", status=what)
+
+
+@asynccontextmanager
+async def sessions(story: Story) -> AsyncGenerator[tuple[Session, Session]]:
+    async with AsyncExitStack() as stack:
+        source, destination = [
+            await stack.enter_async_context(session_with(story.script(side))) for side in ("source", "destination")
+        ]
+        yield source, destination
+
+
+async def told(story: Story, plan: Plan) -> tuple[MigrationResult, list[LiveEvent]]:
+    heard: list[LiveEvent] = []
+    result: MigrationResult | RefusedError
+    async with sessions(story) as both:
+        try:
+            result = await migrate(*both, plan, on_event=heard.append)
+        except RefusedError as exc:  # raised in there it would come out as part of a group
+            result = exc
+    if isinstance(result, RefusedError):
+        raise result
+    return result, heard
+
+
+async def test_a_qemu_that_knows_postcopy_by_its_old_name_only() -> None:
+    story = Story(
+        ["events", "x-postcopy-ram"],
+        after_migrate=PRECOPY,
+        after_switch=[("source", "postcopy-active"), ("source", "STOP"), ("destination", "postcopy-active"), *END],
+    )
+    result, _ = await told(story, Plan(uri="tcp:a:1", postcopy=[AtOnce()]))
+    assert (result.message, result.exit_code) == ("migrated with postcopy", 0)
+    assert story.capabilities["source"] == story.capabilities["destination"] == {"events": True, "x-postcopy-ram": True}
+
+
+async def test_statuses_events_and_fields_that_nobody_knows_are_passed_on() -> None:
+    future = [
+        ("source", "preparing-2031"),
+        ("source", "TELEPORT"),
+        ("source", "STOP"),
+        ("destination", "unpacking-2031"),
+    ]
+    result, heard = await told(Story(["events"], after_migrate=[*PRECOPY, *future, *END]), Plan(uri="tcp:a:1"))
+    assert result.exit_code == 0
+    statuses = [each.status for each in heard if isinstance(each, events.StatusChanged)]
+    assert {"preparing-2031", "unpacking-2031"} < set(statuses)
+    said = [each.plain() for each in heard if isinstance(each, events.QemuSaid)]
+    assert [(each["qemu_event"], each["data"], each["side"]) for each in said] == [("TELEPORT", {"of": 2031}, "source")]
+    assert result.statistics[Side.SOURCE]["a-field-of-2031"] == {"x": [1]}
+
+
+async def test_a_qemu_without_postcopy_is_refused_with_what_it_has() -> None:
+    story = Story(["events", "xbzrle"], after_migrate=())
+    with pytest.raises(RefusedError, match="source: it has no capability postcopy-ram; it has events, xbzrle"):
+        await told(story, Plan(uri="tcp:a:1", postcopy=[AtOnce()]))
+    assert not [name for _, name in story.heard if not name.startswith("query-")]
+
+
+@pytest.mark.parametrize("end", ["HANG UP", "NONSENSE"])
+@pytest.mark.parametrize("side", ["source", "destination"])
+async def test_a_connection_that_ends_or_talks_nonsense_is_one_clear_message(side: str, end: str) -> None:
+    story = Story(["events"], after_migrate=[*PRECOPY, (side, end)])
+    result, _ = await told(story, Plan(uri="tcp:a:1", answer_timeout_s=0.2))
+    assert result.outcome is Outcome.FAILED
+    words = "QEMU closed the connection" if end == "HANG UP" else "is not QMP"
+    assert result.message.startswith(f"{side}, in precopy: ")
+    assert words in result.message
+    # These can't be connected to again.  The source, if it can be asked, still runs the guest.
+    assert result.place is (Place.SOURCE if side == "destination" else Place.UNKNOWN)
+    assert result.exit_code == (3 if side == "destination" else 7)
+
+
+async def test_a_migration_that_does_not_move_is_given_up() -> None:
+    result, _ = await told(
+        Story(["events"], after_migrate=PRECOPY), Plan(uri="tcp:a:1", answer_timeout_s=0.2, stall_timeout_s=0.1)
+    )
+    assert result.outcome is Outcome.FAILED
+    assert "in precopy: nothing has moved for 0.1 s" in result.message
+
+
+async def test_precopy_that_takes_too_long_is_cancelled() -> None:
+    story = Story(["events"], after_migrate=PRECOPY)
+    story.after["migrate_cancel"] = [("source", "cancelling"), ("source", "cancelled")]
+    result, _ = await told(story, Plan(uri="tcp:a:1", timeout_s=0.1, answer_timeout_s=1.0))
+    assert (result.outcome, result.exit_code) == (Outcome.CANCELLED, 3)
+    assert result.message == "in precopy: not done after 0.1 s"
+
+
+async def test_the_switch_is_told_once_and_nothing_else_is_repeated() -> None:
+    story = Story(
+        ["events", "postcopy-ram"],
+        after_migrate=PRECOPY,
+        after_switch=[("source", "postcopy-active"), ("destination", "postcopy-active"), *END],
+    )
+    await told(story, Plan(uri="tcp:a:1", postcopy=[AtOnce()]))
+    commands = [each for each in story.heard if not each[1].startswith("query-")]
+    assert commands == [
+        ("source", "migrate-set-capabilities"),
+        ("destination", "migrate-set-capabilities"),
+        ("destination", "migrate-incoming"),
+        ("source", "migrate"),
+        ("source", "migrate-start-postcopy"),
+    ]

@@ -1,0 +1,89 @@
+"""Where the guest is, from what both sides say: row by row, and over all that they can say."""
+
+import itertools
+
+import pytest
+
+from qmigrate.operations.whereabouts import EXIT_CODES, Place, Reach, View, locate
+
+STATUSES = ["none", "active", "postcopy-active", "postcopy-paused", "completed", "failed", "cancelled", "of-2031"]
+
+
+def says(run_state: str, status: str) -> View:
+    return View(Reach.ANSWERS, run_state=run_state, running=run_state == "running", status=status)
+
+
+DEAD = View(Reach.DEAD, error="killed")
+SILENT = View(Reach.SILENT, error="no answer")
+UNREACHABLE = View(Reach.UNREACHABLE, error="connection closed")
+WAITS = says("inmigrate", "active")
+
+
+@pytest.mark.parametrize(
+    ("source", "destination", "place"),
+    [
+        # precopy
+        (says("running", "active"), WAITS, Place.SOURCE),
+        (says("running", "failed"), DEAD, Place.SOURCE),
+        (says("running", "cancelled"), says("inmigrate", "failed"), Place.SOURCE),
+        (says("running", "active"), SILENT, Place.SOURCE),
+        (says("paused", "cancelled"), WAITS, Place.SOURCE),
+        (says("postmigrate", "completed"), says("running", "completed"), Place.DESTINATION),
+        (says("postmigrate", "completed"), says("paused", "completed"), Place.DESTINATION),
+        (DEAD, says("running", "completed"), Place.DESTINATION),
+        (says("postmigrate", "completed"), says("inmigrate", "failed"), Place.SOURCE),
+        (says("postmigrate", "completed"), DEAD, Place.SOURCE),
+        (says("postmigrate", "completed"), SILENT, Place.UNKNOWN),
+        (DEAD, says("inmigrate", "failed"), Place.LOST),
+        (DEAD, DEAD, Place.LOST),
+        (DEAD, SILENT, Place.UNKNOWN),
+        (SILENT, WAITS, Place.UNKNOWN),
+        (SILENT, SILENT, Place.UNKNOWN),
+        # postcopy
+        (says("finish-migrate", "postcopy-active"), says("running", "postcopy-active"), Place.DESTINATION),
+        (says("finish-migrate", "postcopy-paused"), says("running", "postcopy-paused"), Place.PAUSED),
+        (says("finish-migrate", "postcopy-active"), says("running", "postcopy-paused"), Place.PAUSED),
+        (says("finish-migrate", "postcopy-paused"), says("running", "postcopy-active"), Place.PAUSED),
+        (DEAD, says("running", "postcopy-paused"), Place.LOST),
+        (SILENT, says("running", "postcopy-active"), Place.DESTINATION),
+        (says("finish-migrate", "postcopy-paused"), DEAD, Place.LOST),
+        (says("finish-migrate", "postcopy-active"), SILENT, Place.UNKNOWN),
+        (says("finish-migrate", "postcopy-paused"), SILENT, Place.PAUSED),
+        (says("finish-migrate", "postcopy-paused"), UNREACHABLE, Place.UNKNOWN),
+        (says("postmigrate", "postcopy-active"), says("inmigrate", "failed"), Place.LOST),
+        (says("postmigrate", "failed"), says("running", "postcopy-paused"), Place.LOST),
+        # hazard 2: the source went back to running it
+        (says("running", "failed"), says("running", "postcopy-paused"), Place.BOTH),
+    ],
+)
+def test_row_by_row(source: View, destination: View, place: Place) -> None:
+    found = locate(source, destination)
+    assert found.place is place
+    assert found.sentence.endswith(".")
+
+
+ALL = [
+    DEAD,
+    SILENT,
+    UNREACHABLE,
+    *(says(run, status) for run in ("running", "paused", "inmigrate") for status in STATUSES),
+]
+
+
+@pytest.mark.parametrize(("source", "destination"), list(itertools.product(ALL, ALL)))
+def test_nothing_is_claimed_that_nobody_said(source: View, destination: View) -> None:
+    found = locate(source, destination)
+    assert found.place in EXIT_CODES
+    if source.running and destination.running:
+        assert found.place is Place.BOTH
+    elif source.running:
+        assert found.place is Place.SOURCE
+    if found.place is Place.LOST:
+        assert not source.running
+        assert not (source.answers and source.status in ("none", "active", "cancelled") and not destination.took_over)
+    if found.place is Place.DESTINATION:
+        assert destination.took_over
+    if found.running and found.place is Place.SOURCE:
+        assert source.running
+    if not source.answers and not destination.answers:
+        assert found.place in (Place.LOST, Place.UNKNOWN)

@@ -1,0 +1,139 @@
+"""Whatever the bytes: an answer or a fault of ours, in bounded time and memory.
+
+Seeded changes of every real stream, and cuts at every boundary of its records.  ``scripts/soak`` does thousands.
+"""
+
+import random
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from qmigrate.analysis.check import Checked, check
+from qmigrate.analysis.summary import summarize
+from qmigrate.errors import NoStreamError, StreamError
+from qmigrate.format.ram import Pages
+from qmigrate.format.stream import SectionType
+from qmigrate.format.vmdesc import parse_description
+from tests.walking import CORPUS, InMemory, corpus, entries
+
+MUTATIONS = 100
+SUMMARIES = 4  # of them are summarized too
+ROOM = 256 << 20  # bytes of address space beyond what the process has already
+NUMBERS = [0, 1, 4, 5, 6, 7, 8, 0x30, 0x7E, 0x7F, 0xFF]
+WORDS = [b"\xff" * 8, bytes(8), (1 << 60).to_bytes(8), b"\x7f" + b"\xff" * 7, b"\xff" * 4, bytes(4)]
+
+
+@contextmanager
+def little_memory() -> Iterator[None]:
+    """Memory that followed a claim in the stream would be more than this."""
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+@pytest.fixture(autouse=True)
+def each_description_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few changes hit it, and parsing it anew each time would take as long as all else."""
+    monkeypatch.setattr("qmigrate.format.tail.parse_description", lru_cache(maxsize=8)(parse_description))
+
+
+@lru_cache(maxsize=1)
+def slim(name: str) -> tuple[bytes, list[int]]:
+    """The stream with few of its pages and one of its great devices; and where its records begin.
+
+    Nothing new can go wrong in the others, and the time is better spent on more changes.
+    """
+    great = [
+        section
+        for section in InMemory(corpus(name)).contents.sections
+        if section.kind == SectionType.FULL and section.length > 16_000
+    ]
+    needless = {offset for section in great[1:] for offset in range(section.offset, section.offset + section.length)}
+    parts = [
+        bytes(entry.view)
+        for entry in entries(corpus(name))
+        if entry.offset not in needless
+        and (not isinstance(entry.record, Pages) or entry.record.named or entry.length < 4096)
+    ]
+    stream = b"".join(parts)
+    return stream, [entry.offset for entry in entries(stream)]
+
+
+def mutated(stream: bytes, boundaries: list[int], chance: random.Random) -> bytes:
+    """The stream with some bytes changed, left out, put in, moved, or cut."""
+    data = bytearray(stream)
+    for _ in range(chance.choice((1, 1, 2, 5))):
+        near = chance.choice(boundaries) + chance.randrange(-1, 30)
+        at = max(0, min(near, len(data) - 1)) if chance.random() < 0.7 else chance.randrange(len(data))
+        match chance.randrange(8):
+            case 0 | 1:
+                data[at] = chance.choice(NUMBERS)
+            case 2:
+                data[at] = chance.randrange(256)
+            case 3:
+                word = chance.choice(WORDS)
+                data[at : at + len(word)] = word
+            case 4:
+                del data[at : at + chance.choice((1, 4, 9, 100))]
+            case 5:
+                data[at:at] = chance.randbytes(chance.choice((1, 4, 9)))
+            case 6:
+                begin = chance.choice(boundaries)
+                data[at:at] = stream[begin : begin + chance.choice((5, 20, 300))]
+            case 7:
+                del data[at:]
+        if not data:
+            break
+    return bytes(data)
+
+
+def answer(data: bytes) -> Checked | None:
+    """What ``check`` says; None where there is no stream.  Nothing else may come out of it."""
+    with suppress(NoStreamError):
+        return check(InMemory(data))
+    return None
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_damaged_stream_gets_an_answer(name: str) -> None:
+    stream, boundaries = slim(name)
+    chance = random.Random(name)
+    with little_memory():
+        for number in range(MUTATIONS):
+            data = mutated(stream, boundaries, chance)
+            checked = answer(data)
+            if checked is None:
+                continue
+            contents = checked.gathering.contents
+            assert checked.differences == [], number
+            assert contents.complete == (not contents.errors)
+            assert contents.length == checked.length <= len(data)
+            assert contents.length == len(data) or contents.errors
+            if number % (MUTATIONS // SUMMARIES) == 0:
+                assert summarize(contents)["complete"] == contents.complete
+
+
+@pytest.mark.parametrize("name", CORPUS)
+def test_a_stream_that_is_cut_at_a_boundary_is_said_to_be_cut(name: str) -> None:
+    stream, _ = slim(name)
+    contents = InMemory(stream).contents
+    places = [place for one in contents.sections for place in (one.offset, one.offset + one.length)]
+    places += [place.offset for place in contents.commands]
+    # EOF may well be the end of a stream.
+    last = max(one.offset + one.length for one in contents.sections) + 1
+    with little_memory():
+        for cut in sorted({place + step for place in places for step in (-1, 0, 1)} - {last}):
+            checked = answer(stream[:cut])
+            assert checked is not None
+            (error,) = checked.gathering.contents.errors
+            assert isinstance(error, StreamError)
+            assert not checked.gathering.contents.complete
+            assert checked.length <= cut
