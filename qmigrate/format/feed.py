@@ -5,17 +5,26 @@ it calls ``space()`` and ``received()`` (or ``receive()``), or ``end()``, and go
 """
 
 from collections.abc import Generator, Sequence
+from contextlib import suppress
+from functools import lru_cache
 from typing import Any, Final, TypeVar
 
-from qmigrate.errors import TruncatedError, UnsupportedError
+from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
 from qmigrate.format._record import Record
 
 __all__ = ["Feed"]
 
 WINDOW: Final = 1 << 20  # fits a core's second-level cache: RAM streams through it once
+_SMALL: Final = 8  # bytes of a record that is kept, for when it comes again
 _LONGEST_RECORD: Final = 1 << 18  # a page is at most 64 KiB
 _LONGEST_AHEAD: Final = 1 << 16  # of a record inside CONFIGURATION or the block list
 R = TypeVar("R", bound=Record)
+
+
+@lru_cache(maxsize=1024)
+def _small(cls: type[R], data: bytes) -> R:
+    """Records are values: the same bytes are the same record.  A stream can have 100,000 empty parts."""
+    return cls.read(data)
 
 
 class Feed:
@@ -119,6 +128,9 @@ class Feed:
         """The next record, not consumed, and its length.  Raises ``StreamError``."""
         if cls.size is not None:
             yield from self.need(cls.size, trail)
+            if cls.size <= _SMALL and not context:
+                with suppress(StreamError):  # it is told below, with its place
+                    return _small(cls, bytes(self.view(cls.size))), cls.size  # type: ignore[arg-type]  # a class is
         while True:
             try:
                 return cls.read_prefix(self.view(1024), offset=self.offset, trail=trail, **context)

@@ -24,11 +24,14 @@ from qmigrate.format.ram import (
     RamBlockHead,
     RamFlag,
     RamRecord,
+    RamWord,
 )
 
 __all__ = ["RamSection"]
 
 _LONGEST_BLOCK_LIST: Final = 1 << 20  # bytes: a guest has tens of blocks
+_EOS: Final = RamRecord(word=RamWord(0, int(RamFlag.EOS)), block=None, body=None)
+_EOS_BYTES: Final = _EOS.build(page_size=4096)
 _PLAIN_PAGE: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)
 
 
@@ -118,6 +121,8 @@ class RamSection:
         With x-ignore-shared an address that looks like one may stand there: then a name (its length is never
         0) or, after the last block, a marker follows it at once, and no second word.
         """
+        if self.advised is None and (yield from self._byte(at)) != 0:
+            return False
         yield from self.feed.need(at + 8, ("ram", "block list"))
         word = int.from_bytes(self.feed.view(at + 8)[at:])
         if not word or word & (word - 1) or word < self.page_size:
@@ -131,6 +136,13 @@ class RamSection:
         if is_last:
             return int.from_bytes(following) not in (RamFlag.EOS, RamFlag.HOOK, RamFlag.MULTIFD_FLUSH)
         return following[0] == 0
+
+    def _byte(self, at: int) -> Generator[None, None, int | None]:
+        """The byte so far ahead; None where the stream ends before it."""
+        while len(self.feed) <= at:
+            if not (yield from self.feed.more()):
+                return None
+        return self.feed.view(at + 1)[at]
 
     def records(self) -> Step:
         """Records until EOS.  Plain pages are read as runs, all else by the declaration."""
@@ -147,6 +159,9 @@ class RamSection:
                     yield from self._inside(Pages(self.block, False, page_size, 0, runs), position - begin)
                 if self._is_cut_page() and (yield from feed.more()):
                     continue
+            if feed.view(8) == _EOS_BYTES:  # of a section's records the one that always comes
+                yield self._consume(_EOS, 8)
+                return
             trail = ("ram",) if self.block is None else ("ram", self.block)
             record, length = yield from feed.record(RamRecord, trail, page_size=page_size)
             if record.word.kind in PAGE_KINDS:

@@ -6,6 +6,7 @@ and the bytes that ``walk`` could not decode.
 
 import struct
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from typing import Final
 
 from qmigrate.errors import StreamError
@@ -13,7 +14,7 @@ from qmigrate.format._record import Record
 from qmigrate.format.command import Command, encode_command
 from qmigrate.format.device import encode_state
 from qmigrate.format.ram import BlockList, Pages, RamFlag, RamRecord
-from qmigrate.format.stream import ConfigurationHeader
+from qmigrate.format.stream import ConfigurationHeader, Footer, SectionPart
 from qmigrate.format.walk import (
     Configuration,
     DeviceState,
@@ -58,9 +59,11 @@ def encode(
         case Command():
             return encode_command(record)
         case RamRecord():
-            return record.build(page_size=page_size)
+            return _built_marker(record) if record.is_marker else record.build(page_size=page_size)
         case RamPage():
             return record.record.build(page_size=record.page_size)
+        case SectionPart() | Footer():
+            return _built(record)
         case Record() | BlockList():
             return record.build()
         case Configuration():
@@ -71,6 +74,17 @@ def encode(
             return record.data
         case VmDescription():
             return record.text
+
+
+@lru_cache(maxsize=1024)
+def _built(record: SectionPart | Footer) -> bytes:
+    """The same record is the same bytes.  A stream can have 100,000 empty parts."""
+    return record.build()
+
+
+@lru_cache(maxsize=16)
+def _built_marker(record: RamRecord) -> bytes:
+    return record.build(page_size=1 << 12)  # a marker's word is but its flag, whatever the page's size
 
 
 def _encode_configuration(record: Configuration) -> bytes:

@@ -126,7 +126,7 @@ def test_json_is_one_value_and_ndjson_one_a_line(stream: str, capsys: Output) ->
 def test_the_page_size_can_be_told(tmp_path: Path, capsys: Output) -> None:
     path = tmp_path / "a.mig"
     part = streams.ram_part(streams.page(0, b"\1" * 8192, block="ram", page_size=8192))
-    path.write_bytes(streams.header() + streams.configuration("x") + streams.ram_start({"ram": 8192}) + part)
+    path.write_bytes(streams.header() + streams.configuration("pc-x") + streams.ram_start({"ram": 8192}) + part)
     assert main(["dissect", "--structure", "--page-size", "8K", str(path)]) == 1
     captured = capsys.readouterr()
     assert "8204    PAGE  ram  0x0–0x2000  1 page  named\n" in captured.out

@@ -44,6 +44,8 @@ class Kind:
     since: tuple[int, ...] = ()
     before: tuple[int, ...] = (999,)
     target: str = "x86_64"
+    kept: tuple[str, ...] = ()
+    """The versions whose stream is in the corpus, of an odd kind; of the others all are."""
     course: Callable[[Machine, Path], Awaitable[Path]] | None = None
     """How it goes, where it is no migration to its end; gives the stream."""
 
@@ -154,6 +156,7 @@ ODD: Final[Mapping[str, Kind]] = {
         "no CONFIGURATION, no footers, no description",
         machine="pc,suppress-vmdesc=on",
         devices=extra(NO_FOOTERS, NO_CONFIGURATION),
+        kept=("7.2",),
     ),
     "q35-bare": paused(
         "no footers and no description, many devices",
@@ -166,12 +169,14 @@ ODD: Final[Mapping[str, Kind]] = {
         capabilities={"background-snapshot": True},
         since=(6,),
         course=at_once,
+        kept=("11.1",),
     ),
     "pc-savevm": Kind(
         "an internal snapshot, taken out of its qcow2",
         guest=SMALL,
         devices=lambda qemu, folder: ["-drive", f"if=none,id=disk0,file={snapshot_disk(qemu, folder)},format=qcow2"],
         course=savevm,
+        kept=("10.0",),
     ),
     "q35-early": paused(
         "virtio-mem's early section, and two RAM blocks of one length",
@@ -181,6 +186,7 @@ ODD: Final[Mapping[str, Kind]] = {
             "-device virtio-mem-pci,memdev=more,requested-size=2M,block-size=2M",
         ),
         since=(8,),
+        kept=("10.0", "11.1"),
     ),
     "pc-huge": paused(
         "RAM on huge pages, with postcopy advised: the block list has a page size",
@@ -188,27 +194,30 @@ ODD: Final[Mapping[str, Kind]] = {
         devices=extra("-object memory-backend-memfd,id=ram0,size=8M,hugetlb=on,hugetlbsize=2M"),
         capabilities={"postcopy-ram": True},
         through_relay=True,
+        kept=("11.1",),
     ),
     "pc-shared": paused(
         "x-ignore-shared: the block list has addresses, shared RAM is left out",
         machine="pc,memory-backend=ram0",
         devices=extra("-object memory-backend-file,id=ram0,size=8M,mem-path=FOLDER/ram.img,share=on"),
         capabilities={"x-ignore-shared": True},
+        kept=("7.2",),
     ),
     "pc-huge-savevm": Kind(
         "a snapshot on huge pages with postcopy-ram on: a page size in the block list, and no ADVISE",
         guest=SMALL,
         machine="pc,memory-backend=ram0",
         devices=lambda qemu, folder: [
-            *"-object memory-backend-memfd,id=ram0,size=8M,hugetlb=on,hugetlbsize=2M".split(),
+            *["-object", "memory-backend-memfd,id=ram0,size=8M,hugetlb=on,hugetlbsize=2M"],
             *("-drive", f"if=none,id=disk0,file={snapshot_disk(qemu, folder)},format=qcow2"),
         ],
         capabilities={"postcopy-ram": True},
         course=savevm,
+        kept=("5.2",),
     ),
     "pc-cancelled": Kind("cancelled while RAM was sent", guest=WALKER, course=cancel),
-    "arm-board": Kind("pages of 1 KiB, which nothing announces", machine="none", target="aarch64"),
-    "arm-virt": Kind("the size of pages in CONFIGURATION", machine="virt", target="aarch64"),
+    "arm-board": Kind("pages of 1 KiB, which nothing announces", machine="none", target="aarch64", kept=("7.2",)),
+    "arm-virt": Kind("the size of pages in CONFIGURATION", machine="virt", target="aarch64", kept=("11.1",)),
 }
 """Streams as QEMU writes them now and then; for ``Kind.qemus()`` only."""
 
