@@ -105,9 +105,7 @@ class QmpTimeoutError(QmpError):
 class QemuDiedError(QmpError):
     """QEMU is gone.  ``exit_status`` is None while unknown; ``stderr`` holds its last words."""
 
-    def __init__(
-        self, message: str, *, address: str = "", exit_status: int | None = None, stderr: str = ""
-    ) -> None:
+    def __init__(self, message: str, *, address: str = "", exit_status: int | None = None, stderr: str = "") -> None:
         self.exit_status = exit_status
         self.stderr = stderr
         super().__init__(message, address=address)

@@ -23,8 +23,7 @@ from qmigrate.format.entry import Configuration, DeviceState, Entry, Undecoded, 
 from qmigrate.format.feed import Feed
 from qmigrate.format.ram import RamBlock
 from qmigrate.format.stream import Footer, SectionHeader, SectionType, VmDescriptionHeader
-from qmigrate.format.vmdesc import Description
-from qmigrate.format.walk import walk
+from qmigrate.format.walk import Limits, walk
 from qmigrate.format.write import encode
 from tests import streams
 from tests.streams import PAGE, command, described, device, field
@@ -62,11 +61,16 @@ def said(data: bytes) -> list[str]:
 # -- recorded
 
 
-EARLY = "0000:00:01.0/virtio-mem-device-early/0 at {} comes before the contents of RAM: an early section (virtio-mem, 8.0 and later)."
+EARLY = (
+    "0000:00:01.0/virtio-mem-device-early/0 at {} comes before the contents of RAM: an early section "
+    "(virtio-mem, 8.0 and later)."
+)
 SAME = "2 RAM blocks have the same length, 8 MiB: ram0, 0000:00:01.0/more."
 HUGE = "Some RAM lies on larger pages of the host: ram0 (2 MiB)."
 RECORDED: Final = {
-    "arm-board-7.2": ["The target's pages have 1 KiB, which the stream does not announce: its records are whole only so."],
+    "arm-board-7.2": [
+        "The target's pages have 1 KiB, which the stream does not announce: its records are whole only so."
+    ],
     "arm-virt-11.1": ["2 RAM blocks have the same length, 64 MiB: virt.flash0, virt.flash1.", SWITCHOVER],
     "pc-bare-7.2": [NO_CONFIGURATION, NO_FOOTERS, NO_DESCRIPTION],
     "pc-huge-11.1": [HUGE, ADVISED, SWITCHOVER],
@@ -93,12 +97,6 @@ def test_a_recorded_stream_is_whole_and_says_what_is_odd(name: str) -> None:
     contents = InMemory(data).contents
     undecoded = [s.key for s in contents.sections if s.kind == SectionType.FULL and s.state is None]
     assert bool(undecoded) == name.startswith("pc-bare")
-    assert contents.machine_type is None or RECIPES[name]["arguments"].split()[1].split(",")[0] in (
-        "none",
-        "virt",
-        *("pc" for _ in [0] if contents.machine_type.startswith("pc-i440fx")),
-        *("q35" for _ in [0] if contents.machine_type.startswith("pc-q35")),
-    )
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -140,11 +138,11 @@ def stripped(name: str, *kinds: type) -> bytes:
     return joined([e._replace(record=Packaged(length=inside)) if isinstance(e.record, Packaged) else e for e in found])
 
 
-def sections(data: bytes, **options: Description | None) -> list[tuple[str, bytes]]:
+def sections(data: bytes) -> list[tuple[str, bytes]]:
     """Each device's key and the bytes of its state, as they are told apart."""
     found: list[tuple[str, bytes]] = []
     key = ""
-    for entry in entries(data, **options):
+    for entry in entries(data):
         if isinstance(entry.record, SectionHeader):
             key = f"{entry.record.idstr}/{entry.record.instance_id}"
         elif isinstance(entry.record, DeviceState | Undecoded):
@@ -227,7 +225,7 @@ def test_two_early_sections_behind_rams_start_are_both_early() -> None:
         assert [key for key, _ in sections(data)] == [
             *("mem-early/0", "mem-early/1", "timer/0", "0000:00:04.0/serial/1"),
         ]
-        assert sum(" comes before " in sentence for sentence in said(data)) == 2
+        assert sum(" comes before the contents of RAM" in sentence for sentence in said(data)) == 2
 
 
 @pytest.mark.parametrize("version", ["5.2", "7.2", "10.0", "11.1"])
@@ -260,7 +258,7 @@ def test_precopy_with_the_postcopy_capability_is_said(version: str) -> None:
 def test_a_migration_that_was_cancelled_is_said(name: str) -> None:
     stream = corpus(name)
     ends = [section for section in InMemory(stream).sections if section.name == "ram"][-1]
-    for cut in (ends.offset // 3, ends.offset, ends.offset + 40):
+    for cut in (ends.offset // 3, ends.offset, ends.offset + 10):
         contents = InMemory(stream[:cut]).contents
         assert not contents.complete
         assert isinstance(contents.errors[0], TruncatedError)
@@ -315,8 +313,6 @@ def test_other_bytes_behind_the_stream_are_said(first: str, behind: bytes) -> No
 def test_more_than_may_be_kept_may_follow_a_stream() -> None:
     class Long(InMemory):
         def entries(self) -> Iterator[Entry]:
-            from qmigrate.format.walk import Limits
-
             return entries(self.data, limits=Limits(device_state=len(streams.minimal())))
 
     contents = Long(streams.minimal() + bytes(4 * MIB)).contents
@@ -346,7 +342,7 @@ def test_the_end_is_found_on_a_pipe_too() -> None:
     reader, writer = os.pipe()
 
     def feed_it() -> None:
-        with open(writer, "wb") as pipe:
+        with os.fdopen(writer, "wb") as pipe:
             pipe.write(data)
 
     thread = threading.Thread(target=feed_it)
@@ -415,7 +411,7 @@ def test_page_sizes_and_addresses_in_one_list_are_told_apart(advised: bool, orde
     sentences = said(data)
     found = InMemory(data).blocks.values()
     assert [(b.name, b.page_size, b.address) for b in found] == [(b.name, b.page_size, b.address) for b in blocks]
-    huge = ["huge (2 MiB)", "giant (1024 MiB)".replace("1024 MiB", "1 GiB")][::order]
+    huge = ["huge (2 MiB)", "giant (1 GiB)"][::order]
     assert f"Some RAM lies on larger pages of the host: {', '.join(huge)}." in sentences
     names = ", ".join(block.name for block in blocks)
     assert (
@@ -453,7 +449,7 @@ def test_names_of_any_kind_are_read_said_and_extracted_apart(tmp_path: Path) -> 
     extracted = extract(InMemory(data), tmp_path / "ram")
     assert list(extracted.files) == NAMES
     written = [tmp_path / "ram" / file for file in extracted.files.values()]
-    assert sorted(os.listdir(tmp_path / "ram")) == sorted(["blocks.json", *extracted.files.values()])
+    assert {path.name for path in (tmp_path / "ram").iterdir()} == {"blocks.json", *extracted.files.values()}
     assert len({file.lower() for file in extracted.files.values()}) == len(NAMES)
     for index, path in enumerate(written):
         assert path.parent == tmp_path / "ram"

@@ -263,7 +263,7 @@ def _was_running(contents: Contents) -> bool:
 
 
 def _end(contents: Contents) -> Iterator[str]:
-    ended = any(section.kind == SectionType.END for section in _ram(contents))
+    ended = any(section.kind == SectionType.END and section.whole for section in _ram(contents))
     is_cut = any(isinstance(error, TruncatedError) for error in contents.errors)
     if is_cut and _ram(contents) and not ended and not _full(contents):
         yield "The stream ends while RAM is sent: the migration was cancelled, or it failed."

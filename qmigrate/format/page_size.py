@@ -28,6 +28,7 @@ _OF_MACHINES: Final = {
 }
 _WITH_4_KIB: Final = ("pc-", "microvm", "isapc", "pseries", "s390-ccw", "xen")
 _ENOUGH_RECORDS: Final = 64
+_FIRST_LOOK: Final = 1 << 10
 _MOST_AHEAD: Final = 1 << 18
 
 
@@ -39,7 +40,8 @@ def page_size_of_machine(machine_type: str) -> int | None:
 class _Reading(Enum):
     WRONG = auto()
     GOOD = auto()
-    SHORT = auto()  # more bytes must come
+    SHORT = auto()  # no more than two records are there
+    LIKELY = auto()  # what is there is good, and more may come
 
 
 def find_page_size(feed: Feed, blocks: Mapping[str, int], default: int) -> Generator[None, None, int]:
@@ -47,17 +49,20 @@ def find_page_size(feed: Feed, blocks: Mapping[str, int], default: int) -> Gener
 
     ``blocks`` are the lengths by name.  Consumes nothing.
     """
-    ahead = 1024
+    ahead = _FIRST_LOOK
     while True:
         while len(feed) < ahead and (yield from feed.more()):
             pass
+        is_last = feed.ended or ahead >= _MOST_AHEAD
         reading = _read(feed, blocks, default)
-        if reading is not _Reading.SHORT or feed.ended or ahead >= _MOST_AHEAD:
-            break
+        if reading is _Reading.GOOD or (is_last and reading is not _Reading.WRONG):
+            return default
+        if reading is _Reading.WRONG:
+            readings = {size: _read(feed, blocks, size, in_order=True) for size in _SIZES}
+            if is_last or not {_Reading.SHORT, _Reading.LIKELY} & set(readings.values()):
+                good = (size for size in _SIZES if readings[size] in (_Reading.GOOD, _Reading.LIKELY))
+                return next(good, default)
         ahead *= 4
-    if reading is not _Reading.WRONG:
-        return default
-    return next((size for size in _SIZES if _read(feed, blocks, size, in_order=True) is _Reading.GOOD), default)
 
 
 def _read(feed: Feed, blocks: Mapping[str, int], page_size: int, *, in_order: bool = False) -> _Reading:
@@ -66,21 +71,21 @@ def _read(feed: Feed, blocks: Mapping[str, int], page_size: int, *, in_order: bo
         return _Reading.WRONG
     view = feed.view(_MOST_AHEAD)
     at, block, follows = 0, "", -1
-    for _ in range(_ENOUGH_RECORDS):
+    for count in range(_ENOUGH_RECORDS):
         try:
             record, length = RamRecord.read_prefix(view[at : at + 2 * page_size + 1024], page_size=page_size)
         except TruncatedError:
-            return _Reading.SHORT
+            return _Reading.LIKELY if count > 2 else _Reading.SHORT
         except StreamError:
             return _Reading.WRONG
-        if record.word.flags in MARKERS:
-            if record.word.flags == RamFlag.EOS:
-                break
-        else:
-            named = record.block is not None
-            block = record.block if record.block is not None else block
+        if record.word.flags == RamFlag.EOS:
+            break
+        if record.word.flags not in MARKERS:
+            block = block if record.block is None else record.block
             start = record.word.start
-            if start + page_size > blocks.get(block, 0) or (in_order and not named and start != follows):
+            if start + page_size > blocks.get(block, 0):
+                return _Reading.WRONG
+            if in_order and record.block is None and start != follows:
                 return _Reading.WRONG
             follows = start + page_size
         at += length

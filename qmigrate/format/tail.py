@@ -29,6 +29,8 @@ LONGEST_HEADER: Final = 6 + 255 + 8
 _HIGHEST_VERSION: Final = 0xFFFF  # of a section header that we take for one without other proof
 # What is tried before a hostile tail is given up.
 _MOST_STEPS: Final = 200_000  # places where a section may end
+_MOST_LOOKS: Final = 1_000_000  # at what may open something
+_MOST_PLACES: Final = 20_000  # where something does, without footers
 _MOST_DESCRIPTIONS: Final = 16
 _MOST_WAITED_FOR: Final = 1000  # descriptions whose end has not come
 _MOST_ENDS: Final = 4
@@ -81,11 +83,14 @@ def plausible_header(data: bytes | memoryview, at: int = 0) -> SectionHeader | N
     found = _HEADER.match(data, at, at + 6 + 255)
     if found is None or len(found[2]) < found[1][0]:
         return None
+    end = at + 6 + found[1][0] + 8
+    if int.from_bytes(data[end - 4 : end]) > _HIGHEST_VERSION:
+        return None
     try:
         header, _ = SectionHeader.read_prefix(data[at : at + LONGEST_HEADER])
     except StreamError:
         return None
-    return header if header.version_id <= _HIGHEST_VERSION else None
+    return header
 
 
 def find_description(data: bytes, base: int) -> Iterator[tuple[int, Description]]:
@@ -339,17 +344,28 @@ class _Search:
     def openings(self) -> list[tuple[int, int]]:
         """Each place where something plausibly opens, and what: see ``opens``.  Found once."""
         if self.places is None:
-            starts = (found.start() for found in _OPENING.finditer(self.data))
-            self.places = [(at, what) for at in starts if (what := self.opens(at)) is not None]
+            self.places = []
+            for count, found in enumerate(_OPENING.finditer(self.data)):
+                if count > _MOST_LOOKS or len(self.places) > _MOST_PLACES:
+                    self.steps = _MOST_STEPS + 1
+                    break
+                what = self.opens(found.start())
+                if what is not None:
+                    self.places.append((found.start(), what))
         return self.places
 
     def closings(self) -> dict[int, list[tuple[int, int]]]:
         """Each place where a footer stands before such an opening, by its section id.  Found once."""
         if self.footer_places is None:
             self.footer_places = {}
-            for found in _FOOTER.finditer(self.data):
+            good = 0
+            for count, found in enumerate(_FOOTER.finditer(self.data)):
+                if count > _MOST_LOOKS or good > _MOST_STEPS:
+                    self.steps = _MOST_STEPS + 1
+                    break
                 what = self.opens(found.start() + FOOTER_BYTES)
                 if what is not None:
+                    good += 1
                     places = self.footer_places.setdefault(int.from_bytes(found[1]), [])
                     places.append((found.start(), what))
         return self.footer_places

@@ -29,7 +29,7 @@ from qmigrate.format.entry import (
 from qmigrate.format.feed import Feed
 from qmigrate.format.live import LiveState, reader_of
 from qmigrate.format.page_size import page_size_of_machine
-from qmigrate.format.ram import RAM_VERSION, RamRecord
+from qmigrate.format.ram import MARKERS, PAGE_KINDS, RAM_VERSION, RamFlag
 from qmigrate.format.ram_section import RamSection
 from qmigrate.format.stream import (
     MAGIC,
@@ -90,6 +90,8 @@ _CONFIGURATION_BODIES: Final[dict[str, type[Record]]] = {
     "configuration/uuid": ConfigurationUuid,
 }
 _DEEPEST_PACKAGE: Final = 16
+_MOST_EARLY: Final = 256  # FULL sections before RAM's contents, at which is looked
+_MOST_LOOKS: Final = 1_000_000  # at what may be the next header
 # How the next section may open, and RAM's START: its name, instance 0, version 4.
 _OPENING: Final = re.compile(rb"[\x01\x04](?=(?s:.{5})[\x21-\x7e]|(?s:.{0,5})\Z)|[\x02\x03]")
 _RAM_START: Final = re.compile(rb"\x01(?s:.{4})\x03ram\x00{7}\x04")
@@ -417,7 +419,7 @@ class Walker:
             return True
         if self.ram_ended:
             return False
-        while True:
+        for _ in range(_MOST_EARLY):
             end = yield from self._early_end(header, length)
             if end is None:
                 return False
@@ -429,10 +431,17 @@ class Walker:
             if following is None or following.kind != SectionType.FULL:
                 return False
             header, length = following, after + len(following.build())
+        return False
 
     def _early(self, header: SectionHeader) -> Step:
         """A FULL section before RAM: it ends at the first footer of its own that plausibly goes on."""
         end = yield from self._early_end(header, 0)
+        if end is None and not self.feed.ended:
+            raise UnsupportedError(
+                f"given up after {_MOST_LOOKS} places where a section of unknown length might end",
+                offset=self.feed.offset,
+                trail=(header.idstr,),
+            )
         if end is None:
             raise TruncatedError(
                 "the stream ends here, in a section whose footer has not come",
@@ -480,33 +489,41 @@ class Walker:
 
     def _next_header(self, header: SectionHeader, begin: int) -> Generator[None, None, int | None]:
         """How far ahead the next thing opens that is no part of a device's data, by its looks; None without one."""
-        searched = begin
-        while True:
+        searched, looks = begin, 0
+        while looks <= _MOST_LOOKS:
             buffer, first, last = self.feed.buffer
             found = _OPENING.search(buffer, first + searched, last)
             if found is not None:
+                looks += 1
                 searched = found.start() - first
                 if len(self.feed) < searched + LONGEST_HEADER and (yield from self.feed.more()):
                     continue
-                data = bytes(self.feed.view(searched + LONGEST_HEADER)[searched:])
-                if plausible_header(data) is not None or (self._opens_part(data) and self._goes_on(data)):
+                view = self.feed.view()
+                if plausible_header(view, searched) is not None or self._goes_on(view, searched):
                     return searched
                 searched += 1
                 continue
             searched = max(begin, len(self.feed))
             self._check_early_length(header)
             if not (yield from self.feed.more()):
-                return None
+                break
+        return None
 
-    def _goes_on(self, data: bytes) -> bool:
-        """Does a record of RAM stand behind the header of this PART or END, if it is RAM's?"""
+    def _goes_on(self, view: memoryview, at: int) -> bool:
+        """Do PART or END stand here, and if they are RAM's, a record of RAM behind them?"""
+        data = bytes(view[at : at + LONGEST_HEADER]) if view[at] in (2, 3) else b""
+        if not self._opens_part(data):
+            return False
         if self.sections[int.from_bytes(data[1:5])].idstr != "ram" or self.ram is None:
             return True
-        try:
-            record, _ = RamRecord.read_prefix(data[5:].ljust(1 << 17, b"\0"), page_size=self.ram.page_size)
-        except StreamError:
+        word = int.from_bytes(data[5:13])
+        flags = word & (self.ram.page_size - 1)
+        if flags in MARKERS:
+            return word == flags
+        if flags & ~RamFlag.CONTINUE not in PAGE_KINDS:
             return False
-        return record.is_marker or record.block in self.ram.blocks
+        name = data[14 : 14 + data[13]].decode("utf-8", "surrogateescape") if len(data) > 13 else ""
+        return name in self.ram.blocks if not flags & RamFlag.CONTINUE else self.ram.block is not None
 
     def _check_early_length(self, header: SectionHeader) -> None:
         if len(self.feed) > self.limits.device_state:

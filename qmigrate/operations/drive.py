@@ -183,12 +183,12 @@ class Driver:
         source, destination = self._source, self._destination
         if self._is_cancelling:
             return  # that the destination fails of it, or goes, says nothing
+        if source.status == "cancelled":
+            raise _Ended(Outcome.CANCELLED, self._cancelling or SOMEBODY)
         if source.failure is not None or destination.failure is not None:
             raise _Ended(Outcome.FAILED, self._cancelling)
         if source.status == "completed":
             await self._complete()
-        if source.status == "cancelled":
-            raise _Ended(Outcome.CANCELLED, self._cancelling or SOMEBODY)
         if "failed" in (source.status, destination.status):
             raise _Ended(Outcome.FAILED, self._cancelling)
         if self._interrupts > self._interrupts_handled:

@@ -174,9 +174,9 @@ def _hopeless(both: list[Watched]) -> bool:
 async def until(condition: Callable[[], bool], news: asyncio.Event, watched: list[Watched], timeout_s: float) -> bool:
     """Wait until this holds, looking at each piece of news.  False: time is up."""
     deadline = time.monotonic() + timeout_s
+    for each in watched:
+        each.poll_soon()
     while not condition():
-        for each in watched:
-            each.poll_soon()
         if not await heard(news, deadline - time.monotonic()):
             return condition()
     return True

@@ -31,7 +31,7 @@ from qmigrate.qmp.session import Event, Listener, Session
 
 __all__ = ["Watched", "progress"]
 
-FIRST_POLL_S: Final = 0.05
+FIRST_POLL_S: Final = 0.1
 LAST_POLL_S: Final = 1.0
 
 
@@ -63,7 +63,8 @@ class Watched:
         self.last_sign_s = time.monotonic()
         self._tell = tell
         self._news = news
-        self._poll_now = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._pause_s = LAST_POLL_S
         self._listener: Listener | None = None
         self._heard = 0
         self._announced = False
@@ -121,9 +122,11 @@ class Watched:
         self.run_state = state
         self._news.set()
 
-    def poll_soon(self) -> None:
-        """Something changed: the numbers are asked for at once, and often for a while."""
-        self._poll_now.set()
+    def poll_soon(self, *, within_s: float = FIRST_POLL_S) -> None:
+        """Somebody waits for it: ask it soon, and often for a while."""
+        if within_s < self._pause_s:
+            self._pause_s = within_s
+            self._hurry.set()
 
     # ---- watching ----
 
@@ -153,33 +156,38 @@ class Watched:
             self._take(event)
 
     async def _poll(self) -> None:
-        pause_s = FIRST_POLL_S
+        # The source has numbers to tell; what the destination does it says itself, if it is not asked to hurry.
+        self._pause_s = FIRST_POLL_S if self.side is Side.SOURCE else LAST_POLL_S
         while self.failure is None:
-            woken = await self._woken_within(pause_s)
-            pause_s = FIRST_POLL_S if woken else min(pause_s * 1.3, LAST_POLL_S)
-            try:
-                if self.side is Side.SOURCE:
-                    await self.ask_status()
-                else:
-                    await self.ask()
-            except QmpTimeoutError as exc:
-                if not self.may_block():
-                    self.fail(exc)
-                elif not self.silence:
-                    self.silence = exc.message
-                    self._tell(Troubled(side=self.side, message=f"{exc.message}: it may wait for a page"))
-            except QmpError as exc:
-                self.fail(exc)
-            else:
-                self.silence = ""
+            if await self._hurried_within(self._pause_s):
+                continue
+            self._pause_s = min(max(self._pause_s, FIRST_POLL_S) * 1.3, LAST_POLL_S)
+            await self._poll_once()
 
-    async def _woken_within(self, timeout_s: float) -> bool:
+    async def _poll_once(self) -> None:
+        try:
+            if self.side is Side.SOURCE:
+                await self.ask_status()
+            else:
+                await self.ask()
+        except QmpTimeoutError as exc:
+            if not self.may_block():
+                self.fail(exc)
+            elif not self.silence:
+                self.silence = exc.message
+                self._tell(Troubled(side=self.side, message=f"{exc.message}: it may wait for a page"))
+        except QmpError as exc:
+            self.fail(exc)
+        else:
+            self.silence = ""
+
+    async def _hurried_within(self, timeout_s: float) -> bool:
         try:
             async with asyncio.timeout(timeout_s):
-                await self._poll_now.wait()
+                await self._hurry.wait()
         except TimeoutError:
             return False
-        self._poll_now.clear()
+        self._hurry.clear()
         return True
 
     def fail(self, error: QmpError) -> None:
@@ -227,7 +235,7 @@ class Watched:
         self._tell(PassBegan(number=number, completed=self.passes.completed, **stamp))
         if self.counts_passes:
             self._announced = True
-            self.poll_soon()
+            self.poll_soon(within_s=0)
 
     def _count_pass(self) -> None:
         """If a pass was announced since the last numbers came: does it begin one?"""

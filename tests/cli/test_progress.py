@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Self
@@ -82,8 +83,9 @@ class Piped:
 
     def asked_until(self, line: str) -> None:
         """The bytes are on their way: it takes a moment until they are read."""
-        said = [self.asked()]
-        while said[-1] != line and len(said) < 1000:
+        said, ends = [self.asked()], time.monotonic() + 60
+        while said[-1] != line and time.monotonic() < ends:
+            time.sleep(0.02)
             said.append(self.asked())
         assert said[-1] == line, said
 
@@ -159,7 +161,7 @@ def test_the_signal_means_what_it_did_before_once_a_command_is_over(tmp_path: Pa
 def verbose(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[str]:
     """What -v adds on standard error, times and sizes left out."""
     assert main([*arguments, "-v"]) == 0
-    return re.sub(r"\d+\.\d+( [KMG]iB)?", "N", capsys.readouterr().err).splitlines()
+    return re.sub(r"[\d,]*\.\d+( [KMG]iB)?|[\d,]+ [KMGb]\w+(?=/s)", "N", capsys.readouterr().err).splitlines()
 
 
 def test_verbose_tells_how_it_was_read_and_what_that_took(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

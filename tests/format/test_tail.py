@@ -9,7 +9,7 @@ import pytest
 from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import CommandNumber, Ping, PostcopyListen, PostcopyRamDiscard, PostcopyRun
 from qmigrate.format.stream import SectionType
-from qmigrate.format.tail import Tail, find_description, plausible_header, read_tail
+from qmigrate.format.tail import ClosingFinder, Tail, find_description, find_ends, plausible_header, read_tail
 from qmigrate.format.vmdesc import Description, parse_description
 from tests import streams
 from tests.streams import command, described, device, field
@@ -309,3 +309,100 @@ def test_decoys_of_descriptions_cost_little() -> None:
     start = time.process_time()
     assert list(find_description(decoys, BASE)) == []
     assert time.process_time() - start < 5
+
+
+# -- without footers: what can't be true together
+
+
+def test_without_footers_headers_that_overlap_are_two_readings() -> None:
+    # The version of one is the kind of the other: both have a plausible name, and each leads to the end.
+    first = device("a", b"\1\2", section_id=3, footers=False)
+    late = b"\4" + struct.pack(">IB", 5, 1) + b"b" + struct.pack(">I", 0)[:4] + b"\0\0\0\4"
+    other = struct.pack(">IB", 6, 1) + b"c" + struct.pack(">II", 0, 1)
+    data = first + late + other + b"zz" + device("d", b"d", section_id=8, footers=False) + streams.eof()
+    tail = read(data, footers=False)
+    check_partition(tail)
+    assert tail.error is None
+    span, last = tail.items
+    assert span.header is None
+    assert last.header is not None
+    b, c, d = (BASE + place for place in (len(first), len(first + late) - 1, len(data) - 1 - 16))
+    assert span.reason == (f"there are two readings: a to {b:#x} + b to {d:#x}; or a to {c:#x} + c to {d:#x}")
+
+
+def test_without_footers_headers_of_one_id_are_two_readings() -> None:
+    # A section's id is there once in a stream: one of the two stands in the data of another section.
+    sections = [device(name, name.encode() * 4, section_id=number, footers=False) for name, number in
+                (("a", 1), ("b", 7), ("c", 3), ("d", 7), ("e", 5))]  # fmt: skip
+    data = b"".join(sections) + streams.eof()
+    tail = read(data, footers=False)
+    check_partition(tail)
+    assert tail.error is None
+    assert [item.header.idstr if item.header else item.reason for item in tail.items] == [
+        f"there are two readings: a to {BASE + 19:#x} + b to {BASE + 38:#x}; or a to {BASE + 38:#x}",
+        f"there are two readings: c to {BASE + 57:#x} + d to {BASE + 76:#x}; or c to {BASE + 76:#x}",
+        "e",
+    ]
+
+
+def test_without_footers_a_great_tail_takes_little_time() -> None:
+    # Small integers, as device state is full of them: bytes that open something are everywhere.
+    noise = b"".join(struct.pack(">HIB", index & 7, index % 5, index & 0x7F) for index in range(4000))
+    data = b"".join(device(f"dev{index}", noise, section_id=index, footers=False) for index in range(22))
+    assert len(data) > 600_000
+    start = time.process_time()
+    tail = read(data + streams.eof(), footers=False)
+    assert time.process_time() - start < 2
+    assert [(name, end - begin) for name, begin, end in spans(tail)] == [(f"dev{i}", len(noise)) for i in range(22)]
+
+
+def test_without_footers_headers_everywhere_are_given_up() -> None:
+    data = opening("a", 1) + b"".join(opening("b", index) for index in range(200_000)) + streams.eof()
+    start = time.process_time()
+    _, error = failure(data, footers=False)
+    assert isinstance(error, UnsupportedError)
+    assert time.process_time() - start < 5
+
+
+# -- the end while it comes
+
+
+def closed_after(data: bytes, step: int) -> int | None:
+    """How many bytes had come when the tail was known to be over."""
+    finder = ClosingFinder(base=BASE, footers=True)
+    kept = bytearray()
+    for at in range(0, len(data), step):
+        kept += data[at : at + step]
+        closed = finder.closes(kept)
+        if closed is not None:
+            tail, _, end = closed
+            assert tail.error is None
+            assert end <= len(kept)
+            return end
+    return None
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 1000])
+def test_the_end_is_known_once_the_description_that_decodes_all_is_here(step: int) -> None:
+    state = device("a", b"\0\6\0\0\0\2{}", section_id=3)
+    known = streams.description(described("a", field("data", "buffer", 8)))
+    data = state + streams.eof() + known
+    assert closed_after(data + b"more" * 500, step) == len(data)
+    assert closed_after(data[:-1], step) is None
+
+
+def test_the_end_is_not_sure_where_a_section_stays_undecoded() -> None:
+    data = device("a", b"\1", section_id=3) + device("b", b"\1", section_id=4) + streams.eof()
+    assert closed_after(data + streams.description(described("a", BYTE)), 100) is None
+    assert closed_after(data + b"\6\0\0\0\4{no}", 100) is None
+
+
+def test_decoys_of_an_end_cost_little() -> None:
+    count = 50_000
+    decoys = b"".join(b"\0\6" + struct.pack(">I", 7 * (count - index) - 5) + b"{" for index in range(count)) + b"}"
+    start = time.process_time()
+    assert closed_after(decoys, 4096) is None
+    assert closed_after(b"\0\6\0\0\0\2{}" * count, 4096) is None
+    assert time.process_time() - start < 5
+    assert list(find_ends(b"\x7e\0\0\0\1\0\6\0\0\0\0" * count, footers=True)) == [5, 16, 27, 38]
+    assert list(find_ends(bytes(100) + b"\0\6\0\0\0\0" * count, footers=True)) == []

@@ -22,6 +22,9 @@ from tests.live.versions import Qemu
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
 every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
+oldest_and_newest = pytest.mark.parametrize(
+    "qemu", [*versions.installed()[:1], *versions.installed()[-1:]], ids=lambda qemu: qemu.name
+)
 ROOT = Path(__file__).parents[2]
 
 
@@ -65,7 +68,7 @@ async def test_start_postcopy(qemu: Qemu, tmp_path: Path) -> None:
         await two.assert_guest_goes_on()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_cancel(qemu: Qemu, tmp_path: Path) -> None:
     async with under_way(qemu, tmp_path) as two:
         source, destination = two.addresses
@@ -113,7 +116,7 @@ async def test_a_pause_is_refused_while_it_could_lose_the_guest(qemu: Qemu, tmp_
         two.kill()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_status_of_every_kind(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         source, destination = two.addresses
@@ -142,7 +145,7 @@ async def interrupted(two: Pair, *words: str, when: bytes) -> tuple[int, str, st
         return await process.wait(), said.decode(), err.decode()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_ctrl_c_in_precopy_leaves_the_guest_on_the_source(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         code, out, err = await interrupted(two, "--bandwidth", "4M", "--downtime-limit", "1", when=b'"pass-began"')

@@ -148,7 +148,7 @@ async def test_a_destination_of_another_size_refuses_in_its_own_words(qemu: Qemu
         await two.assert_guest_stayed()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_nobody_listens(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         plan = Plan(uri=f"unix:{tmp_path / 'nobody'}", listen=two.uri, answer_timeout_s=15.0)

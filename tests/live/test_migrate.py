@@ -3,16 +3,13 @@
 Our guest goes on afterwards, which it does only if no page was lost or is stale.
 """
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from qmigrate import events
-from qmigrate.errors import RefusedError
-from qmigrate.events import LiveEvent, Side
-from qmigrate.operations.drive import Driver
+from qmigrate.events import Side
 from qmigrate.operations.migrate import migrate
 from qmigrate.operations.plan import Plan
 from qmigrate.operations.policy import AfterPass, AfterSeconds, AtOnce, IfStuck, Policy

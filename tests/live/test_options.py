@@ -21,6 +21,9 @@ from tests.live.versions import Qemu
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
 every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
+oldest_and_newest = pytest.mark.parametrize(
+    "qemu", [*versions.installed()[:1], *versions.installed()[-1:]], ids=lambda qemu: qemu.name
+)
 
 
 def plan_for(two: Pair, **wishes: Any) -> Plan:
@@ -113,7 +116,7 @@ async def test_a_hook_runs_before_the_switchover(postcopy: bool, qemu: Qemu, tmp
         await two.assert_guest_goes_on()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_a_hook_that_fails_leaves_the_guest_on_the_source(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
 
@@ -164,7 +167,7 @@ async def test_x_postcopy_ram_by_property(qemu: Qemu, tmp_path: Path) -> None:
         await two.assert_guest_goes_on()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_the_schema_is_asked_once_a_session(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         first = await Features.of(two.source.session, timeout_s=15)

@@ -16,6 +16,9 @@ from tests.live.versions import Qemu
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
 every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
+oldest_and_newest = pytest.mark.parametrize(
+    "qemu", [*versions.installed()[:1], *versions.installed()[-1:]], ids=lambda qemu: qemu.name
+)
 
 MIB = 1 << 20
 
@@ -43,7 +46,7 @@ async def test_without_recovery_it_stays_paused_until_recover(qemu: Qemu, tmp_pa
         await two.assert_guest_goes_on()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_the_limit_of_recoveries_is_kept(qemu: Qemu, tmp_path: Path) -> None:
     async with broken_pair(qemu, tmp_path, [MIB, MIB // 2]) as (two, cutter):
         result = await migrate(*two.sessions, broken_plan(two, recoveries=1), on_event=cutter.heard)
