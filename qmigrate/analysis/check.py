@@ -10,6 +10,7 @@ from qmigrate.capture.migration import Gathering, Migration
 from qmigrate.errors import StreamError
 from qmigrate.format.device import Field, VmState
 from qmigrate.format.ram import Pages, RamFlag
+from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import DeviceState, Entry, Limits, Trailing, Undecoded, VmDescription
 from qmigrate.format.write import encode
 
@@ -153,13 +154,17 @@ def describe_check(checked: Checked) -> dict[str, Any]:
 
 
 def check_file(
-    path: str | os.PathLike[str], *, page_size: int | None = None, limits: Limits | None = None
+    path: str | os.PathLike[str],
+    *,
+    description: Description | None = None,
+    page_size: int | None = None,
+    limits: Limits | None = None,
 ) -> dict[str, Any]:
     """What ``describe_check`` says of the stream in a file, or its ``error``, after the ``file``'s name.
 
     A pure function of the file that can be pickled: for pools and clusters.
     """
-    return answer_file(path, _answer, page_size=page_size, limits=limits)
+    return answer_file(path, _answer, description=description, page_size=page_size, limits=limits)
 
 
 def _answer(migration: Migration) -> dict[str, Any]:

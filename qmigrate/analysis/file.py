@@ -6,6 +6,7 @@ from typing import Any
 
 from qmigrate.capture.migration import Migration
 from qmigrate.errors import QmigrateError
+from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import Limits
 
 __all__ = ["answer_file", "why"]
@@ -15,6 +16,7 @@ def answer_file(
     path: str | os.PathLike[str],
     answer: Callable[[Migration], dict[str, Any]],
     *,
+    description: Description | None = None,
     page_size: int | None = None,
     limits: Limits | None = None,
 ) -> dict[str, Any]:
@@ -24,7 +26,7 @@ def answer_file(
     """
     named: dict[str, Any] = {"file": os.fsdecode(path)}
     try:
-        with Migration(path, page_size=page_size, limits=limits) as migration:
+        with Migration(path, description=description, page_size=page_size, limits=limits) as migration:
             return named | answer(migration)
     except (QmigrateError, OSError, RecursionError, MemoryError) as exc:
         return named | {"error": why(exc)}

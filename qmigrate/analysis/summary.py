@@ -12,6 +12,7 @@ from qmigrate.capture.migration import Block, CommandPlace, Contents, Migration,
 from qmigrate.errors import StreamError, TruncatedError
 from qmigrate.format.command import Command, Packaged, PostcopyAdvise, SwitchoverStart
 from qmigrate.format.stream import MAGIC, VERSION, FileHeader, SectionType
+from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import Limits
 
 __all__ = [
@@ -53,13 +54,17 @@ def summarize(contents: Contents) -> dict[str, Any]:
 
 
 def summarize_file(
-    path: str | os.PathLike[str], *, page_size: int | None = None, limits: Limits | None = None
+    path: str | os.PathLike[str],
+    *,
+    description: Description | None = None,
+    page_size: int | None = None,
+    limits: Limits | None = None,
 ) -> dict[str, Any]:
     """What ``summarize`` says of the stream in a file, or its ``error``, after the ``file``'s name.
 
     A pure function of the file that can be pickled: for pools and clusters.
     """
-    return answer_file(path, _answer, page_size=page_size, limits=limits)
+    return answer_file(path, _answer, description=description, page_size=page_size, limits=limits)
 
 
 def _answer(migration: Migration) -> dict[str, Any]:

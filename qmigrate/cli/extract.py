@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="what was written as JSON; of several files one a line, with its file"
     )
-    add_input(parser, jobs=False)
+    add_input(parser, jobs=False, devices=False)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

@@ -2,7 +2,9 @@
 
 import argparse
 import sys
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 from qmigrate.cli.asked import answer_with
 from qmigrate.cli.files import add_jobs
@@ -10,12 +12,13 @@ from qmigrate.cli.sizes import page_size, size
 
 if TYPE_CHECKING:
     from qmigrate.capture.migration import Migration
+    from qmigrate.format.vmdesc import Description
 
 __all__ = ["add_input", "open_input", "reading_options"]
 
 
-def add_input(parser: argparse.ArgumentParser, *, jobs: bool = True) -> None:
-    """FILE…, and what a reader of them must be told or allowed."""
+def add_input(parser: argparse.ArgumentParser, *, jobs: bool = True, devices: bool = True) -> None:
+    """FILE…, and what a reader of them must be told or allowed; ``devices`` are looked at."""
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="a migration stream, compressed or not; - is standard input"
     )
@@ -26,6 +29,12 @@ def add_input(parser: argparse.ArgumentParser, *, jobs: bool = True) -> None:
         type=page_size,
         help="the target's page size, where the stream does not say it (default: what its machine has, mostly 4K)",
     )
+    if devices:
+        reading.add_argument(
+            "--description",
+            metavar="STREAM",
+            help="decode devices by the description in this other stream, where a FILE has none (as after postcopy)",
+        )
     reading.add_argument(
         "--max-device-state",
         metavar="SIZE",
@@ -63,10 +72,30 @@ def open_input(args: argparse.Namespace, file: str, out: TextIO, *, streams: boo
 
 
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What ``Migration`` is told."""
+    """What ``Migration`` is told.  A description that is not there is an error of usage."""
     from qmigrate.format.walk import Limits
 
+    path = getattr(args, "description", None)
     return {
+        "description": None if path is None else _description(path, args.usage_error),
         "page_size": args.page_size,
         "limits": Limits(device_state=args.max_device_state, package=args.max_package),
     }
+
+
+@lru_cache(maxsize=1)
+def _description(path: str, usage_error: Callable[[str], NoReturn]) -> "Description":
+    """The description at the end of another stream; of many files it is read once."""
+    from qmigrate.analysis.file import why
+    from qmigrate.capture.migration import Migration
+    from qmigrate.errors import QmigrateError
+
+    try:
+        with Migration(path) as migration:
+            contents = migration.contents
+    except (QmigrateError, OSError) as exc:
+        usage_error(f"--description {path}: {why(exc)}")
+    if contents.description is None:
+        fault = contents.description_fault or next(iter(contents.errors), None)
+        usage_error(f"--description {path}: {fault or 'this stream has no description of its devices'}")
+    return contents.description

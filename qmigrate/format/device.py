@@ -9,10 +9,10 @@ migration/vmstate.c, migration/vmstate-types.c
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Final, NoReturn, TypeAlias
 
 from qmigrate.errors import StreamError, TruncatedError
-from qmigrate.format import pci, virtio
 from qmigrate.format._record import Record
 from qmigrate.format.stream import SubsectionHeader
 from qmigrate.format.vmdesc import NULL_MARKERS, FieldDescription, StructDescription
@@ -159,15 +159,25 @@ def _exactly(size: int, data: bytes) -> bytes:
     return data
 
 
+def _declared(module: str, decode: str) -> Codec:
+    """A layout that a module of its own declares, imported when a stream has one: start-up is a feature."""
+
+    def late_decode(data: bytes) -> Value:
+        value: Value = getattr(import_module(f"qmigrate.format.{module}"), decode)(data)
+        return value
+
+    return Codec(late_decode, lambda value: value.build())
+
+
 TYPES: Final[Mapping[str, Codec]] = {
     "bool": _BOOL,
     "bitmap": _BITMAP,
     "buffer": _BUFFER,
     "unused_buffer": _BUFFER,
-    "pci config": Codec(pci.decode_pci_config, pci.encode),
-    "pci irq state": Codec(pci.decode_pci_irq_state, pci.encode),
-    "msix state": Codec(pci.decode_msix_state, pci.encode),
-    "virtio": Codec(virtio.decode_virtio, pci.encode),
+    "pci config": _declared("pci", "decode_pci_config"),
+    "pci irq state": _declared("pci", "decode_pci_irq_state"),
+    "msix state": _declared("pci", "decode_msix_state"),
+    "virtio": _declared("virtio", "decode_virtio"),
     "usb-redir-packet-id-q": Codec(_decode_packet_ids, _encode_packet_ids),
     "avr": _PAIR,
     "slbe": _PAIR,

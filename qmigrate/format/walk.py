@@ -9,7 +9,7 @@ migration/savevm.c: qemu_loadvm_state(), qemu_loadvm_state_main()
 import re
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
 from qmigrate.format._record import Record
@@ -27,7 +27,6 @@ from qmigrate.format.entry import (
     VmDescription,
 )
 from qmigrate.format.feed import Feed
-from qmigrate.format.live import LiveState, reader_of
 from qmigrate.format.page_size import page_size_of_machine
 from qmigrate.format.ram import MARKERS, PAGE_KINDS, RAM_VERSION, RamFlag
 from qmigrate.format.ram_section import RamSection
@@ -59,6 +58,9 @@ from qmigrate.format.tail import (
     read_tail,
 )
 from qmigrate.format.vmdesc import Description
+
+if TYPE_CHECKING:
+    from qmigrate.format.live import LiveState
 
 __all__ = [
     "Configuration",
@@ -363,6 +365,8 @@ class Walker:
     def _live(self, header: SectionHeader, kind: SectionType) -> Step:
         """A live section other than RAM, as far as ``live`` knows it."""
         trail = (header.idstr,)
+        from qmigrate.format.live import LiveState, reader_of  # few streams have another live section than ram
+
         reader = reader_of(header.idstr)
         if reader is None:
             raise UnsupportedError("the inside of this live section is not known", offset=self.feed.offset, trail=trail)
