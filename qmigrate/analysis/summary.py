@@ -254,7 +254,7 @@ def _course(contents: Contents) -> Iterator[str]:
         yield "Postcopy was advised, but the migration completed as precopy."
     if any(isinstance(place.command, SwitchoverStart) for place in contents.commands):
         yield "SWITCHOVER_START was sent: QEMUs before 10.0 refuse it."
-    if contents.complete and has_end and contents.passes == 1 and _was_running(contents):
+    if contents.complete and has_end and not advised and contents.passes == 1 and _was_running(contents):
         yield "The guest was running, and no page was sent twice: an internal snapshot (savevm), or it wrote nothing."
 
 

@@ -155,11 +155,15 @@ class ClosingFinder:
 
     def _closed_at(self, data: bytearray, at: int, end: int) -> tuple[Tail, Description, int] | None:
         try:
-            description = parse_description(bytes(data[at + 6 : end]), offset=self.base + at + 6)
+            description = parse_description(bytes(memoryview(data)[at + 6 : end]), offset=self.base + at + 6)
         except StreamError:
             return None
         tail = read_tail(
-            bytes(data[: at + 1]), base=self.base, footers=self.footers, description=description, package=False
+            bytes(memoryview(data)[: at + 1]),
+            base=self.base,
+            footers=self.footers,
+            description=description,
+            package=False,
         )
         is_sure = tail.error is None and tail.end == at and all(item.state is not None for item in tail.items)
         return (tail, description, end) if is_sure else None
