@@ -22,7 +22,18 @@ from qmigrate.format.command import (
     PostcopyRun,
     encode_command,
 )
-from qmigrate.format.ram import BlockList, CompressedPage, NormalPage, RamBlock, RamFlag, RamRecord, RamWord, ZeroPage
+from qmigrate.format.mapped_ram import MappedRamHeader
+from qmigrate.format.ram import (
+    BlockList,
+    BlockListHeader,
+    CompressedPage,
+    NormalPage,
+    RamBlock,
+    RamFlag,
+    RamRecord,
+    RamWord,
+    ZeroPage,
+)
 from qmigrate.format.ram import XbzrlePage as XbzrleBody
 from qmigrate.format.stream import (
     MAGIC,
@@ -108,6 +119,29 @@ def ram_start(
         + eos()
         + (footer(section_id) if footers else b"")
     )
+
+
+def mapped_ram_start(
+    pages: Mapping[str, Sequence[bytes | None]], *, gap: int = 2 * PAGE, base: int = 0, begin: int = 0
+) -> bytes:
+    """START of a mapped-ram stream: of each block its pages, None where one has no contents.
+
+    ``begin`` is where START stands in the stream, ``base`` where the stream stands in its file; the pages stand at
+    a multiple of ``gap`` (QEMU: 1 MiB).
+    """
+    out = bytearray(section(SectionType.START, "ram", section_id=RAM_ID, version_id=4))
+    total = sum(len(each) for each in pages.values()) * PAGE
+    out += BlockListHeader(word=total | RamFlag.MEM_SIZE).build()
+    for name, contents in pages.items():
+        out += RamBlock(name=name, used_length=len(contents) * PAGE).build()
+        bits = sum(1 << index for index, page in enumerate(contents) if page is not None)
+        at = base + begin + len(out) + 28
+        bitmap = bits.to_bytes(-(-len(contents) // 64) * 8, "little")
+        place = -(-(at + len(bitmap)) // gap) * gap
+        out += MappedRamHeader(version=1, page_size=PAGE, bitmap_offset=at, pages_offset=place).build()
+        out += bitmap + bytes(place - at - len(bitmap))
+        out += b"".join(bytes(PAGE) if page is None else page for page in contents)
+    return bytes(out) + eos() + footer(RAM_ID)
 
 
 def ram_part(

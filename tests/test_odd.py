@@ -44,6 +44,7 @@ NO_END: Final = "The ram section has no END: a background snapshot."
 ADVISED: Final = "Postcopy was advised, but the migration completed as precopy."
 SWITCHOVER: Final = "SWITCHOVER_START was sent: QEMUs before 10.0 refuse it."
 SAVEVM: Final = "The guest was running, and no page was sent twice: an internal snapshot (savevm), or it wrote nothing."
+MAPPED: Final = "Each page has its place in the file (mapped-ram): only what the last pass left there is to be seen."
 CANCELLED: Final = "The stream ends while RAM is sent: the migration was cancelled, or it failed."
 
 
@@ -75,6 +76,8 @@ RECORDED: Final = {
     "pc-bare-7.2": [NO_CONFIGURATION, NO_FOOTERS, NO_DESCRIPTION],
     "pc-huge-11.1": [HUGE, ADVISED, SWITCHOVER],
     "pc-huge-savevm-5.2": [HUGE, SAVEVM],
+    "pc-mapped-10.0": [MAPPED, SWITCHOVER],
+    "pc-mapped-11.1": [MAPPED, SWITCHOVER],
     "pc-savevm-10.0": [SWITCHOVER, SAVEVM],
     "pc-shared-7.2": [
         "The block list has addresses: x-ignore-shared leaves shared RAM out, and none of ram0 is in the stream."

@@ -9,6 +9,7 @@ from qmigrate.analysis.summary import describe_error
 from qmigrate.capture.migration import Gathering, Migration
 from qmigrate.errors import StreamError
 from qmigrate.format.device import Field, VmState
+from qmigrate.format.mapped_ram import Gap, MappedPages
 from qmigrate.format.ram import Pages, RamFlag
 from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import DeviceState, Entry, Limits, Trailing, Undecoded, VmDescription
@@ -101,6 +102,11 @@ def _compare(checked: Checked, entry: Entry) -> None:
 def _count_opaque(checked: Checked, entry: Entry) -> None:
     opaque = checked.opaque
     match entry.record:
+        case MappedPages(runs=runs, page_size=page_size, stale=stale):
+            normal = sum(run.page_count for run in runs if run.flag == RamFlag.PAGE)
+            opaque["page contents"] += normal * page_size + stale
+        case Gap(data=bytes() as data):
+            opaque["page contents"] += len(data)
         case Pages(runs=runs, page_size=page_size):
             normal = sum(run.page_count for run in runs if run.flag == RamFlag.PAGE)
             opaque["page contents"] += normal * page_size

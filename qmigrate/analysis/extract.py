@@ -13,6 +13,7 @@ from urllib.parse import quote_from_bytes
 from qmigrate.analysis.summary import describe_error
 from qmigrate.capture.migration import Block, Gathering, Migration
 from qmigrate.errors import QmigrateError, UnsupportedError
+from qmigrate.format.mapped_ram import MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, PageRun, Pages, RamFlag
 from qmigrate.format.walk import Entry, RamPage
 
@@ -114,6 +115,10 @@ class _Writer:
         match entry.record:
             case BlockList():
                 self._open(blocks)
+            case MappedBlock(block=block):
+                self._open({block.name: blocks[block.name]})
+            case MappedPages() as mapped:
+                self._mapped(mapped, entry)
             case Pages() as pages:
                 self._pages(pages, entry, blocks[pages.block])
             case RamPage(block=block, record=record):
@@ -123,8 +128,16 @@ class _Writer:
                     trail=("ram", block),
                 )
 
+    def _mapped(self, pages: MappedPages, entry: Entry) -> None:
+        """Pages at their places: whole runs lie as they belong into the file."""
+        for offset, flag, start, page_count in pages.runs:
+            if flag == _PAGE:
+                at, length = offset - entry.offset, page_count * pages.page_size
+                _write_all(self._descriptors[pages.block], [entry.view[at : at + length]], start)
+                self.bytes_written[pages.block] += length
+
     def _open(self, blocks: dict[str, Block]) -> None:
-        self.names = file_names(list(blocks))
+        self.names = file_names([*self.names, *blocks])
         for block in blocks.values():
             if block.length > _LONGEST_FILE:
                 raise ExtractError(f"{block.name!r} has {block.length} bytes, more than a file can")

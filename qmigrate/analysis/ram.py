@@ -9,6 +9,7 @@ from qmigrate.capture.migration import KINDS, Contents, Gathering, Migration
 from qmigrate.capture.passes import PassCounter
 from qmigrate.format.command import Packaged
 from qmigrate.format.entry import Entry, RamPage
+from qmigrate.format.mapped_ram import MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, Pages
 
 __all__ = ["PassCounts", "RamTally", "describe_ram", "tally_ram"]
@@ -39,6 +40,10 @@ class RamTally:
         match entry.record:
             case BlockList(blocks=blocks):
                 self._indexes = {block.name: index for index, block in enumerate(blocks)}
+            case MappedBlock(block=block):
+                self._indexes[block.name] = len(self._indexes)
+            case MappedPages(block=name, runs=(run, *_)):
+                self.runs[name] = self.runs.get(name, 0) + 1
             case Packaged():
                 self._switched = True
             case Pages(runs=(run, *_)) as pages:

@@ -7,7 +7,8 @@ from qmigrate.analysis.devices import plain
 from qmigrate.analysis.summary import payload
 from qmigrate.errors import StreamError
 from qmigrate.format.command import Command
-from qmigrate.format.ram import BlockList, PageRun, Pages, RamFlag, RamRecord
+from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
+from qmigrate.format.ram import BlockList, BlockListHeader, PageRun, Pages, RamBlock, RamFlag, RamRecord
 from qmigrate.format.stream import EndOfFile, FileHeader, Footer, SectionHeader, SectionPart, VmDescriptionHeader
 from qmigrate.format.walk import (
     Configuration,
@@ -23,6 +24,7 @@ from qmigrate.format.walk import (
 __all__ = ["coalesce", "describe_record", "record_name"]
 
 _NO_VIEW = memoryview(b"")
+_JOINED = (Pages, MappedPages, Gap, Trailing)
 
 
 def coalesce(entries: Iterable[Entry]) -> Iterator[Entry]:
@@ -39,7 +41,7 @@ def coalesce(entries: Iterable[Entry]) -> Iterator[Entry]:
                 if joined is None and held is not None:
                     yield held
                 held = joined or single
-            if held is not None and not isinstance(held.record, Pages | Trailing):
+            if held is not None and not isinstance(held.record, _JOINED):
                 yield held
                 held = None
     except StreamError:
@@ -51,18 +53,24 @@ def coalesce(entries: Iterable[Entry]) -> Iterator[Entry]:
 
 
 def _singles(entry: Entry) -> Iterable[Entry]:
-    if isinstance(entry.record, Pages):
+    if isinstance(entry.record, Pages | MappedPages):
         return _single_runs(entry, entry.record)
+    if isinstance(entry.record, Gap):
+        return (entry._replace(view=_NO_VIEW),)
     if isinstance(entry.record, Trailing):
         return (entry._replace(record=Trailing(b""), view=_NO_VIEW),)
     return (entry,)
 
 
-def _single_runs(entry: Entry, pages: Pages) -> Iterator[Entry]:
+def _single_runs(entry: Entry, pages: Pages | MappedPages) -> Iterator[Entry]:
     end = entry.offset + entry.length
     for index, run in enumerate(pages.runs):
         after = pages.runs[index + 1].offset if index + 1 < len(pages.runs) else end
-        single = pages._replace(named=pages.named and index == 0, runs=(run,))
+        single: Pages | MappedPages
+        if isinstance(pages, MappedPages):
+            single = pages._replace(runs=(run,), stale=0)
+        else:
+            single = pages._replace(named=pages.named and index == 0, runs=(run,))
         yield Entry(run.offset, after - run.offset, single, _NO_VIEW, entry.depth)
 
 
@@ -71,18 +79,31 @@ def _join(held: Entry, single: Entry) -> Entry | None:
     before, after = held.record, single.record
     if isinstance(before, Trailing) and isinstance(after, Trailing):
         return held._replace(length=held.length + single.length)
-    if not (isinstance(before, Pages) and isinstance(after, Pages)):
-        return None
-    run, following = before.runs[0], after.runs[0]
-    if (
+    if isinstance(before, Gap) and isinstance(after, Gap) and before.data is None and after.data is None:
+        return held._replace(length=held.length + single.length, record=Gap(length=before.length + after.length))
+    if isinstance(before, MappedPages) and isinstance(after, MappedPages):
+        if not _goes_on(before, after):
+            return None
+    elif not (isinstance(before, Pages) and isinstance(after, Pages)) or (
         after.named
-        or (before.block, before.fill, run.flag) != (after.block, after.fill, following.flag)
-        or run.start + run.page_count * before.page_size != following.start
+        or before.fill != after.fill
+        or not _goes_on(before, after)
         or held.offset + held.length != single.offset
     ):
         return None
+    run, following = before.runs[0], after.runs[0]
     longer = PageRun(run.offset, run.flag, run.start, run.page_count + following.page_count)
     return held._replace(length=held.length + single.length, record=before._replace(runs=(longer,)))
+
+
+def _goes_on(before: Pages | MappedPages, after: Pages | MappedPages) -> bool:
+    """Is the second's first page the one behind the first's last, in the same block and of the same kind?"""
+    run, following = before.runs[0], after.runs[0]
+    return (before.block, run.flag, run.start + run.page_count * before.page_size) == (
+        after.block,
+        following.flag,
+        following.start,
+    )
 
 
 def describe_record(entry: Entry) -> dict[str, Any]:
@@ -97,8 +118,16 @@ def describe_record(entry: Entry) -> dict[str, Any]:
 def record_name(record: StreamRecord) -> str:  # noqa: PLR0912 - one row a record
     """What kind of record it is, in QEMU's words: of a coalesced run of pages, PAGE or ZERO."""
     match record:
-        case Pages(runs=(run, *_)):
+        case Pages(runs=(run, *_)) | MappedPages(runs=(run, *_)):
             return _flag_name(run.flag)
+        case BlockListHeader():
+            return "MEM_SIZE"
+        case MappedBlock():
+            return "BLOCK"
+        case MappedBitmap():
+            return "BITMAP"
+        case Gap():
+            return "GAP"
         case RamPage(record=page):
             return _flag_name(page.word.kind)
         case RamRecord(word=word):
@@ -139,6 +168,16 @@ def _values(record: StreamRecord) -> dict[str, Any]:  # noqa: PLR0912 - one row 
     match record:
         case Pages(runs=runs):
             return _pages(record, runs[0])
+        case MappedPages(block=block, runs=(run, *_)):
+            return {"block": block, "start": run.start, "page_count": run.page_count}
+        case BlockListHeader():
+            return {"total": record.word & ~0xFF}
+        case MappedBlock(block=listed, header=header):
+            return {**_fields(listed), **_fields(header), "page_size": header.page_size}
+        case MappedBitmap(block=block):
+            return {"block": block, "first_page": record.first_page, "page_count": record.bits.bit_count()}
+        case Gap():
+            return {"zero": record.data is None}
         case FileHeader():
             return {"version": record.version}
         case Configuration():
@@ -169,7 +208,7 @@ def _values(record: StreamRecord) -> dict[str, Any]:  # noqa: PLR0912 - one row 
             return _fields(record)
 
 
-def _fields(record: StreamRecord) -> dict[str, Any]:
+def _fields(record: StreamRecord | RamBlock) -> dict[str, Any]:
     fields = plain(record)
     return fields if isinstance(fields, dict) else {}
 

@@ -152,6 +152,7 @@ def _oddities(contents: Contents) -> Iterator[str]:
     yield from _devices(contents)
     yield from _undecoded(contents)
     yield from _blocks(contents)
+    yield from _mapped(contents)
     yield from _course(contents)
     yield from _end(contents)
 
@@ -239,6 +240,16 @@ def _blocks(contents: Contents) -> Iterator[str]:
             yield f"{len(names)} RAM blocks have the same length, {_size(length)}: {', '.join(names)}."
 
 
+def _mapped(contents: Contents) -> Iterator[str]:
+    if contents.base is None:
+        return
+    yield "Each page has its place in the file (mapped-ram): only what the last pass left there is to be seen."
+    if contents.base:
+        yield f"The stream's offsets count from {contents.base:#x} before it: it began there in its file."
+    if contents.stale:
+        yield f"{contents.stale} bytes of pages that were zero in the end are left in their places."
+
+
 def _course(contents: Contents) -> Iterator[str]:
     ram = _ram(contents)
     if not ram:
@@ -247,7 +258,7 @@ def _course(contents: Contents) -> Iterator[str]:
     if contents.complete and not has_end:
         yield "The ram section has no END: a background snapshot."
     empty = sum(1 for section in ram if section.kind == SectionType.PART and not section.page_count)
-    if empty > 1:
+    if empty > 1 and contents.base is None:
         yield f"{empty} PART sections of ram are empty: the source waited for its downtime limit."
     advised = any(isinstance(place.command, PostcopyAdvise) for place in contents.commands)
     if advised and not _is_switched(contents) and contents.complete:

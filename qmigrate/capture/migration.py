@@ -16,7 +16,8 @@ from qmigrate.capture.seen import SeenPages
 from qmigrate.errors import NoStreamError, StreamError
 from qmigrate.format.command import Command, Packaged
 from qmigrate.format.device import VmState, decode_state
-from qmigrate.format.ram import BlockList, Pages, RamFlag, RamRecord
+from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
+from qmigrate.format.ram import BlockList, BlockListHeader, Pages, RamBlock, RamFlag, RamRecord
 from qmigrate.format.stream import (
     ConfigurationCapabilities,
     ConfigurationTargetPageBits,
@@ -119,6 +120,10 @@ class Contents:
     commands: list[CommandPlace] = field(default_factory=list)
     undecoded: list[tuple[int, int, str]] = field(default_factory=list)
     passes: int = 0
+    base: int | None = None
+    """Where in its file a mapped-ram stream says that it begins; None of any other."""
+    stale: int = 0
+    """Bytes in the place of a page that has no contents (mapped-ram): of an earlier pass, and read by nobody."""
     page_size: int = 4096
     length: int = 0
     trailing: int = 0
@@ -221,6 +226,12 @@ class Migration:
         return self.contents.errors
 
 
+def _block(block: RamBlock, index: int) -> Block:
+    return Block(
+        name=block.name, length=block.used_length, page_size=block.page_size, address=block.address, index=index
+    )
+
+
 class Gathering:
     """Pass the entries on and gather what they hold in ``contents``, also when a fault ends them."""
 
@@ -258,8 +269,14 @@ class Gathering:
                 self._pages(record)
             case RamPage():
                 self._odd_page(record)
-            case RamRecord():
+            case RamRecord() | BlockListHeader() | MappedBitmap() | Gap():
                 pass
+            case MappedBlock(block=block, header=header):
+                self.contents.base = header.bitmap_offset - entry.offset - entry.length
+                self.contents.blocks[block.name] = _block(block, len(self.contents.blocks))
+            case MappedPages():
+                self._pages(record)
+                self.contents.stale += record.stale
             case SectionHeader() | SectionPart():
                 self._close(entry.offset)
                 self._section(entry, record)
@@ -362,18 +379,9 @@ class Gathering:
                     self.contents.target_page_bits = body.target_page_bits
 
     def _blocks(self, record: BlockList) -> None:
-        self.contents.blocks = {
-            block.name: Block(
-                name=block.name,
-                length=block.used_length,
-                page_size=block.page_size,
-                address=block.address,
-                index=index,
-            )
-            for index, block in enumerate(record.blocks)
-        }
+        self.contents.blocks = {block.name: _block(block, index) for index, block in enumerate(record.blocks)}
 
-    def _pages(self, pages: Pages) -> None:
+    def _pages(self, pages: Pages | MappedPages) -> None:
         contents = self.contents
         block, page_size, runs = contents.blocks[pages.block], pages.page_size, pages.runs
         contents.page_size = page_size
@@ -382,7 +390,7 @@ class Gathering:
         zero = sum([count for _, flag, _, count in runs if flag == _ZERO])
         block.counts["normal"] += total - zero
         block.counts["zero"] += zero
-        if not self._switched:
+        if not self._switched and isinstance(pages, Pages):
             starts = [run[2] for run in runs]
             ends = [start + page_count * page_size for _, _, start, page_count in runs]
             self._passes.take(block.index, starts, ends)

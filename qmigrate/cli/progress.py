@@ -10,6 +10,7 @@ from qmigrate.capture.migration import Migration
 from qmigrate.cli.tell import tell
 from qmigrate.format.command import PostcopyAdvise
 from qmigrate.format.entry import Configuration, Entry, RamPage, VmDescription
+from qmigrate.format.mapped_ram import MappedPages
 from qmigrate.format.ram import Pages
 from qmigrate.format.stream import ConfigurationTargetPageBits, Footer, SectionHeader, SectionPart
 from qmigrate.report.units import plural, share, size
@@ -117,7 +118,7 @@ class _Place:
         self.end = max(self.end, entry.offset + entry.length)
         record = entry.record
         match record:
-            case Pages() | RamPage():
+            case Pages() | RamPage() | MappedPages():
                 self._block, self.page_size = record.block, record.page_size
             case SectionHeader():
                 self._names[record.section_id] = self._section = f"{record.idstr}/{record.instance_id}"

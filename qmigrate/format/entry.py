@@ -7,6 +7,7 @@ from typing import NamedTuple, Self, TypeAlias
 from qmigrate.errors import StreamError
 from qmigrate.format._record import Record
 from qmigrate.format.device import VmState
+from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, Pages, RamRecord
 from qmigrate.format.stream import SubsectionHeader
 from qmigrate.format.vmdesc import Description, parse_description
@@ -93,7 +94,19 @@ class Trailing:
 
 
 StreamRecord: TypeAlias = (
-    Record | Configuration | DeviceState | Undecoded | Pages | RamPage | BlockList | VmDescription | Trailing
+    Record
+    | Configuration
+    | DeviceState
+    | Undecoded
+    | Pages
+    | RamPage
+    | BlockList
+    | MappedBlock
+    | MappedBitmap
+    | Gap
+    | MappedPages
+    | VmDescription
+    | Trailing
 )
 
 

@@ -12,8 +12,17 @@ from typing import Final
 from qmigrate.errors import StreamError, UnsupportedError
 from qmigrate.format import pages
 from qmigrate.format.command import PageSizes
-from qmigrate.format.entry import Entry, RamPage, Step
+from qmigrate.format.entry import Entry, RamPage, Step, StreamRecord
 from qmigrate.format.feed import Feed
+from qmigrate.format.mapped_ram import (
+    Gap,
+    MappedBitmap,
+    MappedBlock,
+    MappedRamHeader,
+    MappedSpan,
+    is_zero,
+    read_mapped,
+)
 from qmigrate.format.page_size import SMALLEST_PAGE, find_page_size
 from qmigrate.format.ram import (
     PAGE_KINDS,
@@ -31,6 +40,7 @@ from qmigrate.format.ram import (
 __all__ = ["RamSection"]
 
 _LONGEST_BLOCK_LIST: Final = 1 << 20  # bytes: a guest has tens of blocks
+_PIECE: Final = 1 << 16  # bytes of a bitmap or a gap that are one record
 _START, _PAGE_COUNT = itemgetter(2), itemgetter(3)  # of a PageRun, at C speed
 _EOS: Final = RamRecord(word=RamWord(0, int(RamFlag.EOS)), block=None, body=None)
 _EOS_BYTES: Final = _EOS.build(page_size=4096)
@@ -68,8 +78,6 @@ class RamSection:
     def block_list(self) -> Step:
         trail = ("ram", "block list")
         start = self.feed.offset
-        if "mapped-ram" in self.capabilities:
-            raise UnsupportedError("mapped-ram streams are not read yet", offset=start, trail=trail)
         head, at = yield from self.feed.ahead(BlockListHeader, 0, trail)
         below = (self.page_size if self.page_size_is_known else SMALLEST_PAGE) - 1
         total = head.word & ~below
@@ -79,6 +87,10 @@ class RamSection:
                 offset=start,
                 trail=trail,
             )
+        if self.is_mapped:
+            yield self._consume(head, at)
+            yield from self._mapped_blocks(total, trail)
+            return
         blocks: list[RamBlock] = []
         left = total
         while left:
@@ -94,6 +106,59 @@ class RamSection:
             left -= block.used_length
         yield self._consume(BlockList(total=total, blocks=tuple(blocks)), at)
 
+    @property
+    def is_mapped(self) -> bool:
+        """Has each page a place of its own in the file?"""
+        return "mapped-ram" in self.capabilities
+
+    def _mapped_blocks(self, left: int, trail: Sequence[str]) -> Step:
+        """The list of a mapped-ram file: each block's entry is followed by its bitmap and its pages."""
+        base: int | None = None
+        while left:
+            start = self.feed.offset
+            block, at = yield from self._listed_block(0, left, trail)
+            if block.name in self.blocks:
+                raise StreamError(f"{block.name} is listed twice", offset=start, trail=trail)
+            header, at = yield from self.feed.ahead(MappedRamHeader, at, trail)
+            mapped = MappedBlock(block=block, header=header)
+            span = MappedSpan.of(mapped, end=start + at, base=base, trail=trail)
+            base, self.page_size, self.page_size_is_known = span.base, span.page_size, True
+            self.blocks[block.name] = block.used_length
+            yield self._consume(mapped, at)
+            bits = bytearray()
+            yield from self._bitmap(block.name, span, bits)
+            yield from self._gap(span.pages - self.feed.offset, ("ram", block.name))
+            yield from self._mapped_pages(block.name, span, bits)
+            left -= block.used_length
+
+    def _bitmap(self, name: str, span: MappedSpan, bits: bytearray) -> Step:
+        """The bitmap in pieces, collected in ``bits``."""
+        for at in range(0, span.bitmap_length, _PIECE):
+            length = min(_PIECE, span.bitmap_length - at)
+            yield from self.feed.need(length, ("ram", name, "bitmap"))
+            piece = self.feed.view(length)
+            bits += piece
+            value = int.from_bytes(piece, "little")
+            yield self._consume(MappedBitmap(block=name, first_page=at * 8, length=length, bits=value), length)
+
+    def _gap(self, left: int, trail: Sequence[str]) -> Step:
+        while left:
+            length = min(_PIECE, left)
+            yield from self.feed.need(length, trail)
+            piece = self.feed.view(length)
+            yield self._consume(Gap(length=length, data=None if is_zero(piece) else bytes(piece)), length)
+            left -= length
+
+    def _mapped_pages(self, name: str, span: MappedSpan, bits: bytearray) -> Step:
+        page = 0
+        while page < span.page_count:
+            yield from self.feed.need(span.page_size, ("ram", name))
+            count = min(len(self.feed) // span.page_size, span.page_count - page)
+            length = count * span.page_size
+            pages = read_mapped(name, self.feed.view(length), bits, page, span.page_size, self.feed.offset)
+            yield self._consume(pages, length)
+            page += count
+
     def _listed_block(self, at: int, left: int, trail: Sequence[str]) -> Generator[None, None, tuple[RamBlock, int]]:
         head, after = yield from self.feed.ahead(RamBlockHead, at, trail)
         if head.used_length > left:
@@ -106,7 +171,8 @@ class RamSection:
             raise StreamError("a block without a name", offset=self.feed.offset + at, trail=trail)
         page_size = address = None
         is_last = head.used_length == left
-        if (yield from self._has_page_size(after, is_last)):
+        # Postcopy, which the word is for, is refused together with mapped-ram.
+        if not self.is_mapped and (yield from self._has_page_size(after, is_last)):
             page_size = int.from_bytes(self.feed.view(after + 8)[after:])
             after += 8
         if "x-ignore-shared" in self.capabilities:
@@ -238,7 +304,7 @@ class RamSection:
         ends = (start + count * page_size for _, _, start, count in runs)
         return next((index for index, end in enumerate(ends) if end > block_length), None)
 
-    def _consume(self, record: BlockList | Pages | RamRecord | RamPage, length: int) -> Entry:
+    def _consume(self, record: StreamRecord, length: int) -> Entry:
         entry = Entry(self.feed.offset, length, record, self.feed.view(length))
         self.feed.skip(length)
         return entry

@@ -13,6 +13,7 @@ from qmigrate.errors import StreamError
 from qmigrate.format._record import Record
 from qmigrate.format.command import Command, encode_command
 from qmigrate.format.device import encode_state
+from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages, encode_mapped
 from qmigrate.format.ram import BlockList, Pages, RamFlag, RamRecord
 from qmigrate.format.stream import ConfigurationHeader, Footer, SectionPart
 from qmigrate.format.walk import (
@@ -64,7 +65,9 @@ def encode(
             return record.record.build(page_size=record.page_size)
         case SectionPart() | Footer():
             return _built(record)
-        case Record() | BlockList():
+        case MappedPages():
+            return encode_mapped(record, contents)
+        case Record() | BlockList() | MappedBlock() | MappedBitmap() | Gap():
             return record.build()
         case Configuration():
             return _encode_configuration(record)

@@ -23,7 +23,8 @@ from qmigrate.format.entry import (
     VmDescription,
 )
 from qmigrate.format.live import BitmapFlag, DirtyBitmapRecord
-from qmigrate.format.ram import BlockList, PageRun, Pages, RamFlag, RamRecord
+from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
+from qmigrate.format.ram import BlockList, BlockListHeader, PageRun, Pages, RamFlag, RamRecord
 from qmigrate.format.stream import (
     ConfigurationCapabilities,
     ConfigurationTargetPageBits,
@@ -214,8 +215,17 @@ class _Writer:
         """What a record says beyond its name, and what of it is of less weight; None without words of its own."""
         record = entry.record
         match record:
-            case Pages(runs=(run, *_)):
+            case Pages(runs=(run, *_)) | MappedPages(runs=(run, *_)):
                 return _pages(record, run)
+            case BlockListHeader(word=word):
+                return size(word & ~0xFF), "each page at its place"
+            case MappedBlock(block=block, header=header):
+                said = f"{clean(block.name)}  {size(block.used_length)}"
+                return said, f"bitmap at {header.bitmap_offset:#x}, pages at {header.pages_offset:#x} of the file"
+            case MappedBitmap(block=name, bits=bits):
+                return f"{clean(name)}  {plural(bits.bit_count(), 'page')} with contents", ""
+            case Gap(data=data):
+                return "" if data is None else "not zero", ""
             case RamPage(block=block, record=page):
                 return f"{clean(block)}  {page.word.start:#x}", "named" if page.block is not None else ""
             case RamRecord() | EndOfFile():
@@ -244,11 +254,12 @@ class _Writer:
                 return None
 
 
-def _pages(pages: Pages, run: PageRun) -> tuple[str, str]:
+def _pages(pages: Pages | MappedPages, run: PageRun) -> tuple[str, str]:
     end = run.start + run.page_count * pages.page_size
-    fill = f", each byte {pages.fill:#04x}" if pages.fill else ""
-    said = f"{clean(pages.block)}  {run.start:#x}–{end:#x}  {plural(run.page_count, 'page')}{fill}"
-    return said, "named" if pages.named else ""
+    said = f"{clean(pages.block)}  {run.start:#x}–{end:#x}  {plural(run.page_count, 'page')}"
+    if isinstance(pages, MappedPages):
+        return said, ""
+    return said + (f", each byte {pages.fill:#04x}" if pages.fill else ""), "named" if pages.named else ""
 
 
 def _anything(entry: Entry) -> tuple[str, str]:

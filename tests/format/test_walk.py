@@ -400,10 +400,6 @@ UNKNOWN = streams.header() + streams.configuration("q") + SubsectionHeader(name=
             HEAD + streams.ram_start() + streams.ram_part((0x0400 | 0x08).to_bytes(8)),
             f"{S + 5:#x}: ram: word: page header has unknown flags 0x400",
         ),
-        (
-            streams.header() + streams.configuration("q", capabilities=["mapped-ram"]) + streams.ram_start(),
-            "0x4e: ram: block list: mapped-ram streams are not read yet",
-        ),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_its_place(data: bytes, message: str) -> None:

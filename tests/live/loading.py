@@ -43,8 +43,10 @@ async def loaded(
 async def _through_file(machine: Machine, folder: Path, stream: bytes) -> bytes:
     path = folder / "stream.mig"
     path.write_bytes(stream)
-    # The transport `file:` exists since 8.2 only.
-    await migration.start_incoming(machine.session, f"exec:cat {shlex.quote(str(path))}")
+    # The transport `file:` exists since 8.2 only; pages at their places can't be read from a pipe.
+    is_mapped = (await migration.capabilities(machine.session)).get("mapped-ram", False)
+    uri = f"file:{path}" if is_mapped else f"exec:cat {shlex.quote(str(path))}"
+    await migration.start_incoming(machine.session, uri)
     return b""
 
 

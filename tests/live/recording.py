@@ -7,7 +7,7 @@ recording is handed over, so that it can be compared with what they say of thems
 import asyncio
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -48,6 +48,10 @@ class Kind:
     """The versions whose stream is in the corpus, of an odd kind; of the others all are."""
     course: Callable[[Machine, Path], Awaitable[Path]] | None = None
     """How it goes, where it is no migration to its end; gives the stream."""
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    """Set on both sides, through a relay."""
+    destination_stopped: bool = False
+    """It keeps what it loaded: its guest does not run on."""
 
     @property
     def has_guest(self) -> bool:
@@ -141,6 +145,19 @@ async def at_once(source: Machine, folder: Path) -> Path:
     return stream
 
 
+def into_file(options: str = "") -> Callable[[Machine, Path], Awaitable[Path]]:
+    """By QEMU's own `file:` (8.2 and later), as fast as it goes."""
+
+    async def course(source: Machine, folder: Path) -> Path:
+        stream = folder / "stream.mig"
+        await migration.set_parameters(source.session, {"max-bandwidth": FAST})
+        await migration.start(source.session, f"file:{stream}{options}")
+        await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
+        return stream
+
+    return course
+
+
 # Next to no RAM: what is odd about these is elsewhere.
 SMALL: Final = Guest("walker", memory_mib=8, zero_share=0.99, walked_share=0.005, pages_per_tick=64)
 NO_FOOTERS: Final = "-global migration.send-section-footer=off"
@@ -215,16 +232,59 @@ ODD: Final[Mapping[str, Kind]] = {
         course=savevm,
         kept=("5.2",),
     ),
+    "pc-mapped": Kind(
+        "mapped-ram: each page has its place in the file",
+        guest=SMALL,
+        capabilities={"mapped-ram": True},
+        since=(9,),
+        course=into_file(),
+        kept=("10.0", "11.1"),
+    ),
     "pc-cancelled": Kind("cancelled while RAM was sent", guest=WALKER, course=cancel),
     "arm-board": Kind("pages of 1 KiB, which nothing announces", machine="none", target="aarch64", kept=("7.2",)),
     "arm-virt": Kind("the size of pages in CONFIGURATION", machine="virt", target="aarch64", kept=("11.1",)),
 }
 """Streams as QEMU writes them now and then; for ``Kind.qemus()`` only."""
 
+# Pages that are written again and again, and change little.
+REWRITTEN: Final = Guest("walker", memory_mib=8, zero_share=0.9, walked_share=0.06, pages_per_tick=64)
+encoded = partial(Kind, guest=REWRITTEN, through_relay=True, destination_stopped=True)
+
+ENCODED: Final[Mapping[str, Kind]] = {
+    "pc-multifd": encoded(
+        "multifd, pages as they are",
+        capabilities={"multifd": True},
+        kept=("5.2", "7.2", "10.0", "11.1"),
+    ),
+    "pc-multifd-zlib": encoded(
+        "multifd, zlib",
+        capabilities={"multifd": True},
+        parameters={"multifd-compression": "zlib"},
+        kept=("7.2", "11.1"),
+    ),
+    "pc-multifd-zstd": encoded(
+        "multifd, zstd",
+        capabilities={"multifd": True},
+        parameters={"multifd-compression": "zstd"},
+        since=(7,),  # Debian's 5.2 has none
+        kept=("10.0",),
+    ),
+    "pc-xbzrle": encoded(
+        "xbzrle from the second pass on",
+        capabilities={"xbzrle": True},
+        # Deltas are so short that only a guest in a hurry keeps the migration from its end.
+        guest=replace(REWRITTEN, pages_per_tick=0),
+        passes=4,
+        kept=("5.2", "11.1"),
+    ),
+    "pc-compress": encoded("zlib, page by page", capabilities={"compress": True}, before=(9, 1), kept=("7.2",)),
+}
+"""Other ways in which RAM travels; for ``Kind.qemus()`` only."""
+
 
 @dataclass
 class Recording:
-    """``stream`` is the forward direction; ``back`` the way back, where there is one."""
+    """``stream`` is the forward direction; ``back`` the way back, where there is one; ``channels`` those of multifd."""
 
     qemu: Qemu
     kind: Kind
@@ -235,12 +295,13 @@ class Recording:
     destination: Machine | None = None
     console: Path | None = None
     queried: dict[str, Any] = field(default_factory=dict)
+    channels: list[Path] = field(default_factory=list)
 
 
 @asynccontextmanager
 async def recorded(qemu: Qemu, name: str, folder: Path) -> AsyncGenerator[Recording]:
     """Migrate once, as the kind of this name says.  Source (and destination) live until the block is left."""
-    kind = {**KINDS, **ODD}[name]
+    kind = {**KINDS, **ODD, **ENCODED}[name]
     said = folder / "source-console"
     arguments = arguments_of(qemu, kind, folder, said)
     async with Machine(qemu.path, arguments, name=f"source {qemu.name}") as source:
@@ -279,6 +340,7 @@ async def _through_relay(
 ) -> AsyncGenerator[Recording]:
     said = folder / "destination-console"
     incoming = [*arguments_of(qemu, kind, folder, said), "-incoming", "defer"]
+    incoming += ["-S"] if kind.destination_stopped else []
     listens, target = folder / "relay.sock", folder / "incoming.sock"
     async with (
         Machine(qemu.path, incoming, name=f"destination {qemu.name}") as destination,
@@ -286,11 +348,12 @@ async def _through_relay(
     ):
         for machine in (source, destination):
             await migration.set_capabilities(machine.session, kind.capabilities)
+            await migration.set_parameters(machine.session, kind.parameters)
         await migration.start_incoming(destination.session, f"unix:{target}")
         await _migrate(source, kind, f"unix:{listens}")
         await migration.wait_until(destination.session, "completed", timeout_s=TIMEOUT_S)
         await relay.wait_closed(timeout_s=TIMEOUT_S)
-        (channel,) = relay.channels
+        (channel,) = (each for each in relay.channels if _begins(each.forward_path) == b"QEVM")
         yield Recording(
             qemu,
             kind,
@@ -301,7 +364,13 @@ async def _through_relay(
             destination=destination,
             console=said,
             queried=await migration.query(source.session),
+            channels=[each.forward_path for each in relay.channels if each is not channel],
         )
+
+
+def _begins(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(4)
 
 
 async def _migrate(source: Machine, kind: Kind, uri: str) -> None:
@@ -323,8 +392,10 @@ async def _migrate(source: Machine, kind: Kind, uri: str) -> None:
 
 
 async def _wait_for_syncs(source: Machine, count: int) -> None:
-    """Until the dirty bitmap was synced so often: each time a pass ended."""
+    """Until the dirty bitmap was synced so often: each time a pass ended.  Or until it is over before."""
     async with asyncio.timeout(TIMEOUT_S):
         # 5.2 to 11.1 disagree on when they emit MIGRATION_PASS: the count is asked for.
-        while (await migration.query(source.session)).get("ram", {}).get("dirty-sync-count", 0) < count:  # noqa: ASYNC110
+        while (told := await migration.query(source.session))["status"] != "completed":
+            if told.get("ram", {}).get("dirty-sync-count", 0) >= count:
+                break
             await asyncio.sleep(0.02)

@@ -12,10 +12,17 @@ import pytest
 import pytest_asyncio
 
 from qmigrate.analysis.check import check
+from qmigrate.analysis.extract import extract
 from qmigrate.analysis.summary import oddities
 from qmigrate.capture.migration import Contents, Migration
 from qmigrate.format.stream import SectionType
-from tests.live.recording import ODD, Recording, recorded
+from qmigrate.format.write import write
+from qmigrate.qmp import migration as qmp_migration
+from qmigrate.qmp.machine import Machine
+from tests.guests import console
+from tests.live.loading import loaded
+from tests.live.recording import ODD, Recording, into_file, recorded
+from tests.live.same import assert_same_ram
 from tests.live.versions import Qemu
 
 pytestmark = pytest.mark.live
@@ -37,6 +44,7 @@ SAID: Final = {
     "pc-huge": ["Some RAM lies on larger pages of the host: ram0 (2 MiB).", "Postcopy was advised, but"],
     "pc-huge-savevm": ["Some RAM lies on larger pages of the host: ram0 (2 MiB).", "The guest was running"],
     "pc-shared": ["The block list has addresses: x-ignore-shared leaves shared RAM out, and none of ram0 is"],
+    "pc-mapped": ["Each page has its place in the file (mapped-ram)"],
     "pc-cancelled": ["The stream ends while RAM is sent: the migration was cancelled, or it failed."],
     "arm-board": ["The target's pages have 1 KiB, which the stream does not announce"],
     "arm-virt": ["2 RAM blocks have the same length, 64 MiB: virt.flash0, virt.flash1."],
@@ -90,6 +98,47 @@ async def test_an_odd_stream_is_whole_and_says_what_is_odd(odd: tuple[str, Recor
     assert (checked.valid, checked.identical, checked.differences) == (True, True, [])
     assert contents.length == recording.stream.stat().st_size
     assert_devices(contents, name)
+
+
+MAPPED: Final = ODD["pc-mapped"]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("qemu", MAPPED.qemus(), ids=lambda qemu: qemu.name)
+async def test_a_mapped_ram_file_holds_what_its_source_holds_and_is_loaded_when_written_from_values(
+    qemu: Qemu, tmp_path: Path
+) -> None:
+    (tmp_path / "source").mkdir()
+    async with recorded(qemu, "pc-mapped", tmp_path / "source") as recording:
+        with Migration(recording.stream) as migration:
+            extracted = extract(migration, tmp_path / "ram")
+            written = b"".join(write(migration.entries()))
+        compared = await assert_same_ram(recording.source, extracted, tmp_path / "memory")
+        assert compared.whole == set(extracted.files)
+    async with loaded(qemu, MAPPED, tmp_path / "destination", written, stopped=True) as destination:
+        compared = await assert_same_ram(destination.machine, extracted, tmp_path / "memory")
+        assert compared.whole == set(extracted.files)
+        await destination.machine.session.execute("cont")
+        await console.assert_goes_on(destination.console)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("qemu", MAPPED.qemus(), ids=lambda qemu: qemu.name)
+async def test_offsets_in_a_mapped_ram_file_count_from_the_start_of_the_file(qemu: Qemu, tmp_path: Path) -> None:
+    offset = 0x3000
+    said = tmp_path / "console"
+    async with Machine(qemu.path, MAPPED.guest.arguments(console=said)) as source:
+        await console.wait_until_ready(said)
+        await qmp_migration.set_capabilities(source.session, MAPPED.capabilities)
+        stream = await into_file(f",offset={offset}")(source, tmp_path)
+    behind = tmp_path / "behind.mig"
+    behind.write_bytes(stream.read_bytes()[offset:])
+    with Migration(behind) as migration:
+        checked = check(migration)
+    assert (checked.valid, checked.identical) == (True, True)
+    assert "The stream's offsets count from 0x3000 before it: it began there in its file." in oddities(
+        checked.gathering.contents
+    )
 
 
 def assert_said(sentences: list[str], name: str) -> None:

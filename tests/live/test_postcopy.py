@@ -7,10 +7,12 @@ import pytest
 from qmigrate.analysis.check import check
 from qmigrate.analysis.extract import extract
 from qmigrate.capture.migration import CommandPlace, Migration
-from qmigrate.format.command import Ping
+from qmigrate.format.command import Packaged, Ping
 from qmigrate.format.return_path import Pong, RequestPages, RequestPagesId, Shut, encode_message
+from qmigrate.format.write import write
 from tests.guests import console
 from tests.live.answers import messages_in, summary_of
+from tests.live.loading import loaded
 from tests.live.recording import recorded
 from tests.live.same import assert_same_ram, assert_same_registers, loses_writes
 from tests.live.versions import Qemu, installed
@@ -53,6 +55,26 @@ async def test_a_postcopy_stream_holds_what_its_source_holds(qemu: Qemu, tmp_pat
         assert set(compared.seen) == {"pc.ram", "pc.bios"} - without
         assert recording.console is not None
         await console.assert_goes_on(recording.console)
+
+
+@every_qemu
+async def test_a_qemu_that_loads_a_postcopy_stream_written_from_values_has_what_was_extracted(
+    qemu: Qemu, tmp_path: Path
+) -> None:
+    async with recorded(qemu, "pc-postcopy", tmp_path) as recording:
+        kind = recording.kind
+        with Migration(recording.stream) as migration:
+            assert any(isinstance(place.command, Packaged) for place in migration.commands)
+            extracted = extract(migration, tmp_path / "ram")
+            written = b"".join(write(migration.entries()))
+    # A guest that is held sees each page as it came, also where the source lost writes (same.loses_writes).
+    async with loaded(qemu, kind, tmp_path / "destination", written, stopped=True) as destination:
+        compared = await assert_same_ram(destination.machine, extracted, tmp_path / "memory")
+        assert compared.seen == {"pc.ram": kind.guest.memory_mib << 20, "pc.bios": 0x40000}
+        answers = messages_in(destination.back)
+        assert (answers[0], answers[-1]) == (Pong(token=1), Shut(value=0))
+        await destination.machine.session.execute("cont")
+        await console.assert_goes_on(destination.console)
 
 
 @every_qemu
