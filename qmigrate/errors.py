@@ -4,7 +4,8 @@
     ├── StreamError             the bytes are wrong; .offset, .trail, .message
     │   ├── TruncatedError      they end too soon
     │   ├── UnsupportedError    they may be right, but we cannot read this
-    │   └── SequenceError       a good message at a bad time
+    │   ├── SequenceError       a good message at a bad time
+    │   └── StreamErrors        several faults, in several channels; .errors
     ├── NoStreamError           there is no migration stream in this input (exit code 2)
     ├── RefusedError            it was refused before anything began (exit code 2)
     └── QmpError                a QEMU could not be talked to; .address
@@ -29,6 +30,7 @@ __all__ = [
     "RefusedError",
     "SequenceError",
     "StreamError",
+    "StreamErrors",
     "TruncatedError",
     "UnsupportedError",
 ]
@@ -66,6 +68,14 @@ class UnsupportedError(StreamError):
 
 class SequenceError(StreamError):
     """A good message at a bad time."""
+
+
+class StreamErrors(StreamError):
+    """Several faults, one in each of several channels of a migration: as the first, with all in ``errors``."""
+
+    def __init__(self, errors: Sequence[StreamError]) -> None:
+        self.errors = list(errors)
+        super().__init__(errors[0].message, offset=errors[0].offset, trail=errors[0].trail)
 
 
 class NoStreamError(QmigrateError):

@@ -13,6 +13,7 @@ from enum import StrEnum
 from typing import Any, TypeAlias
 
 __all__ = [
+    "Began",
     "CommandSent",
     "Decided",
     "Finished",
@@ -24,6 +25,7 @@ __all__ = [
     "QemuSaid",
     "Recovering",
     "Side",
+    "SideFound",
     "StatusChanged",
     "Troubled",
 ]
@@ -71,6 +73,25 @@ OnEvent: TypeAlias = Callable[[LiveEvent], None]
 
 
 @dataclass(frozen=True, kw_only=True)
+class SideFound(LiveEvent):
+    """Who is there, before anything begins.  ``version`` is QEMU's own, empty where it gave none."""
+
+    address: str
+    version: str
+    run_state: str
+    status: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Began(LiveEvent):
+    """All is prepared.  ``operation``: ``migrate`` or ``recover``; ``plan``: what of it is not as by default."""
+
+    operation: str
+    uri: str
+    plan: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class StatusChanged(LiveEvent):
     """The status of the migration on one side, in QEMU's word.  ``heard``: by an event; else by asking."""
 
@@ -105,7 +126,7 @@ class QemuSaid(LiveEvent):
 class Progressed(LiveEvent):
     """How far it has come.  ``data`` is QEMU's whole answer; the fields are what most want of it.
 
-    What QEMU did not tell is None.
+    What QEMU did not tell is None.  ``round_trip_us``: from our question to its answer.
     """
 
     status: str
@@ -118,6 +139,7 @@ class Progressed(LiveEvent):
     page_requests: int | None = None
     downtime_ms: int | None = None
     expected_downtime_ms: int | None = None
+    round_trip_us: int | None = None
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -155,7 +177,7 @@ class Troubled(LiveEvent):
 
 @dataclass(frozen=True, kw_only=True)
 class Finished(LiveEvent):
-    """The end: what became of it, and where the guest is."""
+    """The end: what became of it, and where the guest is.  ``sentence`` says the latter in full."""
 
     outcome: str
     place: str
@@ -163,3 +185,6 @@ class Finished(LiveEvent):
     message: str
     advice: str
     exit_code: int
+    sentence: str = ""
+    switched: bool = False
+    recoveries: int = 0

@@ -1,6 +1,7 @@
 """Whatever the bytes: an answer or a fault of ours, in bounded time and memory.
 
-Seeded changes of every real stream, and cuts at every boundary of its records.  ``scripts/soak`` does thousands.
+Seeded changes of every real stream, and cuts at every boundary of its sections and, one device after the other, of
+its fields.  ``scripts/soak`` does thousands.
 """
 
 import random
@@ -14,15 +15,21 @@ import pytest
 
 from qmigrate.analysis.check import Checked, check
 from qmigrate.analysis.summary import summarize
-from qmigrate.errors import NoStreamError, StreamError
+from qmigrate.errors import NoStreamError, StreamError, TruncatedError
+from qmigrate.format.device import decode_state
 from qmigrate.format.ram import Pages
 from qmigrate.format.stream import SectionType
+from qmigrate.format.tail import FOOTER_BYTES
 from qmigrate.format.vmdesc import parse_description
+from tests.test_odd import RECIPES
 from tests.walking import CORPUS, InMemory, corpus, entries
 
 MUTATIONS = 100
 SUMMARIES = 4  # of them are summarized too
 ROOM = 256 << 20  # bytes of address space beyond what the process has already
+STREAMS = [*CORPUS, *(f"odd/{name}" for name in RECIPES)]
+HEADER_BYTES = 1 + 4 + 1 + 4 + 4  # of a FULL section, without its name
+CUT_DEVICES: set[tuple[str, int]] = set()  # of one kind and length one is enough
 NUMBERS = [0, 1, 4, 5, 6, 7, 8, 0x30, 0x7E, 0x7F, 0xFF]
 WORDS = [b"\xff" * 8, bytes(8), (1 << 60).to_bytes(8), b"\x7f" + b"\xff" * 7, b"\xff" * 4, bytes(4)]
 
@@ -47,20 +54,24 @@ def each_description_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @lru_cache(maxsize=1)
 def slim(name: str) -> tuple[bytes, list[int]]:
-    """The stream with few of its pages and one of its great devices; and where its records begin.
+    """The stream with few of its pages, one of its great devices and some of the others; and where its records begin.
 
-    Nothing new can go wrong in the others, and the time is better spent on more changes.
+    Nothing new can go wrong in the rest, each of which is in other streams too, and the time is better spent on
+    more changes.
     """
-    great = [
-        section
-        for section in InMemory(corpus(name)).contents.sections
-        if section.kind == SectionType.FULL and section.length > 16_000
+    full = [section for section in InMemory(corpus(name)).contents.sections if section.kind == SectionType.FULL]
+    great = [section for section in full if section.length > 16_000]
+    some = random.Random(name).sample(full, len(full) // 2)
+    kept = [section for section in full if section in great[:1] or (section in some and section not in great)]
+    needless = [
+        range(section.offset, section.offset + section.length)
+        for section in full
+        if section not in kept and section.package is None
     ]
-    needless = {offset for section in great[1:] for offset in range(section.offset, section.offset + section.length)}
     parts = [
         bytes(entry.view)
         for entry in entries(corpus(name))
-        if entry.offset not in needless
+        if not any(entry.offset in places for places in needless)
         and (not isinstance(entry.record, Pages) or entry.record.named or entry.length < 4096)
     ]
     stream = b"".join(parts)
@@ -102,7 +113,7 @@ def answer(data: bytes) -> Checked | None:
     return None
 
 
-@pytest.mark.parametrize("name", CORPUS)
+@pytest.mark.parametrize("name", STREAMS)
 def test_a_damaged_stream_gets_an_answer(name: str) -> None:
     stream, boundaries = slim(name)
     chance = random.Random(name)
@@ -121,7 +132,7 @@ def test_a_damaged_stream_gets_an_answer(name: str) -> None:
                 assert summarize(contents)["complete"] == contents.complete
 
 
-@pytest.mark.parametrize("name", CORPUS)
+@pytest.mark.parametrize("name", STREAMS)
 def test_a_stream_that_is_cut_at_a_boundary_is_said_to_be_cut(name: str) -> None:
     stream, _ = slim(name)
     contents = InMemory(stream).contents
@@ -129,11 +140,39 @@ def test_a_stream_that_is_cut_at_a_boundary_is_said_to_be_cut(name: str) -> None
     places += [place.offset for place in contents.commands]
     # EOF may well be the end of a stream.
     last = max(one.offset + one.length for one in contents.sections) + 1
+    cuts = {place + step for place in places for step in (-1, 0, 1)} - {last}
     with little_memory():
-        for cut in sorted({place + step for place in places for step in (-1, 0, 1)} - {last}):
+        for cut in sorted(cut for cut in cuts if cut >= 8):  # less is no stream
             checked = answer(stream[:cut])
             assert checked is not None
             (error,) = checked.gathering.contents.errors
             assert isinstance(error, StreamError)
             assert not checked.gathering.contents.complete
             assert checked.length <= cut
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_a_device_that_is_cut_at_a_field_is_said_to_be_cut(name: str) -> None:
+    contents = InMemory(corpus(name)).contents
+    for section in contents.sections:
+        if contents.description is None or section.state is None or section.package is not None:
+            continue
+        body = contents.description.device(section.name, section.instance_id)
+        key = section.name.rpartition("/")[2], section.length
+        if body is None or key in CUT_DEVICES:
+            continue
+        CUT_DEVICES.add(key)
+        begin = section.offset + HEADER_BYTES + len(section.name)
+        data = corpus(name)[begin : section.offset + section.length - FOOTER_BYTES * bool(contents.footers)]
+        assert decode_state(body.body, data, offset=begin) == (section.state, len(data))
+        ends = {0, *(leaf.offset + leaf.length - begin for leaf in section.state.leaves())}
+        for cut in sorted({end + step for end in ends for step in (-1, 0, 1)} & set(range(len(data)))):
+            try:
+                _, used = decode_state(body.body, data[:cut], offset=begin)
+            except TruncatedError as exc:
+                assert exc.offset is not None
+                assert begin <= exc.offset <= begin + cut
+            except StreamError:
+                pass  # a count that was cut
+            else:
+                assert used <= cut

@@ -84,6 +84,8 @@ def run(parse: Callable[[Feed], Generator[None, None, T]], data: bytes, step: in
 class InMemory(Migration):
     """A migration whose stream is these bytes."""
 
+    parts = []  # noqa: RUF012 - one stream, no channels
+
     def __init__(self, data: bytes, step: int | None = None) -> None:
         self.data = data
         self.step = step

@@ -9,8 +9,11 @@ from qmigrate.analysis.summary import describe_error
 from qmigrate.capture.migration import Gathering, Migration
 from qmigrate.errors import StreamError
 from qmigrate.format.device import Field, VmState
+from qmigrate.format.entry import RamPage, StreamRecord
 from qmigrate.format.mapped_ram import Gap, MappedPages
-from qmigrate.format.ram import Pages, RamFlag
+from qmigrate.format.ram import Pages, RamRecord
+from qmigrate.format.stretch import count_pages
+from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import DeviceState, Entry, Limits, Trailing, Undecoded, VmDescription
 from qmigrate.format.write import encode
@@ -72,7 +75,7 @@ def check(migration: Migration) -> Checked:
 
     Raises ``NoStreamError`` where there is no stream; a fault in it is in ``gathering.contents.errors``.
     """
-    checked = Checked(Gathering(migration.entries()))
+    checked = Checked(migration.gather())
     for entry in checked.gathering:
         _compare(checked, entry)
         _count_opaque(checked, entry)
@@ -87,7 +90,8 @@ def _compare(checked: Checked, entry: Entry) -> None:
     except StreamError as exc:
         rebuilt = str(exc).encode()
     # A bytearray is compared by memcmp, a memoryview element by element.
-    if bytearray(rebuilt) == entry.view or len(checked.differences) >= _MOST_DIFFERENCES:
+    rebuilt = rebuilt if isinstance(rebuilt, bytearray) else bytearray(rebuilt)
+    if rebuilt == entry.view or len(checked.differences) >= _MOST_DIFFERENCES:
         return
     found = bytes(entry.view)
     at = next(
@@ -103,19 +107,34 @@ def _count_opaque(checked: Checked, entry: Entry) -> None:
     opaque = checked.opaque
     match entry.record:
         case MappedPages(runs=runs, page_size=page_size, stale=stale):
-            normal = sum(run.page_count for run in runs if run.flag == RamFlag.PAGE)
-            opaque["page contents"] += normal * page_size + stale
+            opaque["page contents"] += count_pages(runs)[0] * page_size + stale
         case Gap(data=bytes() as data):
             opaque["page contents"] += len(data)
         case Pages(runs=runs, page_size=page_size):
-            normal = sum(run.page_count for run in runs if run.flag == RamFlag.PAGE)
-            opaque["page contents"] += normal * page_size
+            opaque["page contents"] += count_pages(runs)[0] * page_size
         case Undecoded(data=data) | Trailing(data=data):
             opaque["undecoded sections"] += len(data)
         case VmDescription(text=text):
             opaque["description"] += len(text)
         case DeviceState(state=state):
             _count_fields(checked, state)
+        case RamPage(record=RamRecord(body=body)):
+            opaque["page contents"] += len(getattr(body, "data", b""))
+        case _ if entry.channel:
+            opaque["page contents"] += _data_length(entry.record)
+
+
+def _data_length(record: StreamRecord) -> int:
+    """How many bytes of a multifd packet are pages, or a device's, as they are or compressed."""
+    from qmigrate.format.multifd import DeviceStatePacket, PagePacket
+
+    match record:
+        case PagePacket(header=header):
+            return header.data_length
+        case DeviceStatePacket(data=data):
+            return len(data)
+        case _:
+            return 0
 
 
 def _count_fields(checked: Checked, state: VmState) -> None:
@@ -162,7 +181,7 @@ def describe_check(checked: Checked) -> dict[str, Any]:
 def check_file(
     path: str | os.PathLike[str],
     *,
-    description: Description | None = None,
+    description: Description | Chooser | None = None,
     page_size: int | None = None,
     limits: Limits | None = None,
 ) -> dict[str, Any]:

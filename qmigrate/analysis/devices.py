@@ -2,15 +2,15 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import IntEnum
 from typing import Any, TypeAlias
 
 from qmigrate.capture.migration import Contents, Section
 from qmigrate.format._record import Record
-from qmigrate.format.device import Field, VmState
+from qmigrate.format.device import Field, Subsection, VmState
 
-__all__ = ["Plain", "find_devices", "find_field", "plain"]
+__all__ = ["Plain", "find_devices", "find_field", "members", "parts", "plain", "short_names"]
 
 Plain: TypeAlias = "int | bool | str | None | list[Plain] | dict[str, Plain]"
 
@@ -26,24 +26,43 @@ def plain(value: Any) -> Plain:
             return value
         case bytes() | bytearray():
             return bytes(value).hex()
-        case tuple() if hasattr(value, "_fields"):
-            return {name: plain(getattr(value, name)) for name in value._fields}
-        case tuple() | list():
+        case tuple() | list() if not hasattr(value, "_fields"):
             return [plain(element) for element in value]
+        case _:
+            return {name: plain(getattr(value, name)) for name in members(value)}
+
+
+def members(value: Any) -> tuple[str, ...]:
+    """The names of a fixed layout's parts.  Raises ``TypeError`` of anything else."""
+    match value:
+        case tuple() if hasattr(value, "_fields"):
+            return tuple(value._fields)
         case Record():
-            return {name: plain(getattr(value, name)) for name in value._names}
+            return tuple(value._names)
         case _ if dataclasses.is_dataclass(value):
-            return {item.name: plain(getattr(value, item.name)) for item in dataclasses.fields(value)}
+            return tuple(item.name for item in dataclasses.fields(value))
         case _:
             raise TypeError(f"{type(value).__name__} has no plain form")
 
 
 def _plain_state(state: VmState) -> dict[str, Plain]:
-    found: dict[str, Plain] = {}
+    return {
+        name: _plain_state(part.state) if isinstance(part, Subsection) else _plain_fields(part)
+        for name, part in parts(state).items()
+    }
+
+
+def _plain_fields(fields: Sequence[Field]) -> Plain:
+    return plain(fields[0].value) if len(fields) == 1 else _joined(fields)
+
+
+def parts(state: VmState) -> dict[str, Sequence[Field] | Subsection]:
+    """What stands under each name: the entries of a field, mostly one; or a subsection."""
+    found: dict[str, Sequence[Field] | Subsection] = {}
     for name, fields in arrays(state.fields):
-        found[_unused(name, found)] = plain(fields[0].value) if len(fields) == 1 else _joined(fields)
+        found[_unused(name, found)] = fields
     for subsection in state.subsections:
-        found[_unused(subsection.name, found)] = _plain_state(subsection.state)
+        found[_unused(subsection.name, found)] = subsection
     return found
 
 
@@ -72,7 +91,7 @@ def _joined(fields: Sequence[Field]) -> list[Plain]:
     return elements
 
 
-def _unused(name: str, taken: dict[str, Plain]) -> str:
+def _unused(name: str, taken: Mapping[str, object]) -> str:
     if name not in taken:
         return name
     number = 1
@@ -87,8 +106,8 @@ def find_devices(contents: Contents, name: str) -> list[Section]:
     spellings: tuple[Callable[[Section], str], ...] = (
         lambda section: section.key,
         lambda section: section.name,
-        lambda section: _short_names(section)[0],
-        lambda section: _short_names(section)[1],
+        lambda section: short_names(section)[0],
+        lambda section: short_names(section)[1],
     )
     for spelling in spellings:
         found = [section for section in devices if spelling(section) == name]
@@ -111,7 +130,7 @@ def find_field(contents: Contents, path: str) -> list[tuple[Section, str, Plain]
         if section.state is None:
             continue
         tree = plain(section.state)
-        for name in dict.fromkeys((section.key, section.name, *_short_names(section))):
+        for name in dict.fromkeys((section.key, section.name, *short_names(section))):
             rest = _after(path, name)
             if rest is None:
                 continue
@@ -124,7 +143,7 @@ def find_field(contents: Contents, path: str) -> list[tuple[Section, str, Plain]
     return found
 
 
-def _short_names(section: Section) -> tuple[str, ...]:
+def short_names(section: Section) -> tuple[str, ...]:
     short = section.name.rpartition("/")[2]
     return (f"{short}/{section.instance_id}", short)
 

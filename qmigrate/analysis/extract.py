@@ -7,21 +7,26 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote_from_bytes
 
 from qmigrate.analysis.summary import describe_error
 from qmigrate.capture.migration import Block, Gathering, Migration
-from qmigrate.errors import QmigrateError, UnsupportedError
+from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format.mapped_ram import MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, PageRun, Pages, RamFlag
+from qmigrate.format.stretch import Stretch
 from qmigrate.format.walk import Entry, RamPage
 
-__all__ = ["ExtractError", "Extracted", "describe_extract", "extract", "file_name", "folder_names"]
+if TYPE_CHECKING:
+    from qmigrate.format.multifd_pages import PageDecoder
+
+__all__ = ["ExtractError", "Extracted", "RamWriter", "describe_extract", "extract", "file_name", "folder_names"]
 
 _PAGE: Final = int(RamFlag.PAGE)
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
 _LONGEST_FILE: Final = (1 << 63) - 1
+_MOST_FAULTS: Final = 20  # of pages that can't be decoded
 
 
 class ExtractError(QmigrateError):
@@ -86,20 +91,27 @@ def extract(migration: Migration, directory: str | os.PathLike[str]) -> Extracte
     """
     folder = Path(directory)
     folder.mkdir(parents=True, exist_ok=True)
-    gathering = Gathering(migration.entries())
+    gathering = migration.gather()
     extracted = Extracted(folder, {}, gathering)
+    faults: list[StreamError] = []
     with ExitStack() as stack:
-        writer = _Writer(folder, stack)
+        writer = RamWriter(folder, stack)
         for entry in gathering:
-            writer.take(entry, gathering.contents.blocks)
+            try:
+                writer.take(entry, gathering.contents.blocks)
+            except StreamError as exc:  # in what a page's data decodes to: the others are good
+                faults.append(exc)
         writer.finish()
+    if faults:
+        gathering.contents.errors += faults[:_MOST_FAULTS]
+        gathering.contents.complete = False
     extracted.files = writer.names
     extracted.bytes_written = writer.bytes_written
     _write_index(extracted)
     return extracted
 
 
-class _Writer:
+class RamWriter:
     """One open file a block, under a temporary name until all is read."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -110,6 +122,7 @@ class _Writer:
         self._descriptors: dict[str, int] = {}
         self._temporary: dict[str, Path] = {}
         self._again: dict[str, int] = {}
+        self._decoders: dict[int, PageDecoder] = {}
 
     def take(self, entry: Entry, blocks: dict[str, Block]) -> None:
         match entry.record:
@@ -121,12 +134,41 @@ class _Writer:
                 self._mapped(mapped, entry)
             case Pages() as pages:
                 self._pages(pages, entry, blocks[pages.block])
-            case RamPage(block=block, record=record):
-                raise UnsupportedError(
-                    f"a page is sent as {RamFlag(record.word.kind).name}, which extract does not read yet",
-                    offset=entry.offset,
-                    trail=("ram", block),
-                )
+            case RamPage() as page:
+                self._encoded(page, entry)
+            case _ if entry.channel:
+                self._of_channel(entry, blocks)
+
+    def _encoded(self, page: RamPage, entry: Entry) -> None:
+        """A delta to the page that was there, or a page compressed."""
+        from qmigrate.format.encoded import page_after
+
+        descriptor, start = self._descriptors[page.block], page.record.word.start
+        before = os.pread(descriptor, page.page_size, start)
+        _write_all(descriptor, [memoryview(page_after(page, before, offset=entry.offset))], start)
+        self.bytes_written[page.block] += page.page_size
+
+    def _of_channel(self, entry: Entry, blocks: dict[str, Block]) -> None:
+        """A packet of multifd, its pages as they are or compressed."""
+        from qmigrate.format.multifd import PagePacket
+        from qmigrate.format.multifd_channel import packet_entry
+        from qmigrate.format.multifd_pages import PageDecoder
+
+        packet = entry.record
+        if not isinstance(packet, PagePacket) or not packet.runs:
+            return
+        decoder = self._decoders.setdefault(entry.channel, PageDecoder())
+        contents = memoryview(decoder.contents(packet_entry(entry, packet)))
+        name = packet.header.block
+        sent_again = blocks[name].again > self._again[name]
+        self._again[name] = blocks[name].again
+        for at, flag, start, page_count in packet.runs:
+            length = page_count * packet.page_size
+            if flag == _PAGE:
+                _write_all(self._descriptors[name], [contents[at : at + length]], start)
+                self.bytes_written[name] += length
+            elif sent_again and _has_data(self._descriptors[name], start, length):
+                _punch(self._descriptors[name], start, length)
 
     def _mapped(self, pages: MappedPages, entry: Entry) -> None:
         """Pages at their places: whole runs lie as they belong into the file."""
@@ -141,11 +183,7 @@ class _Writer:
         for block in blocks.values():
             if block.length > _LONGEST_FILE:
                 raise ExtractError(f"{block.name!r} has {block.length} bytes, more than a file can")
-            temporary = self.folder / f".{self.names[block.name]}.{os.getpid()}.part"
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(temporary, flags, 0o666)
-            self.stack.callback(self._drop, temporary, descriptor)
-            self._descriptors[block.name], self._temporary[block.name] = descriptor, temporary
+            descriptor = self._descriptors[block.name] = self._new_file(block.name)
             self.bytes_written[block.name] = self._again[block.name] = 0
             try:
                 os.ftruncate(descriptor, block.length)
@@ -153,6 +191,15 @@ class _Writer:
                 raise ExtractError(
                     f"a file of {block.length} bytes can't be made for {block.name!r}: {exc.strerror}"
                 ) from exc
+
+    def _new_file(self, block: str) -> int:
+        """A descriptor to write the block's contents to.  ``diff`` has files without a name."""
+        temporary = self.folder / f".{self.names[block]}.{os.getpid()}.part"
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(temporary, flags, 0o666)
+        self.stack.callback(self._drop, temporary, descriptor)
+        self._temporary[block] = temporary
+        return descriptor
 
     @staticmethod
     def _drop(temporary: Path, descriptor: int) -> None:
@@ -173,6 +220,10 @@ class _Writer:
         # A zero page is a hole already, unless the file may hold data of an earlier pass.
         sent_again = block.again > self._again[pages.block]
         self._again[pages.block] = block.again
+        if isinstance(pages.runs, Stretch) and not sent_again and not pages.fill and not pages.named:
+            _write_stretch(descriptor, pages.runs, entry.view)
+            self.bytes_written[pages.block] += pages.runs.normal_count * pages.page_size
+            return
         page_count = 0
         for run in pages.runs:
             if run.flag == _PAGE:
@@ -203,6 +254,21 @@ class _Writer:
             _write_all(descriptor, [memoryview(bytes([pages.fill]) * length)], run.start)
         elif _has_data(descriptor, run.start, length):
             _punch(descriptor, run.start, length)
+
+
+def _write_stretch(descriptor: int, stretch: Stretch, view: memoryview) -> None:
+    """The normal pages of a stretch, one by one; the others are holes."""
+    page_size, at = stretch.page_size, 0
+    normal, mask = _PAGE | int(RamFlag.CONTINUE), page_size - 1
+    for number in stretch.numbers:
+        at += 8
+        if number & mask != normal:
+            at += 1
+            continue
+        page = view[at : at + page_size]
+        if os.pwrite(descriptor, page, number - normal) != page_size:
+            _write_all(descriptor, [page], number - normal)
+        at += page_size
 
 
 def _write_all(descriptor: int, buffers: list[memoryview], start: int) -> None:

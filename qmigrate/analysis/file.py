@@ -6,6 +6,7 @@ from typing import Any
 
 from qmigrate.capture.migration import Migration
 from qmigrate.errors import QmigrateError
+from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import Limits
 
@@ -16,7 +17,7 @@ def answer_file(
     path: str | os.PathLike[str],
     answer: Callable[[Migration], dict[str, Any]],
     *,
-    description: Description | None = None,
+    description: Description | Chooser | None = None,
     page_size: int | None = None,
     limits: Limits | None = None,
 ) -> dict[str, Any]:

@@ -47,6 +47,16 @@ class Latency:
         """How many requests are in the distribution."""
         return sum(each.count for each in self.buckets)
 
+    @property
+    def mean_fits(self) -> bool:
+        """Could QEMU's mean be that of its distribution?  In 11.1 it was seen not to be: then trust the latter."""
+        if self.mean_ns is None or not self.count:
+            return True
+        least_us = sum(each.begin_us * each.count for each in self.buckets) / self.count
+        most_us = sum((each.end_us or 0) * each.count for each in self.buckets) / self.count
+        unbound = any(each.count and each.end_us is None for each in self.buckets)
+        return self.mean_ns >= 1000 * least_us and (unbound or self.mean_ns <= 1000 * most_us)
+
     def percentile(self, share: float) -> Bucket | None:
         """The bucket in which so much of all (0 to 1) is reached; None where there is none."""
         seen, wanted = 0, share * self.count

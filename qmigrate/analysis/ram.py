@@ -5,7 +5,7 @@ from typing import Any
 
 from qmigrate.analysis.records import coalesce
 from qmigrate.analysis.summary import describe_block, describe_error
-from qmigrate.capture.migration import KINDS, Contents, Gathering, Migration
+from qmigrate.capture.migration import KINDS, Contents, Migration
 from qmigrate.capture.passes import PassCounter
 from qmigrate.format.command import Packaged
 from qmigrate.format.entry import Entry, RamPage
@@ -57,7 +57,7 @@ class RamTally:
         if self._switched:
             now = self.postcopy
         else:
-            self._counter.take(index, [start], [start + page_count * page_size])
+            self._counter.take(index, [(start, start + page_count * page_size)])
             if len(self.passes) < self._counter.count:
                 self.passes.append(PassCounts())
             now = self.passes[-1]
@@ -67,7 +67,7 @@ class RamTally:
 
 def tally_ram(migration: Migration) -> RamTally:
     """One pass over the stream.  A fault in it is in ``contents.errors``."""
-    gathering = Gathering(migration.entries())
+    gathering = migration.gather()
     tally = RamTally(gathering.contents)
     for entry in coalesce(gathering):
         tally.take(entry)

@@ -9,6 +9,7 @@ from qmigrate.errors import StreamError
 from qmigrate.format.command import Command
 from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, BlockListHeader, PageRun, Pages, RamBlock, RamFlag, RamRecord
+from qmigrate.format.return_path import Message
 from qmigrate.format.stream import EndOfFile, FileHeader, Footer, SectionHeader, SectionPart, VmDescriptionHeader
 from qmigrate.format.walk import (
     Configuration,
@@ -24,6 +25,7 @@ from qmigrate.format.walk import (
 __all__ = ["coalesce", "describe_record", "record_name"]
 
 _NO_VIEW = memoryview(b"")
+_CHANNEL_NAMES = {"InitialPacket": "INITIAL", "PagePacket": "PAGES", "DeviceStatePacket": "DEVICE_STATE"}
 _JOINED = (Pages, MappedPages, Gap, Trailing)
 
 
@@ -71,7 +73,7 @@ def _single_runs(entry: Entry, pages: Pages | MappedPages) -> Iterator[Entry]:
             single = pages._replace(runs=(run,), stale=0)
         else:
             single = pages._replace(named=pages.named and index == 0, runs=(run,))
-        yield Entry(run.offset, after - run.offset, single, _NO_VIEW, entry.depth)
+        yield Entry(run.offset, after - run.offset, single, _NO_VIEW, entry.depth, entry.channel)
 
 
 def _join(held: Entry, single: Entry) -> Entry | None:
@@ -90,6 +92,8 @@ def _join(held: Entry, single: Entry) -> Entry | None:
         or not _goes_on(before, after)
         or held.offset + held.length != single.offset
     ):
+        return None
+    if held.channel != single.channel:
         return None
     run, following = before.runs[0], after.runs[0]
     longer = PageRun(run.offset, run.flag, run.start, run.page_count + following.page_count)
@@ -112,6 +116,8 @@ def describe_record(entry: Entry) -> dict[str, Any]:
     described: dict[str, Any] = named | _values(entry.record)
     if entry.depth:
         described["depth"] = entry.depth
+    if entry.channel:
+        described["channel"] = entry.channel
     return described
 
 
@@ -156,8 +162,10 @@ def record_name(record: StreamRecord) -> str:  # noqa: PLR0912 - one row a recor
             return "DESCRIPTION"
         case Trailing():
             return "TRAILING"
+        case Message():
+            return record.name
         case _:
-            return type(record).__name__
+            return _CHANNEL_NAMES.get(type(record).__name__, type(record).__name__)
 
 
 def _flag_name(flags: int) -> str:
@@ -202,13 +210,41 @@ def _values(record: StreamRecord) -> dict[str, Any]:  # noqa: PLR0912 - one row 
             return {"reason": reason}
         case VmDescriptionHeader():
             return {"text_length": record.length}
+        case Message():
+            return {name: value for name, value in _fields(record).items() if name not in ("bitmap", "end_mark")}
         case RamRecord() | EndOfFile() | VmDescription() | Trailing():
             return {}
+        case _ if type(record).__name__ in _CHANNEL_NAMES:
+            return _packet(record)
         case _:
             return _fields(record)
 
 
-def _fields(record: StreamRecord | RamBlock) -> dict[str, Any]:
+def _packet(record: StreamRecord) -> dict[str, Any]:
+    """A packet of a multifd channel: its header, without the table of offsets and what is left over in it."""
+    from qmigrate.format.multifd import DeviceStatePacket, InitialPacket, PagePacket
+
+    match record:
+        case InitialPacket(channel_id=channel_id, uuid=uuid):
+            return {"channel_id": channel_id, "uuid": uuid.hex()}
+        case DeviceStatePacket(header=header):
+            return {"name": header.idstr, "instance_id": header.instance_id, "data_length": header.next_packet_size}
+        case PagePacket(header=header):
+            said: dict[str, Any] = {"packet_num": header.packet_num, "sync": header.is_sync}
+            if header.normal_pages or header.zero_pages:
+                said |= {
+                    "block": header.block,
+                    "normal": header.normal_pages,
+                    "zero": header.zero_pages,
+                    "compression": header.compression.name.lower(),
+                    "data_length": header.data_length,
+                }
+            return said
+        case _:
+            return {}
+
+
+def _fields(record: "StreamRecord | RamBlock") -> dict[str, Any]:
     fields = plain(record)
     return fields if isinstance(fields, dict) else {}
 

@@ -8,10 +8,11 @@ from typing import Any, Final
 
 from qmigrate.analysis.devices import Plain, plain
 from qmigrate.analysis.file import answer_file
-from qmigrate.capture.migration import Block, CommandPlace, Contents, Migration, Section
+from qmigrate.capture.migration import Block, ChannelContents, CommandPlace, Contents, Migration, Section
 from qmigrate.errors import StreamError, TruncatedError
 from qmigrate.format.command import Command, Packaged, PostcopyAdvise, SwitchoverStart
 from qmigrate.format.stream import MAGIC, VERSION, FileHeader, SectionType
+from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import Limits
 
@@ -50,13 +51,29 @@ def summarize(contents: Contents) -> dict[str, Any]:
         "oddities": oddities(contents),
         "complete": contents.complete,
         "errors": [describe_error(error) for error in contents.errors],
+    } | ({"joined": [_describe_channel(channel) for channel in contents.channels]} if contents.channels else {})
+
+
+def _describe_channel(channel: ChannelContents) -> dict[str, Any]:
+    """One of several channels: what it is and how that is known, its bytes, its pages by how they were sent."""
+    described: dict[str, Any] = {
+        "name": channel.name,
+        "kind": channel.kind,
+        "known_by": channel.known_by,
+        "reason": channel.reason,
+        "input": channel.input,
+        "length": channel.length,
+        "pages": {name: count for name, count in channel.pages.items() if count},
     }
+    if channel.messages:
+        described["messages"] = dict(channel.messages)
+    return described
 
 
 def summarize_file(
     path: str | os.PathLike[str],
     *,
-    description: Description | None = None,
+    description: Description | Chooser | None = None,
     page_size: int | None = None,
     limits: Limits | None = None,
 ) -> dict[str, Any]:
@@ -153,6 +170,7 @@ def _oddities(contents: Contents) -> Iterator[str]:
     yield from _undecoded(contents)
     yield from _blocks(contents)
     yield from _mapped(contents)
+    yield from _elsewhere(contents)
     yield from _course(contents)
     yield from _end(contents)
 
@@ -182,7 +200,10 @@ def _description(contents: Contents) -> Iterator[str]:
     else:
         why = "postcopy sends none" if _is_switched(contents) else "suppress-vmdesc=on, or it was cut off"
         found = f"There is no description of the devices ({why})"
-    if any(section.state is not None for section in full):
+    schemas = list(dict.fromkeys(section.schema for section in full if section.schema is not None))
+    if schemas:
+        yield f"{found}: they are decoded by {'; '.join(schemas)}."
+    elif any(section.state is not None for section in full):
         yield f"{found}: another stream's was used."
     else:
         yield f"{found}: they can't be decoded."
@@ -250,6 +271,28 @@ def _mapped(contents: Contents) -> Iterator[str]:
         yield f"{contents.stale} bytes of pages that were zero in the end are left in their places."
 
 
+def _elsewhere(contents: Contents) -> Iterator[str]:
+    """Pages over connections that are not here."""
+    if not contents.complete or not contents.blocks or _has_contents(contents) or contents.base is not None:
+        return
+    blocks = contents.blocks.values()
+    missing = any(block.seen.count * contents.page_size < block.length for block in blocks)
+    if missing and not any(block.address is not None for block in blocks):
+        yield (
+            "No page with contents is in the stream: with multifd they travel over connections of their own "
+            "(--channel)."
+        )
+
+
+def _has_contents(contents: Contents) -> bool:
+    """Is there any page that is not zero?"""
+    return any(sum(block.counts.values()) - block.counts["zero"] for block in contents.blocks.values())
+
+
+def _is_multifd(contents: Contents) -> bool:
+    return any(channel.kind == "multifd" for channel in contents.channels)
+
+
 def _course(contents: Contents) -> Iterator[str]:
     ram = _ram(contents)
     if not ram:
@@ -258,7 +301,7 @@ def _course(contents: Contents) -> Iterator[str]:
     if contents.complete and not has_end:
         yield "The ram section has no END: a background snapshot."
     empty = sum(1 for section in ram if section.kind == SectionType.PART and not section.page_count)
-    if empty > 1 and contents.base is None:
+    if empty > 1 and contents.base is None and not _is_multifd(contents) and _has_contents(contents):
         yield f"{empty} PART sections of ram are empty: the source waited for its downtime limit."
     advised = any(isinstance(place.command, PostcopyAdvise) for place in contents.commands)
     if advised and not _is_switched(contents) and contents.complete:

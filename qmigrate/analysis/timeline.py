@@ -97,6 +97,11 @@ class Sample:
     page_requests: int | None = None
     expected_downtime_ms: int | None = None
 
+    @property
+    def looks_for_dirt(self) -> bool:
+        """Is the dirty rate one of now?  After the guest has left QEMU goes on to tell the last that it had."""
+        return self.status != "completed" and not self.status.startswith("postcopy-")
+
 
 @dataclass(frozen=True)
 class Rate(Stretch):
@@ -104,7 +109,6 @@ class Rate(Stretch):
 
     sent_bytes_per_s: float | None
     dirty_bytes_per_s: int | None
-    page_requests_per_s: float | None
 
 
 @dataclass(frozen=True)
@@ -153,12 +157,14 @@ class Timeline:
         return number(self.sides[Side.SOURCE].statistics.get("downtime"))
 
     def rates(self, limit: int = 500) -> list[Rate]:
-        """What was sent, dirtied and asked for between samples: of many samples as many as ``limit``."""
+        """What was sent and dirtied between samples: of many samples as many as ``limit``."""
         least_us = max(min(SHORTEST_RATE_US, self.length_us // 50), self.length_us // max(limit, 1), 1)
         picked: list[Sample] = []
         for sample in self.samples:
             if not picked or sample.at_us - picked[-1].at_us >= least_us:
                 picked.append(sample)
+        if len(picked) > 1:  # what came after the last of them is part of its stretch: so all is counted
+            picked[-1] = self.samples[-1]
         return [_rate(before, after) for before, after in pairwise(picked)]
 
     def thinned(self, limit: int = 500) -> list[Sample]:
@@ -206,13 +212,15 @@ def _clock(side: Side, events: Sequence[LiveEvent]) -> Clock:
     if not late:
         return Clock()
     asked = [each for each in events if isinstance(each, Progressed) and each.side is side]
-    round_trip_us = min((each.round_trip_us for each in asked if each.round_trip_us is not None), default=0)
+    round_trips = [each.round_trip_us for each in asked if each.round_trip_us is not None]
+    round_trip_us = min(round_trips, default=0)
     soonest_us = min(late)
     if -EARLY_US <= soonest_us <= round_trip_us + DELAY_US:
         return Clock(error_us=abs(soonest_us), stamp_count=len(late))
     # One way takes somewhat between nothing and the whole of the round trip.
     half_us = round_trip_us // 2
-    return Clock(offset_us=soonest_us - half_us, error_us=half_us, stamp_count=len(late))
+    error_us = half_us if round_trips else DELAY_US
+    return Clock(offset_us=soonest_us - half_us, error_us=error_us, stamp_count=len(late))
 
 
 def _placed(events: Sequence[LiveEvent], clocks: Mapping[Side, Clock], zero_us: int) -> Iterator[Moment]:
@@ -220,11 +228,10 @@ def _placed(events: Sequence[LiveEvent], clocks: Mapping[Side, Clock], zero_us: 
     latest: dict[Side, int] = {}
     for event in events:
         at_us = event.time_us
-        if event.side is not None:
-            if event.qemu_us is not None:
-                at_us = min(at_us, event.qemu_us + clocks[event.side].offset_us)
-                # Only what QEMU says is in its own order: what we ask or send comes between as it may.
-                at_us = latest[event.side] = max(at_us, latest.get(event.side, at_us))
+        if event.side is not None and event.qemu_us is not None:
+            at_us = min(at_us, event.qemu_us + clocks[event.side].offset_us)
+            # Only what QEMU says is in its own order: what we ask or send comes between as it may.
+            at_us = latest[event.side] = max(at_us, latest.get(event.side, at_us))
         yield Moment(at_us - zero_us, event)
 
 
@@ -250,8 +257,8 @@ def _phases(own: Sequence[Moment], length_us: int, *, recovering: bool) -> Itera
     changes = [(each.at_us, each.event) for each in own if isinstance(each.event, StatusChanged)]
     if not recovering:  # what an earlier migration left behind
         changes = [(at_us, event) for at_us, event in changes if at_us >= 0]
-    ends = [at_us for at_us, _ in changes[1:]] + [length_us]
-    for (at_us, event), end_us in zip(changes, ends, strict=True):
+    ends = [*(at_us for at_us, _ in changes[1:]), length_us]
+    for (at_us, event), end_us in zip(changes, ends, strict=False):  # where there is no change, there is one end more
         if end_us >= 0:
             yield Phase(max(at_us, 0), max(end_us, at_us), event.status, event.heard)
 
@@ -315,8 +322,7 @@ def _rate(before: Sample, after: Sample) -> Rate:
         before.at_us,
         after.at_us,
         _a_second(before.transferred_bytes, after.transferred_bytes, seconds),
-        after.dirty_bytes_per_s,
-        _a_second(before.page_requests, after.page_requests, seconds),
+        after.dirty_bytes_per_s if after.looks_for_dirt else None,
     )
 
 

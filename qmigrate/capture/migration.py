@@ -1,19 +1,20 @@
-"""A migration at rest: what its stream holds, gathered in one pass.
+"""A migration at rest: what its stream, or its streams, hold, gathered in one pass.
 
 All else sees only this: ``with qmigrate.open(path) as migration``.
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from qmigrate.capture.open import Source
 from qmigrate.capture.passes import PassCounter
 from qmigrate.capture.seen import SeenPages
-from qmigrate.errors import NoStreamError, StreamError
+from qmigrate.errors import NoStreamError, StreamError, StreamErrors
 from qmigrate.format.command import Command, Packaged
 from qmigrate.format.device import VmState, decode_state
 from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
@@ -26,6 +27,8 @@ from qmigrate.format.stream import (
     SectionPart,
     SectionType,
 )
+from qmigrate.format.stretch import count_pages, intervals_of
+from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import (
     Configuration,
@@ -38,7 +41,11 @@ from qmigrate.format.walk import (
     VmDescription,
 )
 
-__all__ = ["KINDS", "Block", "CommandPlace", "Contents", "Gathering", "Migration", "Section"]
+if TYPE_CHECKING:
+    from qmigrate.capture.joining import Part
+    from qmigrate.format.multifd import PagePacket
+
+__all__ = ["KINDS", "Block", "ChannelContents", "CommandPlace", "Contents", "Gathering", "Migration", "Section"]
 
 
 @dataclass(slots=True)
@@ -63,6 +70,10 @@ class Section:
     package: int | None = None
     whole: bool = False
     page_count: int = 0
+    schema: str | None = None
+    """Whose description decoded ``state``, where the stream has none and one was found."""
+    channel: int = 0
+    """Where a migration has several connections: which of them; 0 is main."""
 
     @property
     def key(self) -> str:
@@ -78,6 +89,7 @@ class CommandPlace:
     length: int
     command: Command
     contents: list["CommandPlace | Section"] = field(default_factory=list)
+    channel: int = 0
 
 
 KINDS: Final[Mapping[int, str]] = {
@@ -108,6 +120,25 @@ class Block:
 
 
 @dataclass(slots=True)
+class ChannelContents:
+    """One connection of several, or its way back; ``length`` in bytes.
+
+    ``known_by`` and ``reason`` say how it is known what it is.  ``pages`` are counted by how they were sent,
+    ``messages`` of a return path by their names.
+    """
+
+    name: str
+    kind: str
+    known_by: str
+    reason: str
+    input: str
+    length: int = 0
+    pages: Counter[str] = field(default_factory=Counter)
+    messages: Counter[str] = field(default_factory=Counter)
+    syncs: int = 0
+
+
+@dataclass(slots=True)
 class Contents:
     """What one pass over a stream found.  ``complete``: the grammar reached its end."""
 
@@ -116,6 +147,8 @@ class Contents:
     target_page_bits: int | None = None
     configuration: Configuration | None = None
     blocks: dict[str, Block] = field(default_factory=dict)
+    channels: list[ChannelContents] = field(default_factory=list)
+    """All connections of the migration, where more than one is known: main first."""
     sections: list[Section] = field(default_factory=list)
     commands: list[CommandPlace] = field(default_factory=list)
     undecoded: list[tuple[int, int, str]] = field(default_factory=list)
@@ -141,12 +174,15 @@ class Contents:
         return {section.key: section.state for section in self.sections if section.state is not None}
 
 
-_ZERO: Final = int(RamFlag.ZERO)
 _MAGIC_BYTES: Final = 8
 
 
 class Migration:
-    """A migration stream in a file or pipe.  Closes the file that it opened.
+    """A migration stream in a file or pipe.  Closes the files that it opened.
+
+    ``channels`` are files with further connections of the same migration (multifd, preempt, resumed), in any order;
+    then ``path`` may be any of them.  ``return_paths`` are files with what came back.  A recording of ``qmigrate tap``
+    has them all.
 
     Its parts (``sections``, ``blocks``, ``devices`` and so on) come from one pass, made at the first need.
     A fault in the stream is kept in ``errors``, and what was good before it is given; ``NoStreamError`` is
@@ -157,11 +193,20 @@ class Migration:
         self,
         path: str | os.PathLike[str],
         *,
-        description: Description | None = None,
+        channels: Sequence[str | os.PathLike[str]] = (),
+        return_paths: Sequence[str | os.PathLike[str]] = (),
+        description: Description | Chooser | None = None,
         page_size: int | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.source = Source(path)
+        self._others: list[tuple[Source, bool | None]] = []
+        try:
+            self._others += [(Source(each), True) for each in channels]
+            self._others += [(Source(each), False) for each in return_paths]
+        except BaseException:
+            self.close()
+            raise
         self._description = description
         self._page_size = page_size
         self._limits = limits
@@ -175,17 +220,52 @@ class Migration:
         self.close()
 
     def close(self) -> None:
-        """Close the input, unless it is standard input."""
-        self.source.close()
+        """Close the inputs, but not standard input."""
+        for source in (self.source, *(other for other, _ in self._others)):
+            source.close()
+
+    @cached_property
+    def parts(self) -> "list[Part]":
+        """The channels, main first; none where there is but one stream.  Raises ``NoStreamError``."""
+        if self.source.recording is None and not self._others:
+            return []
+        from qmigrate.capture.joining import classified, recorded_parts  # most migrations are one stream
+
+        if self.source.recording is not None:
+            return recorded_parts(self.source.recording)
+        return classified([(self.source, None), *self._others])
 
     def entries(self) -> Iterator[Entry]:
-        """Each record with its place, from the start; of a pipe only once.  Raises ``StreamError``."""
-        return self.source.entries(description=self._description, page_size=self._page_size, limits=self._limits)
+        """Each record with its place, from the start; of a pipe only once.
+
+        Raises ``StreamError``; where the migration has several channels, once all of them are read.
+        """
+        if not self.parts:
+            return self.source.entries(description=self._description, page_size=self._page_size, limits=self._limits)
+        from qmigrate.capture.joining import Joining
+
+        return Joining(
+            self.parts, description=self._description, page_size=self._page_size, limits=self._limits
+        ).entries()
+
+    def gather(self) -> "Gathering":
+        """One pass: an iterator of the entries that fills ``contents`` as it goes."""
+        channels = [
+            ChannelContents(
+                name=part.name,
+                kind=part.channel.kind.value,
+                known_by=part.channel.known_by.value,
+                reason=part.channel.reason,
+                input=part.readable.name,
+            )
+            for part in self.parts
+        ]
+        return Gathering(self.entries(), channels)
 
     @cached_property
     def contents(self) -> Contents:
         """What one pass over the whole stream finds."""
-        gathering = Gathering(self.entries())
+        gathering = self.gather()
         for _ in gathering:
             pass
         return gathering.contents
@@ -235,9 +315,10 @@ def _block(block: RamBlock, index: int) -> Block:
 class Gathering:
     """Pass the entries on and gather what they hold in ``contents``, also when a fault ends them."""
 
-    def __init__(self, entries: Iterator[Entry]) -> None:
-        self.contents = Contents()
+    def __init__(self, entries: Iterator[Entry], channels: Sequence[ChannelContents] = ()) -> None:
+        self.contents = Contents(channels=list(channels))
         self._entries = entries
+        self._channel = 0
         self._open: Section | None = None
         self._headers: dict[int, SectionHeader] = {}
         self._kept: dict[int, tuple[Section, int, bytes]] = {}
@@ -249,16 +330,58 @@ class Gathering:
         contents = self.contents
         try:
             for entry in self._entries:
-                self._take(entry)
-                contents.length = max(contents.length, entry.offset + entry.length)
+                if contents.channels:
+                    self._take_of(entry, contents.channels[entry.channel])
+                else:
+                    self._take(entry)
+                if not entry.channel:
+                    contents.length = max(contents.length, entry.offset + entry.length)
                 yield entry
         except NoStreamError:
             raise
         except StreamError as exc:
-            contents.errors.append(exc)
+            errors = exc.errors if isinstance(exc, StreamErrors) else [exc]
+            # A traceback would hold the reader and its window, in a circle that is freed late.
+            contents.errors += [error.with_traceback(None) for error in errors]
             return
         self._close(contents.length)
         contents.complete = True
+
+    def _take_of(self, entry: Entry, channel: ChannelContents) -> None:
+        """An entry of one of several channels."""
+        from qmigrate.format.multifd import PagePacket
+        from qmigrate.format.return_path import Message
+
+        if entry.channel != self._channel:
+            self._channel, self._open = entry.channel, None  # a section ends with its connection
+        channel.length = max(channel.length, entry.offset + entry.length)
+        match entry.record:
+            case PagePacket() as packet:
+                self._packet(packet, channel)
+            case Message() as message:
+                channel.messages[message.name] += 1
+            case Pages(runs=runs):
+                normal, zero = count_pages(runs)
+                channel.pages += Counter({name: count for name, count in (("normal", normal), ("zero", zero)) if count})
+                self._take(entry)
+            case RamPage(record=record):
+                channel.pages[KINDS[record.word.kind]] += 1
+                self._take(entry)
+            case _:
+                self._take(entry)
+
+    def _packet(self, packet: "PagePacket", channel: ChannelContents) -> None:
+        header = packet.header
+        channel.syncs += header.is_sync
+        if not header.normal_pages and not header.zero_pages:
+            return
+        method = header.compression.name.lower()
+        channel.pages["normal" if method == "nocomp" else method] += header.normal_pages
+        channel.pages["zero"] += header.zero_pages
+        block = self.contents.blocks[header.block]
+        block.again += block.seen.add_intervals(intervals_of(packet.runs, packet.page_size), packet.page_size)
+        block.counts["normal"] += header.normal_pages
+        block.counts["zero"] += header.zero_pages
 
     def _take(self, entry: Entry) -> None:  # noqa: PLR0912 - one row a record
         while self._packages and entry.depth < len(self._packages):
@@ -283,9 +406,9 @@ class Gathering:
             case Footer():
                 self.contents.footers = True
                 self._close(entry.offset + entry.length)
-            case DeviceState(state=state):
+            case DeviceState(state=state, schema=schema):
                 if self._open is not None:
-                    self._open.state = state
+                    self._open.state, self._open.schema = state, schema
             case Undecoded(data=data, reason=reason):
                 self._undecoded(entry, data, reason)
             case BlockList():
@@ -328,6 +451,7 @@ class Gathering:
             section_id=header.section_id,
             package=None if package is None else package.offset,
             length=entry.length,
+            channel=entry.channel,
         )
         self._open = section
         self.contents.sections.append(section)
@@ -361,7 +485,7 @@ class Gathering:
                 section.reason = f"its footer stands after {len(data)} bytes, the description says {used}"
 
     def _command(self, entry: Entry, command: Command) -> None:
-        place = CommandPlace(entry.offset, entry.length, command)
+        place = CommandPlace(entry.offset, entry.length, command, channel=entry.channel)
         holder = self._packages[-1].contents if self._packages else self.contents.commands
         holder.append(place)
         if isinstance(command, Packaged):
@@ -385,18 +509,15 @@ class Gathering:
         contents = self.contents
         block, page_size, runs = contents.blocks[pages.block], pages.page_size, pages.runs
         contents.page_size = page_size
-        block.again += block.seen.add_runs(runs, page_size)
-        total = sum([run[3] for run in runs])
-        zero = sum([count for _, flag, _, count in runs if flag == _ZERO])
-        block.counts["normal"] += total - zero
+        intervals, (normal, zero) = intervals_of(runs, page_size), count_pages(runs)
+        block.again += block.seen.add_intervals(intervals, page_size)
+        block.counts["normal"] += normal
         block.counts["zero"] += zero
         if not self._switched and isinstance(pages, Pages):
-            starts = [run[2] for run in runs]
-            ends = [start + page_count * page_size for _, _, start, page_count in runs]
-            self._passes.take(block.index, starts, ends)
+            self._passes.take(block.index, intervals)
             contents.passes = self._passes.count
         if self._open is not None:
-            self._open.page_count += total
+            self._open.page_count += normal + zero
 
     def _odd_page(self, page: RamPage) -> None:
         self.contents.page_size = page.page_size
@@ -405,7 +526,7 @@ class Gathering:
         block.counts[KINDS[page.record.word.kind]] += 1
         block.again += block.seen.add(start // page.page_size, 1)
         if not self._switched:
-            self._passes.take(block.index, [start], [start + page.page_size])
+            self._passes.take(block.index, [(start, start + page.page_size)])
             self.contents.passes = self._passes.count
         if self._open is not None:
             self._open.page_count += 1

@@ -1,5 +1,7 @@
 """Opens an input: a file, a pipe, standard input, compressed or not; and reads it into a feed.
 
+Of a recording of ``qmigrate tap`` it reads the main channel, forward.
+
 Files are read into a reused window and never mapped: one that shrinks meanwhile is an error, not a signal.
 """
 
@@ -14,23 +16,29 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any, BinaryIO, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self
 
 from qmigrate.errors import NoStreamError, StreamError
 from qmigrate.format.feed import Feed
+from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import Entry, Limits, walk
 
-__all__ = ["Source"]
+if TYPE_CHECKING:
+    from qmigrate.capture.recording import Recording
+
+__all__ = ["Readable", "Reader", "Source"]
 
 
-class _Reader(Protocol):
+class Reader(Protocol):
+    """Gives the bytes of an input in turn; none where it ends."""
+
     def readinto(self, buffer: memoryview, /) -> int | None: ...
 
     def close(self) -> None: ...
 
 
-def _zstd(file: BinaryIO) -> tuple[_Reader, type[Exception]]:
+def _zstd(file: BinaryIO) -> tuple[Reader, type[Exception]]:
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd
@@ -41,26 +49,27 @@ def _zstd(file: BinaryIO) -> tuple[_Reader, type[Exception]]:
     return zstd.open(file), zstd.ZstdError
 
 
-def _gzip(file: BinaryIO) -> tuple[_Reader, type[Exception]]:
+def _gzip(file: BinaryIO) -> tuple[Reader, type[Exception]]:
     return gzip.GzipFile(fileobj=file), zlib.error
 
 
-def _bz2(file: BinaryIO) -> tuple[_Reader, type[Exception]]:
+def _bz2(file: BinaryIO) -> tuple[Reader, type[Exception]]:
     return bz2.BZ2File(file), OSError
 
 
-def _xz(file: BinaryIO) -> tuple[_Reader, type[Exception]]:
+def _xz(file: BinaryIO) -> tuple[Reader, type[Exception]]:
     return lzma.LZMAFile(file), lzma.LZMAError
 
 
 # The first bytes; who reads it, and what that raises where the rest is damaged, apart from the usual.
-_COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], tuple[_Reader, type[Exception]]]], ...]] = (
+_COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], tuple[Reader, type[Exception]]]], ...]] = (
     (b"\x1f\x8b\x08", _gzip),
     (b"BZh", _bz2),
     (b"\xfd7zXZ\x00", _xz),
     (b"\x28\xb5\x2f\xfd", _zstd),
 )
-_LONGEST_MAGIC: Final = 6
+_RECORDING: Final = b"\x89QTAP\r\n\x1a"
+_LONGEST_MAGIC: Final = 8
 _READ_ERRORS: Final = (EOFError, OSError, ValueError)
 
 
@@ -110,7 +119,62 @@ class _Pipe(io.RawIOBase):
         return count
 
 
-class Source:
+class Readable:
+    """The bytes of one stream, wherever they are."""
+
+    name: str
+    compression: str | None = None
+    """What is read is packed so, once it is read."""
+    read_errors: tuple[type[Exception], ...] = _READ_ERRORS
+    can_rewind: bool
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        raise NotImplementedError
+
+    def open_reader(self) -> Reader:
+        """Read from the start."""
+        raise NotImplementedError
+
+    def entries(
+        self,
+        *,
+        description: Description | Chooser | None = None,
+        page_size: int | None = None,
+        limits: Limits | None = None,
+    ) -> Iterator[Entry]:
+        """Walk the input from its start; a pipe only once.
+
+        Raises what ``walk`` does; ``StreamError`` too where reading fails midway.
+        """
+        reader = self.open_reader()
+        feed = Feed()
+        for entry in walk(feed, description=description, page_size=page_size, limits=limits):
+            if entry is None:
+                self.fill(feed, reader)
+            else:
+                yield entry
+
+    def fill(self, feed: Feed, reader: Reader) -> None:
+        """Give the feed what comes next, or end it.  Raises ``StreamError`` where reading fails."""
+        try:
+            count = reader.readinto(feed.space())
+        except self.read_errors as exc:
+            raise _unreadable(exc, feed.offset + len(feed)) from exc
+        if count:
+            feed.received(count)
+        else:
+            feed.end()
+
+
+class Source(Readable):
     """An input and the bytes in it.  It closes what it opened: a path; not standard input.
 
     Raises ``OSError`` where the input can't be opened, ``NoStreamError`` where it is a directory.
@@ -127,59 +191,42 @@ class Source:
         self._file = raw
         self.size = status.st_size if stat.S_ISREG(status.st_mode) else None
         """Of a regular file, in bytes, as it is stored; else None."""
-        self.compression: str | None = None
-        """What is read is packed so, once it is read."""
         self.can_rewind = raw.seekable() and stat.S_ISREG(status.st_mode)
         self._start = raw.tell() if self.can_rewind else 0
         self._used = False
         self._latest: _File | None = None
-        self._read_errors: tuple[type[Exception], ...] = _READ_ERRORS
+        self.recording = self._recording()
+        """Where it is one of ``qmigrate tap``: main is what is read here, forward; all the rest is in it."""
 
-    def __enter__(self) -> Self:
-        return self
+    def _recording(self) -> "Recording | None":
+        if not self.can_rewind or os.pread(self._file.fileno(), _LONGEST_MAGIC, 0) != _RECORDING:
+            return None
+        from qmigrate.capture.recording import Recording  # few inputs are one
 
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+        return Recording(f"/proc/self/fd/{self._file.fileno()}", name=self.name).read()
 
     def close(self) -> None:
         """Close the file, unless it is standard input."""
+        if self.recording is not None:
+            self.recording.close()
         self._file.close()
 
     @property
     def position(self) -> int | None:
         """How many bytes of the file the latest walk has read, as it is stored; None of a pipe."""
-        if not self.can_rewind:
+        if not self.can_rewind or self.recording is not None:
             return None
         return 0 if self._latest is None else self._latest.position - self._start
 
-    def entries(
-        self,
-        *,
-        description: Description | None = None,
-        page_size: int | None = None,
-        limits: Limits | None = None,
-    ) -> Iterator[Entry]:
-        """Walk the input from its start; a pipe only once.
-
-        Raises what ``walk`` does; ``StreamError`` too where reading fails midway.
-        """
-        reader = self._open()
-        feed = Feed()
-        for entry in walk(feed, description=description, page_size=page_size, limits=limits):
-            if entry is None:
-                self._fill(feed, reader)
-            else:
-                yield entry
-
-    def _open(self) -> _Reader:
+    def open_reader(self) -> Reader:
+        if self.recording is not None:
+            return self.recording.main().open_reader()
         if self._used and not self.can_rewind:
             raise NoStreamError("a pipe can be read only once")
         self._used = True
         try:
             if self.can_rewind:
-                file: _Reader
+                file: Reader
                 file = self._latest = _File(self._file.fileno(), self._start)
                 head = os.pread(self._file.fileno(), _LONGEST_MAGIC, self._start)
             else:
@@ -187,24 +234,16 @@ class Source:
                 head = pipe.peek(_LONGEST_MAGIC)
         except OSError as exc:
             raise _unreadable(exc, 0) from exc
+        if head == _RECORDING:
+            raise NoStreamError("a recording of qmigrate tap can't be read from a pipe: give its file")
         for magic, opener in _COMPRESSIONS:
             if head.startswith(magic):
-                reader: _Reader
+                reader: Reader
                 reader, error = opener(file)
                 self.compression = opener.__name__.removeprefix("_")
-                self._read_errors = (*_READ_ERRORS, error)
+                self.read_errors = (*_READ_ERRORS, error)
                 return reader
         return file
-
-    def _fill(self, feed: Feed, reader: _Reader) -> None:
-        try:
-            count = reader.readinto(feed.space())
-        except self._read_errors as exc:
-            raise _unreadable(exc, feed.offset + len(feed)) from exc
-        if count:
-            feed.received(count)
-        else:
-            feed.end()
 
 
 def _unreadable(exc: Exception, offset: int) -> StreamError:

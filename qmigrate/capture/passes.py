@@ -1,7 +1,7 @@
 """Where one pass over RAM ends and the next begins: the stream does not say, the order of its pages does."""
 
-import operator
 from collections.abc import Sequence
+from itertools import pairwise
 
 __all__ = ["PassCounter"]
 
@@ -17,10 +17,10 @@ class PassCounter:
         self._block = -1
         self._end = 0
 
-    def take(self, block_index: int, starts: Sequence[int], ends: Sequence[int]) -> None:
-        """Runs of pages of one block, in the stream's order: where in the block each starts and ends."""
-        went_back = block_index < self._block or (block_index == self._block and starts[0] < self._end)
+    def take(self, block_index: int, intervals: Sequence[tuple[int, int]]) -> None:
+        """Pages of one block, in the stream's order: (start, end) in the block."""
+        went_back = block_index < self._block or (block_index == self._block and intervals[0][0] < self._end)
         if went_back or not self.count:
             self.count += 1
-        self.count += sum(map(operator.gt, ends, starts[1:]))
-        self._block, self._end = block_index, ends[-1]
+        self.count += sum([before > start for (_, before), (start, _) in pairwise(intervals)])
+        self._block, self._end = block_index, intervals[-1][1]

@@ -1,13 +1,9 @@
 """``qmigrate cancel``: end precopy, and leave the guest where it is."""
 
 import argparse
-from typing import TYPE_CHECKING, TextIO
+from typing import TextIO
 
-from qmigrate.cli.live import add_one_side, add_patience, do_one
-
-if TYPE_CHECKING:
-    from qmigrate.operations.attached import Done
-    from qmigrate.qmp.session import Session
+from qmigrate.cli.step import add_source, tell_source
 
 __all__ = ["add_arguments", "run"]
 
@@ -17,14 +13,10 @@ EXAMPLES = ("qmigrate cancel /run/src.qmp",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_one_side(parser, "SRC", "the QEMU that sends the guest")
-    add_patience(parser)
+    add_source(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from qmigrate.operations.attached import cancel
 
-    async def work(sessions: "list[Session]") -> "Done":
-        return await cancel(sessions[0], timeout_s=args.answer_timeout)
-
-    return do_one(args, out, [args.src], work)
+    return tell_source(args, out, cancel)

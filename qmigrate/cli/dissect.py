@@ -41,10 +41,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="everything, or the view that is asked for, as JSON; of several files an answer a line, with its file",
     )
     forms.add_argument("--ndjson", action="store_true", help="a JSON object for each record, as they are read")
+    recordings = parser.add_argument_group("recordings of qmigrate tap")
+    recordings.add_argument(
+        "--live", action="store_true", help="follow a recording that is still being written, until the tap ends"
+    )
     add_input(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
+    if args.live:
+        return _live(args, out)
     if args.structure and args.json:
         args.usage_error("--structure goes with --ndjson: there is a record a line")
     if args.ndjson and (args.device or args.field or args.ram):
@@ -61,6 +67,16 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             return status
 
     return each_file(args, out, dissect)
+
+
+def _live(args: argparse.Namespace, out: TextIO) -> int:
+    from qmigrate.cli.recorded import follow
+
+    if len(args.files) != 1 or args.files == ["-"]:
+        args.usage_error("--live follows one recording, which is a file")
+    if args.json or args.jobs or args.structure or args.ram or args.device or args.field:
+        args.usage_error("--live goes with --ndjson, or alone")
+    return follow(args, out)
 
 
 _View = Callable[[argparse.Namespace, "Migration", Headings, TextIO], int]
@@ -83,7 +99,12 @@ def _view_of(args: argparse.Namespace) -> _View:
 def _ndjson(args: argparse.Namespace, migration: "Migration", _headings: Headings, out: TextIO) -> int:
     from qmigrate.report.json import write_ndjson
 
-    write_ndjson(migration.entries(), out, file=migration.source.name if len(args.files) > 1 else None)
+    file = migration.source.name if len(args.files) > 1 else None
+    if migration.source.recording is not None:
+        from qmigrate.cli.recorded import write_moments
+
+        return write_moments(migration.source.recording, out, file=file)
+    write_ndjson(migration.entries(), out, file=file)
     return 0
 
 
@@ -115,6 +136,11 @@ def _ram(args: argparse.Namespace, migration: "Migration", headings: Headings, o
 
 
 def _story(args: argparse.Namespace, migration: "Migration", headings: Headings, out: TextIO) -> int:
+    if migration.source.recording is not None:
+        from qmigrate.cli.recorded import write_recorded
+
+        headings.begin()
+        return write_recorded(args, migration, migration.source.recording, out)
     contents = migration.contents
     if args.json:
         from qmigrate.analysis.summary import summarize

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 from qmigrate.cli.asked import answer_with
 from qmigrate.cli.files import add_jobs
 from qmigrate.cli.sizes import page_size, size
+from qmigrate.cli.tell import tell
 
 if TYPE_CHECKING:
     from qmigrate.capture.migration import Migration
+    from qmigrate.capture.schemas import Damaged, SchemaCache
     from qmigrate.format.vmdesc import Description
 
-__all__ = ["add_input", "open_input", "reading_options"]
+__all__ = ["add_input", "add_reading", "open_input", "reading_options", "tell_damaged"]
 
 
 def add_input(parser: argparse.ArgumentParser, *, jobs: bool = True, devices: bool = True) -> None:
@@ -22,6 +24,26 @@ def add_input(parser: argparse.ArgumentParser, *, jobs: bool = True, devices: bo
     parser.add_argument(
         "files", metavar="FILE", nargs="+", help="a migration stream, compressed or not; - is standard input"
     )
+    channels = parser.add_argument_group("a migration over several connections, each in a file of its own")
+    channels.add_argument(
+        "--channel",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a further connection: multifd, preempt, or main resumed after a pause; may be repeated, in any order",
+    )
+    channels.add_argument(
+        "--return-path",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="what came back over one of them; may be repeated",
+    )
+    add_reading(parser, jobs=jobs, devices=devices)
+
+
+def add_reading(parser: argparse.ArgumentParser, *, jobs: bool = False, devices: bool = True) -> None:
+    """What a reader must be told or allowed."""
     reading = parser.add_argument_group("reading")
     reading.add_argument(
         "--page-size",
@@ -34,6 +56,13 @@ def add_input(parser: argparse.ArgumentParser, *, jobs: bool = True, devices: bo
             "--description",
             metavar="STREAM",
             help="decode devices by the description in this other stream, where a FILE has none (as after postcopy)",
+        )
+    if devices:
+        reading.add_argument(
+            "--no-schemas",
+            dest="schemas",
+            action="store_false",
+            help="where a FILE has no description, leave its devices undecoded, whatever `qmigrate schema` has made",
         )
     reading.add_argument(
         "--max-device-state",
@@ -65,8 +94,12 @@ def open_input(args: argparse.Namespace, file: str, out: TextIO, *, streams: boo
     """
     from qmigrate.cli.progress import WatchedMigration
 
+    channels, return_paths = getattr(args, "channel", []), getattr(args, "return_path", [])
+    if (channels or return_paths) and len(args.files) > 1:
+        args.usage_error("--channel and --return-path belong to one migration: give one FILE")
     shows = not args.quiet and sys.stderr is not None and sys.stderr.isatty() and not (streams and out.isatty())
-    migration = WatchedMigration(file, shows=shows, tells=args.verbose, **reading_options(args))
+    options = {"channels": channels, "return_paths": return_paths, **reading_options(args)}
+    migration = WatchedMigration(file, shows=shows, tells=args.verbose, **options)
     answer_with(migration.where)
     return migration
 
@@ -77,10 +110,25 @@ def reading_options(args: argparse.Namespace) -> dict[str, Any]:
 
     path = getattr(args, "description", None)
     return {
-        "description": None if path is None else _description(path, args.usage_error),
+        "description": _description(path, args.usage_error) if path is not None else _schemas(args),
         "page_size": args.page_size,
         "limits": Limits(device_state=args.max_device_state, package=args.max_package),
     }
+
+
+def _schemas(args: argparse.Namespace) -> "SchemaCache | None":
+    """Where a description is looked for, if the command looks at devices."""
+    if not getattr(args, "schemas", False):
+        return None
+    from qmigrate.capture.schemas import SchemaCache, cache_folder
+
+    return SchemaCache(cache_folder(), tell_damaged)
+
+
+@lru_cache(maxsize=256)  # once is enough for each
+def tell_damaged(damaged: "Damaged") -> None:
+    """A file in the cache can't be used."""
+    tell(str(damaged.path), f"not used: {damaged.reason}")
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,21 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 from qmigrate import __version__
-from qmigrate.cli import cancel, check, dissect, extract, migrate, pause, recover, start_postcopy, status
+from qmigrate.cli import (
+    cancel,
+    check,
+    diff,
+    dissect,
+    extract,
+    migrate,
+    pause,
+    receive,
+    recover,
+    schema,
+    start_postcopy,
+    status,
+    tap,
+)
 from qmigrate.cli.completion import SHELLS, PrintCompletion
 from qmigrate.cli.tell import FAILURES, NOTHING_DONE, add_telling, failed, input_name, tell, tell_cost
 
@@ -96,7 +110,21 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, prog="qmigrate", parser_class=_Parser
     )
-    for module in (dissect, check, extract, migrate, start_postcopy, pause, recover, cancel, status):
+    for module in (
+        dissect,
+        check,
+        extract,
+        diff,
+        schema,
+        tap,
+        migrate,
+        start_postcopy,
+        pause,
+        recover,
+        cancel,
+        status,
+        receive,
+    ):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2].replace("_", "-"),
             help=module.HELP,

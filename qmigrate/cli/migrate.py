@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING, Final, TextIO
 
 from qmigrate.cli.live import add_side, add_telling, drive
+from qmigrate.cli.seen import looks_closely
 from qmigrate.cli.sizes import size
 
 if TYPE_CHECKING:
@@ -22,6 +23,7 @@ DESCRIPTION = (
 EXAMPLES = (
     "qmigrate migrate /run/src.qmp /run/dst.qmp --postcopy-if-stuck",
     "qmigrate migrate /run/src.qmp host:4444 --uri tcp:host:4445 --multifd 4",
+    "qmigrate migrate /run/src.qmp /run/dst.qmp --postcopy-after-pass 2 --report page.html",
 )
 
 AUTO_RECOVERIES: Final = 5
@@ -142,6 +144,7 @@ def _plan(args: argparse.Namespace) -> "Plan":
         recover_uri=args.recover_uri,
         recover_listen=args.recover_listen,
         force=args.force,
+        closely=looks_closely(args),
         answer_timeout_s=args.answer_timeout,
         stall_timeout_s=args.stall_timeout,
         timeout_s=args.timeout,

@@ -5,6 +5,7 @@ from typing import TextIO
 
 from qmigrate.cli.live import add_side, add_telling, drive
 from qmigrate.cli.migrate import positive, seconds
+from qmigrate.cli.seen import looks_closely
 
 __all__ = ["add_arguments", "run"]
 
@@ -40,6 +41,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         listen=args.listen,
         recoveries=args.attempts,
         force=args.force,
+        closely=looks_closely(args),
         answer_timeout_s=args.answer_timeout,
         stall_timeout_s=args.stall_timeout,
     )

@@ -8,16 +8,16 @@ migration/vmstate.c, migration/vmstate-types.c
 
 import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from typing import Any, Final, NoReturn, TypeAlias
 
 from qmigrate.errors import StreamError, TruncatedError
 from qmigrate.format._record import Record
-from qmigrate.format.stream import SubsectionHeader
+from qmigrate.format.stream import SectionType, SubsectionHeader
 from qmigrate.format.vmdesc import NULL_MARKERS, FieldDescription, StructDescription
 
-__all__ = ["TYPES", "Field", "Subsection", "Value", "VmState", "decode_state", "encode_state"]
+__all__ = ["TYPES", "Field", "Subsection", "Value", "VmState", "decode_state", "decode_whole", "encode_state"]
 
 Value: TypeAlias = "int | bool | bytes | None | Record | VmState | tuple[Value, ...]"
 
@@ -199,10 +199,29 @@ _NULL, _VALID = 0x30, 0x31
 _MOST_EMPTY_ELEMENTS: Final = 1 << 16
 
 
+def _small(name: str, *fields: tuple[str, str, int]) -> tuple[str, StructDescription]:
+    return name, StructDescription(name, 1, tuple(FieldDescription(*each) for each in fields))
+
+
+OPTIONAL: Final[Mapping[str, StructDescription]] = dict(
+    (
+        _small("cpu/msr_smi_count", ("env.msr_smi_count", "uint64", 8)),
+        _small("cpu/poll_control_msr", ("env.poll_control_msr", "uint64", 8)),
+        _small("apic_sipi", ("sipi_vector", "int32", 4), ("wait_for_sipi", "int32", 4)),
+    )
+)
+"""Subsections that a machine has or has not from one moment to the next, as x86 QEMUs of 5.2 to 11.1 describe them.
+
+So a machine whose guest has not begun does not describe those that its firmware makes it have.
+target/i386/machine.c, hw/intc/apic_common.c
+"""
+
+
 class _Cursor:
     """A place in a section's bytes."""
 
-    def __init__(self, data: bytes, base: int, at: int = 0) -> None:
+    def __init__(self, data: bytes, base: int, at: int = 0, foreign: bool = False) -> None:
+        self.foreign = foreign
         self.data = data
         self.base = base
         self.begin = self.at = at
@@ -233,13 +252,20 @@ class _Cursor:
 
 
 def decode_state(
-    description: StructDescription, data: bytes, *, offset: int, begin: int = 0, trail: Sequence[str] = ()
+    description: StructDescription,
+    data: bytes,
+    *,
+    offset: int,
+    begin: int = 0,
+    trail: Sequence[str] = (),
+    foreign: bool = False,
 ) -> tuple[VmState, int]:
     """The state in ``data`` from ``begin`` on, which stands at ``offset`` in the stream, and its length in bytes.
 
-    Raises ``StreamError`` where the description does not fit the bytes.
+    A ``foreign`` description is another stream's, of the same machine: it says which subsections there may be, and
+    the bytes which there are.  Raises ``StreamError`` where the description does not fit the bytes.
     """
-    cursor = _Cursor(data, offset - begin, begin)
+    cursor = _Cursor(data, offset - begin, begin, foreign)
     try:
         state = _decode_struct(description, cursor, tuple(trail))
     except RecursionError as exc:
@@ -247,11 +273,57 @@ def decode_state(
     return state, cursor.at - begin
 
 
+def decode_whole(
+    description: StructDescription, data: bytes, *, begin: int, end: int, offset: int, trail: Sequence[str] = ()
+) -> VmState:
+    """The state that is all there is from ``begin`` to ``end``, by a foreign description.
+
+    Of a section that is nothing but a virtio device the description knows the length as it was in that stream; here
+    it is what there is, where all of it decodes.  Raises ``StreamError`` where the description does not fit.
+    """
+    try:
+        state, used = decode_state(description, data, offset=offset, begin=begin, trail=trail, foreign=True)
+    except StreamError:
+        used = None
+    if used == end - begin:
+        return state
+    if [field.type for field in description.fields] == ["virtio"]:
+        stretched = replace(description, fields=(replace(description.fields[0], size=end - begin),))
+        state, used = decode_state(stretched, data, offset=offset, begin=begin, trail=trail, foreign=True)
+        if used == end - begin and state.fields[0].opaque is None:
+            return state
+    raise StreamError(f"the description does not fit its {end - begin} bytes", offset=offset, trail=trail)
+
+
 def _decode_struct(description: StructDescription, cursor: _Cursor, trail: tuple[str, ...]) -> VmState:
     cursor.count(1 + len(description.fields), trail)
     fields = tuple(_decode_field(field, cursor, (*trail, field.name)) for field in description.fields)
-    subsections = tuple(_decode_subsection(item, cursor, trail) for item in description.subsections)
+    described = _subsections_there(description, cursor, trail) if cursor.foreign else description.subsections
+    subsections = tuple(_decode_subsection(item, cursor, trail) for item in described)
     return VmState(description.vmsd_name, fields, subsections)
+
+
+def _subsections_there(
+    description: StructDescription, cursor: _Cursor, trail: tuple[str, ...]
+) -> Iterator[StructDescription]:
+    """The descriptions of those that the bytes have next, by QEMU's own rule: their names begin with the vmsd's.
+
+    migration/vmstate.c: vmstate_subsection_load()
+    """
+    known = {item.vmsd_name: item for item in description.subsections}
+    while (name := _subsection_name(cursor)) is not None and name.startswith(description.vmsd_name):
+        item = known.get(name) or OPTIONAL.get(name)
+        if item is None:
+            cursor.fail(f"has the subsection {name!r}, which the description does not know", trail)
+        yield item
+
+
+def _subsection_name(cursor: _Cursor) -> str | None:
+    """Of the subsection that may stand here."""
+    head = cursor.data[cursor.at : cursor.at + 2]
+    if len(head) < 2 or head[0] != SectionType.SUBSECTION or not head[1]:
+        return None
+    return cursor.data[cursor.at + 2 : cursor.at + 2 + head[1]].decode("utf-8", "surrogateescape")
 
 
 def _decode_subsection(description: StructDescription, cursor: _Cursor, trail: tuple[str, ...]) -> Subsection:
@@ -294,7 +366,8 @@ def _decode_structs(field: FieldDescription, cursor: _Cursor, trail: tuple[str, 
         element = field.elements[index] if index < len(field.elements) else field.elements[0]
         here = trail if field.count is None else (*trail[:-1], f"{trail[-1]}[{index}]")
         values.append(_decode_struct(element, cursor, here))
-        if index == 0 and cursor.at - start != field.size:
+        # Subsections count in the size, and another stream's may be others.
+        if index == 0 and cursor.at - start != field.size and not cursor.foreign:
             cursor.fail(f"takes {cursor.at - start} bytes, {field.size} are described", here)
     return values[0] if field.count is None else tuple(values)
 

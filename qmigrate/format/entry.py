@@ -2,15 +2,18 @@
 
 from collections.abc import Generator
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
 
 from qmigrate.errors import StreamError
 from qmigrate.format._record import Record
 from qmigrate.format.device import VmState
-from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, Pages, RamRecord
 from qmigrate.format.stream import SubsectionHeader
 from qmigrate.format.vmdesc import Description, parse_description
+
+if TYPE_CHECKING:
+    from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
+    from qmigrate.format.multifd import ChannelRecord
 
 __all__ = [
     "Configuration",
@@ -44,9 +47,10 @@ class Configuration:
 
 @dataclass(frozen=True)
 class DeviceState:
-    """A FULL section's data, decoded by the description."""
+    """A FULL section's data, decoded by the description: where the stream has none, by that of ``schema``."""
 
     state: VmState
+    schema: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -94,26 +98,16 @@ class Trailing:
 
 
 StreamRecord: TypeAlias = (
-    Record
-    | Configuration
-    | DeviceState
-    | Undecoded
-    | Pages
-    | RamPage
-    | BlockList
-    | MappedBlock
-    | MappedBitmap
-    | Gap
-    | MappedPages
-    | VmDescription
-    | Trailing
+    "Record | Configuration | DeviceState | Undecoded | BlockList | Pages | RamPage | MappedBlock | MappedBitmap | Gap "
+    "| MappedPages | ChannelRecord | VmDescription | Trailing"
 )
 
 
 class Entry(NamedTuple):
     """A record with its place.  ``depth`` counts the packages around it.
 
-    ``view`` is the record's bytes; it holds until the walk is resumed.
+    ``view`` is the record's bytes; it holds until the walk is resumed.  ``channel`` is the connection that it came
+    over, where a migration has several: 0 is main.
     """
 
     offset: int
@@ -121,6 +115,7 @@ class Entry(NamedTuple):
     record: StreamRecord
     view: memoryview
     depth: int = 0
+    channel: int = 0
 
 
 Step: TypeAlias = Generator[Entry | None]

@@ -124,6 +124,13 @@ class Feed:
         yield from self.need(1, trail)
         return self._buffer[self._begin]
 
+    def byte(self, at: int) -> Generator[None, None, int | None]:
+        """The byte so far ahead, not consumed; None where the stream ends before it."""
+        while len(self) <= at:
+            if not (yield from self.more()):
+                return None
+        return self._buffer[self._begin + at]
+
     def record(self, cls: type[R], trail: Sequence[str] = (), **context: Any) -> Generator[None, None, tuple[R, int]]:
         """The next record, not consumed, and its length.  Raises ``StreamError``."""
         if cls.size is not None:

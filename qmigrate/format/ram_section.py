@@ -36,12 +36,13 @@ from qmigrate.format.ram import (
     RamRecord,
     RamWord,
 )
+from qmigrate.format.stretch import intervals_of
 
 __all__ = ["RamSection"]
 
 _LONGEST_BLOCK_LIST: Final = 1 << 20  # bytes: a guest has tens of blocks
 _PIECE: Final = 1 << 16  # bytes of a bitmap or a gap that are one record
-_START, _PAGE_COUNT = itemgetter(2), itemgetter(3)  # of a PageRun, at C speed
+_END: Final = itemgetter(1)  # of an interval
 _EOS: Final = RamRecord(word=RamWord(0, int(RamFlag.EOS)), block=None, body=None)
 _EOS_BYTES: Final = _EOS.build(page_size=4096)
 _PLAIN_PAGE: Final = int(RamFlag.PAGE | RamFlag.CONTINUE)
@@ -189,7 +190,7 @@ class RamSection:
         With x-ignore-shared an address that looks like one may stand there: then a name (its length is never
         0) or, after the last block, a marker follows it at once, and no second word.
         """
-        if self.advised is None and (yield from self._byte(at)) != 0:
+        if self.advised is None and (yield from self.feed.byte(at)) != 0:
             return False
         yield from self.feed.need(at + 8, ("ram", "block list"))
         word = int.from_bytes(self.feed.view(at + 8)[at:])
@@ -205,26 +206,25 @@ class RamSection:
             return int.from_bytes(following) not in (RamFlag.EOS, RamFlag.HOOK, RamFlag.MULTIFD_FLUSH)
         return following[0] == 0
 
-    def _byte(self, at: int) -> Generator[None, None, int | None]:
-        """The byte so far ahead; None where the stream ends before it."""
-        while len(self.feed) <= at:
-            if not (yield from self.feed.more()):
-                return None
-        return self.feed.view(at + 1)[at]
+    def records(self, *, until_end: bool = False) -> Step:
+        """Records until EOS.  Plain pages are read as runs, all else by the declaration.
 
-    def records(self) -> Step:
-        """Records until EOS.  Plain pages are read as runs, all else by the declaration."""
+        ``until_end``: the stream may end without it, as the preempt channel does since 8.0.
+        """
         feed = self.feed
         if not self.page_size_is_known and self.blocks and (yield from self._has_pages()):
             self.page_size = yield from find_page_size(feed, self.blocks, self.page_size)
             self.page_size_is_known = True
         page_size = self.page_size
         while True:
+            if until_end and not len(feed) and not (yield from feed.more()):
+                return
             buffer, begin, end = feed.buffer
             if self.block is not None:
                 runs, position = pages.scan(buffer, begin, end, offset=feed.offset, page_size=page_size)
                 if runs:
                     yield from self._inside(Pages(self.block, False, page_size, 0, runs), position - begin)
+                    continue
                 if self._is_cut_page() and (yield from feed.more()):
                     continue
             if feed.view(8) == _EOS_BYTES:  # of a section's records the one that always comes
@@ -298,8 +298,8 @@ class RamSection:
 
     @staticmethod
     def _first_outside(runs: Sequence[PageRun], block_length: int, page_size: int) -> int | None:
-        """Which run is the first that reaches beyond the block's end; mostly two maxima show that none does."""
-        if max(map(_START, runs)) + max(map(_PAGE_COUNT, runs)) * page_size <= block_length:
+        """Which run is the first that reaches beyond the block's end."""
+        if max(map(_END, intervals_of(runs, page_size))) <= block_length:
             return None
         ends = (start + count * page_size for _, _, start, count in runs)
         return next((index for index, end in enumerate(ends) if end > block_length), None)

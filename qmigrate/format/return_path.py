@@ -17,6 +17,7 @@ __all__ = [
     "BITMAP_END_MARK",
     "LONGEST_MESSAGE",
     "MESSAGES",
+    "SHORTEST",
     "BitmapEnd",
     "Message",
     "MessageHeader",
@@ -153,16 +154,17 @@ MESSAGES: Final[Mapping[MessageType, type[Message]]] = {
 
 
 class ReturnPathEntry(NamedTuple):
-    """A message, where its header begins in the stream, and how many bytes it takes in all."""
+    """A message, where its header begins in the stream, how many bytes it takes in all, and those bytes."""
 
     offset: int
     length: int
     message: Message
+    raw: bytes
 
 
 _TRAIL: Final = ("return path",)
 _HEADER_BYTES: Final = 4
-_SHORTEST: Final = {MessageType.REQ_PAGES_ID: 13, MessageType.RECV_BITMAP: 1}  # with an empty name
+SHORTEST: Final = {MessageType.REQ_PAGES_ID: 13, MessageType.RECV_BITMAP: 1}  # with an empty name
 _BITMAP_UNIT: Final = 8  # QEMU rounds the bitmap up to whole u64 words, on hosts of any word size
 
 
@@ -191,6 +193,7 @@ def encode_message(message: Message) -> bytes:
 def _message(feed: Feed) -> Generator[None, None, ReturnPathEntry]:
     start = feed.offset
     header, size = yield from feed.record(MessageHeader, _TRAIL)
+    head = bytes(feed.view(size))
     trail = (*_TRAIL, header.kind.name)
     _check_length(header, start, trail)
     feed.skip(size)
@@ -199,7 +202,7 @@ def _message(feed: Feed) -> Generator[None, None, ReturnPathEntry]:
     if header.kind is MessageType.RECV_BITMAP:
         data += yield from _bitmap(feed, trail)
     message = MESSAGES[header.kind].read(data, offset=start + size, trail=trail)
-    return ReturnPathEntry(start, feed.offset - start, message)
+    return ReturnPathEntry(start, feed.offset - start, message, head + data)
 
 
 def _bitmap(feed: Feed, trail: tuple[str, ...]) -> Generator[None, None, bytes]:
@@ -222,7 +225,7 @@ def _check_length(header: MessageHeader, start: int, trail: tuple[str, ...]) -> 
     if fixed is not None:
         good, expected = header.length == fixed, str(fixed)
     else:
-        shortest = _SHORTEST[header.kind]
+        shortest = SHORTEST[header.kind]
         good, expected = shortest <= header.length <= LONGEST_MESSAGE, f"{shortest} to {LONGEST_MESSAGE}"
     if not good:
         raise StreamError(f"length is {header.length}, expected {expected}", offset=start + 2, trail=trail)
@@ -230,7 +233,7 @@ def _check_length(header: MessageHeader, start: int, trail: tuple[str, ...]) -> 
 
 def _check_name(header: MessageHeader, data: bytes, start: int, trail: tuple[str, ...]) -> None:
     """The name has a length of its own, which must agree; QEMU checks that of REQ_PAGES_ID alone."""
-    shortest = _SHORTEST.get(header.kind)
+    shortest = SHORTEST.get(header.kind)
     if shortest is None:
         return
     name = data[shortest - 1]

@@ -11,18 +11,18 @@ import heapq
 import re
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import COMMANDS, CommandNumber
-from qmigrate.format.device import VmState, decode_state
+from qmigrate.format.device import VmState, decode_state, decode_whole
 from qmigrate.format.stream import SectionHeader, SectionType
-from qmigrate.format.vmdesc import Description, DeviceDescription, parse_description
+from qmigrate.format.vmdesc import Description, DeviceDescription, StructDescription, parse_description
 
-__all__ = ["ClosingFinder", "Item", "Tail", "find_description", "find_ends", "plausible_header", "read_tail"]
+__all__ = ["Chooser", "ClosingFinder", "Item", "Tail", "find_description", "find_ends", "plausible_header", "read_tail"]
 
 FOOTER_BYTES: Final = 5
 LONGEST_HEADER: Final = 6 + 255 + 8
@@ -50,13 +50,14 @@ _FOOTER: Final = re.compile(
     rb"(?:\x04(?:(?s:.{5})[\x21-\x7e]|(?s:.{0,5})\Z)|\x00(?:\x06|\Z)|\x08(?:\x00[\x01-\x0b]|\x00?\Z)|\Z))"
 )
 _MOST_OPENINGS: Final = 16  # tried as the end of one section
+_MOST_STRETCHES: Final = 4  # the same, of one that is decoded up to there
 
 
 class Item(NamedTuple):
     """A piece of the tail, ``begin`` to ``end``: a section, a command, or (with no header) what is ambiguous.
 
     Of a section, ``body`` and ``body_end`` bound its data; ``state`` is None where it was not decoded, for
-    ``reason``.
+    ``reason``.  ``schema`` names whose description decoded it, where a ``Chooser`` found that.
     """
 
     begin: int
@@ -67,6 +68,7 @@ class Item(NamedTuple):
     state: VmState | None = None
     reason: str | None = None
     command: CommandNumber | None = None
+    schema: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,13 @@ class Tail:
     items: list[Item]
     end: int
     error: StreamError | None = None
+
+
+class Chooser(Protocol):
+    """Finds a description for a stream that has none, by the sections that are in it."""
+
+    def choose(self, read: Callable[[Description | None], Tail], machine_type: str | None) -> Tail:
+        """The best of what ``read`` makes of the tail under each description that may fit, or under None."""
 
 
 def plausible_header(data: bytes | memoryview, at: int = 0) -> SectionHeader | None:
@@ -169,14 +178,23 @@ class ClosingFinder:
         return (tail, description, end) if is_sure else None
 
 
-def read_tail(data: bytes, *, base: int, footers: bool | None, description: Description | None, package: bool) -> Tail:
+def read_tail(
+    data: bytes,
+    *,
+    base: int,
+    footers: bool | None,
+    description: Description | None,
+    package: bool,
+    foreign: bool = False,
+) -> Tail:
     """The sections (and, in a package, commands) at the front of ``data``, which stands at ``base``.
 
-    ``footers`` says whether sections have them, None where that is not known.
+    ``footers`` says whether sections have them, None where that is not known.  A ``foreign`` description is another
+    stream's: what is optional in a section is then told by the bytes.
 
     A package ends with its last byte; other tails with EOF, which is left for the caller.
     """
-    search = _Search(data, base, footers, description, package)
+    search = _Search(data, base, footers, description, package, foreign)
     search.run()
     return search.result()
 
@@ -190,6 +208,7 @@ class _Search:
     footers: bool | None
     description: Description | None
     package: bool
+    foreign: bool
     edges: dict[int, list[Item]] = field(default_factory=dict)
     steps: int = 0
     places: list[tuple[int, int]] | None = None
@@ -295,18 +314,50 @@ class _Search:
         ends: set[int] = set()
         for device in devices:
             try:
-                state, used = decode_state(
-                    device.body, self.data, begin=body, offset=self.base + body, trail=(header.idstr,)
-                )
-                item = self.closed(at, header, body, body + used, state)
+                item = self.decoded(at, header, body, device.body)
             except StreamError as exc:
                 reason = f"the description does not fit: {exc}"
-                continue
+                stretched = self.stretched(at, header, body, device.body) if self.foreign else None
+                if stretched is None:
+                    continue
+                item = stretched
             if item.end not in ends:
                 ends.add(item.end)
                 yield item
         if not ends:
             yield from self.by_footer(at, header, body, reason)
+
+    def decoded(self, at: int, header: SectionHeader, body: int, described: StructDescription) -> Item:
+        """The section by this description.  Raises ``StreamError`` where it does not fit."""
+        state, used = decode_state(
+            described,
+            self.data,
+            begin=body,
+            offset=self.base + body,
+            trail=(header.idstr,),
+            foreign=self.foreign,
+        )
+        return self.closed(at, header, body, body + used, state)
+
+    def stretched(self, at: int, header: SectionHeader, body: int, described: StructDescription) -> Item | None:
+        """A section that is nothing but a virtio device, whose length the description knows only as it was.
+
+        What is in it tells whether it ends at a footer: subsections of its own, up to the last byte.
+        """
+        if [field.type for field in described.fields] != ["virtio"]:
+            return None
+        for end, _ in islice(self.closings_from(header.section_id, body), _MOST_STRETCHES):
+            try:
+                state = decode_whole(described, self.data, begin=body, end=end, offset=self.base + body)
+                return self.closed(at, header, body, end, state)
+            except StreamError:
+                continue
+        return None
+
+    def closings_from(self, section_id: int, begin: int) -> Iterator[tuple[int, int]]:
+        """The places of ``closings`` of one section from ``begin`` on."""
+        places = [] if self.footers is False else self.closings().get(section_id, [])
+        return islice(places, bisect_left(places, (begin, _NO_SECTION)), None)
 
     def closed(self, at: int, header: SectionHeader, body: int, end: int, state: VmState) -> Item:
         """The section as decoded.  Raises ``StreamError`` where no footer closes it."""

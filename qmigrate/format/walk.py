@@ -6,14 +6,14 @@ None where bytes are missing: its driver then gives the feed more, or ends it, a
 migration/savevm.c: qemu_loadvm_state(), qemu_loadvm_state_main()
 """
 
-import re
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
-from qmigrate.format._record import Record
 from qmigrate.format.command import Packaged, PageSizes, PostcopyAdvise, read_command
+from qmigrate.format.configuration import announced_capabilities, announced_page_bits, read_configuration
+from qmigrate.format.early import end_of_early, is_before_tail
 from qmigrate.format.entry import (
     Configuration,
     ConfigurationSubsection,
@@ -28,33 +28,27 @@ from qmigrate.format.entry import (
 )
 from qmigrate.format.feed import Feed
 from qmigrate.format.page_size import page_size_of_machine
-from qmigrate.format.ram import MARKERS, PAGE_KINDS, RAM_VERSION, RamFlag
+from qmigrate.format.ram import RAM_VERSION
 from qmigrate.format.ram_section import RamSection
 from qmigrate.format.stream import (
     MAGIC,
     VERSION,
-    ConfigurationCapabilities,
-    ConfigurationHeader,
-    ConfigurationTargetPageBits,
-    ConfigurationUuid,
     EndOfFile,
     FileHeader,
     Footer,
     SectionHeader,
     SectionPart,
     SectionType,
-    SubsectionHeader,
     VmDescriptionHeader,
 )
 from qmigrate.format.tail import (
     FOOTER_BYTES,
-    LONGEST_HEADER,
+    Chooser,
     ClosingFinder,
     Item,
     Tail,
     find_description,
     find_ends,
-    plausible_header,
     read_tail,
 )
 from qmigrate.format.vmdesc import Description
@@ -86,32 +80,21 @@ class Limits:
     package: int = 1 << 30
 
 
-_CONFIGURATION_BODIES: Final[dict[str, type[Record]]] = {
-    "configuration/target-page-bits": ConfigurationTargetPageBits,
-    "configuration/capabilities": ConfigurationCapabilities,
-    "configuration/uuid": ConfigurationUuid,
-}
+MULTIFD_MAGIC: Final = 0x11223344
 _DEEPEST_PACKAGE: Final = 16
-_MOST_EARLY: Final = 256  # FULL sections before RAM's contents, at which is looked
-_MOST_LOOKS: Final = 1_000_000  # at what may be the next header
-# How the next section may open, and RAM's START: its name, instance 0, version 4.
-_OPENING: Final = re.compile(rb"[\x01\x04](?=(?s:.{5})[\x21-\x7e]|(?s:.{0,5})\Z)|[\x02\x03]")
-_RAM_START: Final = re.compile(rb"\x01(?s:.{4})\x03ram\x00{7}\x04")
-_RAM_START_BYTES: Final = 17
-_LONGEST_MACHINE_TYPE: Final = 4096
 
 
 def walk(
     feed: Feed,
     *,
-    description: Description | None = None,
+    description: Description | Chooser | None = None,
     page_size: int | None = None,
     limits: Limits | None = None,
 ) -> Step:
     """All entries of the stream.  Raises ``StreamError`` at a fault, ``NoStreamError`` where there is none.
 
-    ``description`` decodes device state where the stream has none of its own (postcopy); ``page_size`` is the
-    target's, in bytes, where the caller knows it.
+    ``description`` decodes device state where the stream has none of its own (postcopy), or a chooser finds one
+    that does; ``page_size`` is the target's, in bytes, where the caller knows it.
     """
     yield from Walker(feed, description=description, page_size=page_size, limits=limits).run()
 
@@ -123,12 +106,13 @@ class Walker:
         self,
         feed: Feed,
         *,
-        description: Description | None = None,
+        description: Description | Chooser | None = None,
         page_size: int | None = None,
         limits: Limits | None = None,
     ) -> None:
         self.feed = feed
         self.schema = description
+        self.machine_type: str | None = None
         self.limits = limits or Limits()
         self.page_size = page_size or 4096
         self._page_size_is_known = page_size is not None
@@ -144,9 +128,37 @@ class Walker:
     # -- the top
 
     def run(self) -> Step:
+        """The main channel, from its header on."""
         yield from self._header()
         if (yield from self.feed.peek()) == SectionType.CONFIGURATION:
             yield from self._configuration()
+        yield from self._sections()
+
+    def resume(self, feed: Feed) -> Step:
+        """Main goes on over a new connection, after a postcopy was paused: without a header.
+
+        migration/savevm.c: postcopy_do_resume()
+        """
+        self.feed = feed
+        if self.ram is not None:
+            self.ram.feed = feed
+            self.ram.forget_block()
+        yield from self._sections()
+
+    def preempt(self, feed: Feed) -> Step:
+        """The channel of pages that were asked for: records of RAM, and no section around them.
+
+        migration/ram.c: postcopy_preempt_setup(), ram_load_postcopy()
+        """
+        ram = RamSection(
+            feed, page_size=self.page_size, is_known=True, capabilities=self.capabilities, advised=self.advised
+        )
+        if self.ram is not None:
+            ram.page_size, ram.blocks = self.ram.page_size, self.ram.blocks
+        while len(feed) or (yield from feed.more()):
+            yield from ram.records(until_end=True)
+
+    def _sections(self) -> Step:
         while True:
             kind = yield from self.feed.peek(("a section",))
             match kind:
@@ -154,7 +166,7 @@ class Walker:
                     yield from self._command()
                 case SectionType.START | SectionType.FULL:
                     header, length = yield from self.feed.record(SectionHeader)
-                    if self.ram is not None and not (yield from self._is_before_tail(header, length)):
+                    if self.ram is not None and not (yield from is_before_tail(self, header, length)):
                         yield from self._tail()
                         return
                     yield self._entry(header, length)
@@ -183,6 +195,8 @@ class Walker:
             header, length = yield from self.feed.record(FileHeader)
         except TruncatedError as exc:
             raise NoStreamError(f"no migration stream: {len(self.feed)} bytes are there, its header has 8") from exc
+        if header.magic == MULTIFD_MAGIC:
+            raise NoStreamError("a multifd channel; its migration is read with its main channel (--channel)")
         if header.magic != MAGIC:
             raise NoStreamError(f"no migration stream: it begins with {header.magic:08x}, expected {MAGIC:08x} (QEVM)")
         if header.version != VERSION:
@@ -190,60 +204,17 @@ class Walker:
         yield self._entry(header, length)
 
     def _configuration(self) -> Step:
-        start, trail = self.feed.offset, ("configuration",)
-        header, length = yield from self.feed.record(ConfigurationHeader, trail)
-        if header.length > _LONGEST_MACHINE_TYPE:
-            raise StreamError(
-                f"the machine type's name has {header.length} bytes, expected at most {_LONGEST_MACHINE_TYPE}",
-                offset=start + 1,
-                trail=trail,
-            )
-        length += header.length
-        yield from self.feed.need(length, trail)
-        name = bytes(self.feed.view(length)[5:]).decode("utf-8", "surrogateescape")
-        subsections: list[ConfigurationSubsection] = []
-        while (yield from self._has(length, SectionType.SUBSECTION)):
-            subsection, length = yield from self._configuration_subsection(length, trail)
-            subsections.append(subsection)
-        self._configured(name, subsections)
-        yield self._entry(Configuration(machine_type=name, subsections=tuple(subsections)), length)
-
-    def _has(self, at: int, kind: SectionType) -> Generator[None, None, bool]:
-        """Does the byte ``at`` bytes ahead open this?"""
-        while len(self.feed) <= at:
-            if not (yield from self.feed.more()):
-                return False
-        return self.feed.view(at + 1)[at] == kind
-
-    def _configuration_subsection(
-        self, at: int, trail: Sequence[str]
-    ) -> Generator[None, None, tuple[ConfigurationSubsection, int]]:
-        start = self.feed.offset + at
-        header, at = yield from self.feed.ahead(SubsectionHeader, at, trail)
-        body_class = _CONFIGURATION_BODIES.get(header.name)
-        if body_class is None:
-            raise UnsupportedError(
-                f"unknown subsection {header.name!r}, expected one of {', '.join(_CONFIGURATION_BODIES)}",
-                offset=start,
-                trail=trail,
-            )
-        body, at = yield from self.feed.ahead(body_class, at, (*trail, header.name))
-        return ConfigurationSubsection(header=header, body=body), at
-
-    def _configured(self, machine_type: str, subsections: Sequence[ConfigurationSubsection]) -> None:
-        bits: int | None = None
-        for subsection in subsections:
-            match subsection.body:
-                case ConfigurationTargetPageBits() as body:
-                    bits = body.target_page_bits
-                case ConfigurationCapabilities() as body:
-                    self.capabilities = frozenset(capability.name for capability in body.names)
-        if bits is not None and 8 <= bits <= 16:
+        configuration, length = yield from read_configuration(self.feed)
+        self.machine_type = configuration.machine_type
+        self.capabilities = announced_capabilities(configuration)
+        bits = announced_page_bits(configuration)
+        if bits is not None:
             self.page_size = 1 << bits
             self._page_size_is_known = True
-        elif not self._page_size_is_known and (size := page_size_of_machine(machine_type)) is not None:
+        elif not self._page_size_is_known and (size := page_size_of_machine(configuration.machine_type)) is not None:
             self.page_size = size
             self._page_size_is_known = True
+        yield self._entry(configuration, length)
 
     # -- commands
 
@@ -284,7 +255,7 @@ class Walker:
         if not missing:
             yield from self._packaged(bytes(data), base, 1)
             return
-        tail = read_tail(bytes(data), base=base, footers=self.footers, description=self.schema, package=True)
+        tail = self._read_tail(bytes(data), base, package=True)
         yield from self._items(tail.items, bytes(data), base, 1)
         raise TruncatedError(
             f"the stream ends here, {missing} of {command.length} bytes too soon",
@@ -295,7 +266,7 @@ class Walker:
     def _packaged(self, data: bytes, base: int, depth: int) -> Step:
         if depth > _DEEPEST_PACKAGE:
             raise UnsupportedError(f"packages nested deeper than {_DEEPEST_PACKAGE}", offset=base)
-        tail = read_tail(data, base=base, footers=self.footers, description=self.schema, package=True)
+        tail = self._read_tail(data, base, package=True)
         yield from self._items(tail.items, data, base, depth)
         if tail.error is not None:
             raise tail.error
@@ -314,7 +285,7 @@ class Walker:
             self.sections[item.header.section_id] = item.header
             yield Entry(base + item.begin, item.body - item.begin, item.header, view[item.begin : item.body], depth)
             body: StreamRecord = (
-                DeviceState(item.state)
+                DeviceState(item.state, item.schema)
                 if item.state is not None
                 else Undecoded(data[item.body : item.body_end], item.reason or "")
             )
@@ -401,7 +372,7 @@ class Walker:
         trail = (header.idstr,)
         if self.footers is None:
             # Nothing announces footers: the first section whose length is known shows them.
-            self.footers = yield from self._has(0, SectionType.FOOTER)
+            self.footers = (yield from self.feed.byte(0)) == SectionType.FOOTER
         if not self.footers:
             return
         footer, length = yield from self.feed.record(Footer, trail)
@@ -413,45 +384,9 @@ class Walker:
             )
         yield self._entry(footer, length)
 
-    def _is_before_tail(self, header: SectionHeader, length: int) -> Generator[None, None, bool]:
-        """Is this no device of the tail: a START, or an early FULL between RAM's START and END?
-
-        10.0 sends virtio-mem's there.  A background snapshot has its devices there too: those are the tail, as no
-        part of RAM follows them.
-        """
-        if header.kind == SectionType.START:
-            return True
-        if self.ram_ended:
-            return False
-        for _ in range(_MOST_EARLY):
-            end = yield from self._early_end(header, length)
-            if end is None:
-                return False
-            after = end if self.footers is False else end + FOOTER_BYTES
-            data = bytes(self.feed.view(after + LONGEST_HEADER)[after:])
-            if self._opens_part(data):
-                return True
-            following = plausible_header(data)
-            if following is None or following.kind != SectionType.FULL:
-                return False
-            header, length = following, after + len(following.build())
-        return False
-
     def _early(self, header: SectionHeader) -> Step:
-        """A FULL section before RAM: it ends at the first footer of its own that plausibly goes on."""
-        end = yield from self._early_end(header, 0)
-        if end is None and not self.feed.ended:
-            raise UnsupportedError(
-                f"given up after {_MOST_LOOKS} places where a section of unknown length might end",
-                offset=self.feed.offset,
-                trail=(header.idstr,),
-            )
-        if end is None:
-            raise TruncatedError(
-                "the stream ends here, in a section whose footer has not come",
-                offset=self.feed.offset + len(self.feed),
-                trail=(header.idstr,),
-            )
+        """A FULL section before RAM."""
+        end = yield from end_of_early(self, header)
         how = "there are no footers, so it is taken to end where the next header stands"
         if self.footers is not False:
             self.footers = True
@@ -459,99 +394,6 @@ class Walker:
         reason = f"it comes before the description: {how}"
         yield self._entry(Undecoded(bytes(self.feed.view(end)), reason), end)
         yield from self._footer(header)
-
-    def _early_end(self, header: SectionHeader, begin: int) -> Generator[None, None, int | None]:
-        """How far ahead the section's footer stands, looking from ``begin`` bytes ahead; None without one.
-
-        Without footers: where the next header stands.  RAM's header before any footer shows that there are none.
-        """
-        if self.footers is False:
-            return (yield from self._next_header(header, begin))
-        mark = Footer(section_id=header.section_id).build()
-        searched = begin
-        while True:
-            buffer, first, last = self.feed.buffer
-            found = buffer.find(mark, first + searched, last)
-            if self.footers is None and _RAM_START.search(
-                buffer, first + max(begin, searched - _RAM_START_BYTES), last if found < 0 else found
-            ):
-                self.footers = False
-                return (yield from self._next_header(header, begin))
-            if found >= 0:
-                searched = found - first
-                after = searched + len(mark)
-                if len(self.feed) < after + LONGEST_HEADER and (yield from self.feed.more()):
-                    continue
-                if self._plausibly_opens(bytes(self.feed.view(after + LONGEST_HEADER)[after:])):
-                    return searched
-                searched += 1
-                continue
-            searched = max(searched, len(self.feed) - len(mark) + 1)
-            self._check_early_length(header)
-            if not (yield from self.feed.more()):
-                return None
-
-    def _next_header(self, header: SectionHeader, begin: int) -> Generator[None, None, int | None]:
-        """How far ahead the next thing opens that is no part of a device's data, by its looks; None without one."""
-        searched, looks = begin, 0
-        while looks <= _MOST_LOOKS:
-            buffer, first, last = self.feed.buffer
-            found = _OPENING.search(buffer, first + searched, last)
-            if found is not None:
-                looks += 1
-                searched = found.start() - first
-                if len(self.feed) < searched + LONGEST_HEADER and (yield from self.feed.more()):
-                    continue
-                view = self.feed.view()
-                if plausible_header(view, searched) is not None or self._goes_on(view, searched):
-                    return searched
-                searched += 1
-                continue
-            searched = max(begin, len(self.feed))
-            self._check_early_length(header)
-            if not (yield from self.feed.more()):
-                break
-        return None
-
-    def _goes_on(self, view: memoryview, at: int) -> bool:
-        """Do PART or END stand here, and if they are RAM's, a record of RAM behind them?"""
-        data = bytes(view[at : at + LONGEST_HEADER]) if view[at] in (2, 3) else b""
-        if not self._opens_part(data):
-            return False
-        if self.sections[int.from_bytes(data[1:5])].idstr != "ram" or self.ram is None:
-            return True
-        word = int.from_bytes(data[5:13])
-        flags = word & (self.ram.page_size - 1)
-        if flags in MARKERS:
-            return word == flags
-        if flags & ~RamFlag.CONTINUE not in PAGE_KINDS:
-            return False
-        name = data[14 : 14 + data[13]].decode("utf-8", "surrogateescape") if len(data) > 13 else ""
-        return name in self.ram.blocks if not flags & RamFlag.CONTINUE else self.ram.block is not None
-
-    def _check_early_length(self, header: SectionHeader) -> None:
-        if len(self.feed) > self.limits.device_state:
-            raise UnsupportedError(
-                f"a section of more than {self.limits.device_state} bytes (--max-device-state)",
-                offset=self.feed.offset,
-                trail=(header.idstr,),
-            )
-
-    def _plausibly_opens(self, data: bytes) -> bool:
-        """Is this how the next thing at the top of the stream may begin?  Fewer bytes than a header: its end."""
-        match data[:1]:
-            case b"\x08":
-                return True
-            case b"\x00":  # alone it proves nothing: a stream of devices alone ends so, and with a description
-                return len(data) == 1 or data[1:2] == b"\x06"
-        return self._opens_part(data) or plausible_header(data) is not None
-
-    def _opens_part(self, data: bytes) -> bool:
-        """PART or END of a section that a START has opened."""
-        if data[:1] not in (b"\x02", b"\x03"):
-            return False
-        header = self.sections.get(int.from_bytes(data[1:5]))
-        return header is not None and header.kind == SectionType.START
 
     # -- the end
 
@@ -584,10 +426,21 @@ class Walker:
             if tail.error is None and tail.end == at:
                 return tail, description
         for at in find_ends(data, footers=footers):
-            tail = read_tail(data[: at + 1], base=base, footers=footers, description=self.schema, package=False)
+            tail = self._read_tail(data[: at + 1], base, package=False)
             if tail.error is None and tail.end == at:
                 return tail, None
-        return read_tail(data, base=base, footers=footers, description=self.schema, package=False), None
+        return self._read_tail(data, base, package=False), None
+
+    def _read_tail(self, data: bytes, base: int, *, package: bool) -> Tail:
+        """Where the stream has no description of its own."""
+
+        def read(description: Description | None) -> Tail:
+            footers = self.footers
+            return read_tail(data, base=base, footers=footers, description=description, package=package, foreign=True)
+
+        if self.schema is None or isinstance(self.schema, Description):
+            return read(self.schema)
+        return self.schema.choose(read, self.machine_type)
 
     def _closing(self, data: bytes, base: int, at: int, description: Description | None) -> Step:
         """EOF, the description, and what stands behind it."""
@@ -609,7 +462,7 @@ class Walker:
 
     def _after_eof(self) -> Step:
         """A stream without FULL sections after RAM, or a postcopy stream, which ends with EOF."""
-        if not self.switched and (yield from self._has(0, SectionType.VMDESCRIPTION)):
+        if not self.switched and (yield from self.feed.byte(0)) == SectionType.VMDESCRIPTION:
             header, length = yield from self.feed.record(VmDescriptionHeader, ("description",))
             yield self._entry(header, length)
             offset = self.feed.offset

@@ -14,8 +14,11 @@ from qmigrate.format._record import Record
 from qmigrate.format.command import Command, encode_command
 from qmigrate.format.device import encode_state
 from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages, encode_mapped
+from qmigrate.format.multifd import DeviceStatePacket, PagePacket, encode_packet, header_length
 from qmigrate.format.ram import BlockList, Pages, RamFlag, RamRecord
+from qmigrate.format.return_path import Message, encode_message
 from qmigrate.format.stream import ConfigurationHeader, Footer, SectionPart
+from qmigrate.format.stretch import Stretch, count_pages
 from qmigrate.format.walk import (
     Configuration,
     DeviceState,
@@ -30,6 +33,7 @@ from qmigrate.format.walk import (
 __all__ = ["encode", "write"]
 
 
+_PAGE: Final = int(RamFlag.PAGE)
 _ZERO: Final = int(RamFlag.ZERO)
 _CONTINUE: Final = int(RamFlag.CONTINUE)
 _HEAD: Final = struct.Struct(">Q")
@@ -45,7 +49,7 @@ def write(entries: Iterable[Entry]) -> Iterator[bytes | bytearray]:
         yield encode(entry.record, contents=entry.view)
 
 
-def encode(
+def encode(  # noqa: PLR0912 - one row a record
     record: StreamRecord, *, contents: bytes | memoryview | None = None, page_size: int = 4096
 ) -> bytes | bytearray:
     """The bytes of one record, from its values.
@@ -67,6 +71,10 @@ def encode(
             return _built(record)
         case MappedPages():
             return encode_mapped(record, contents)
+        case PagePacket() | DeviceStatePacket():
+            return _encode_packet(record, contents)
+        case Message():
+            return encode_message(record)
         case Record() | BlockList() | MappedBlock() | MappedBitmap() | Gap():
             return record.build()
         case Configuration():
@@ -90,6 +98,13 @@ def _built_marker(record: RamRecord) -> bytes:
     return record.build(page_size=1 << 12)  # a marker's word is but its flag, whatever the page's size
 
 
+def _encode_packet(record: PagePacket | DeviceStatePacket, contents: bytes | memoryview | None) -> bytes:
+    """Of pages the data out of ``contents``, which begin with a header as long as theirs."""
+    if isinstance(record, DeviceStatePacket) or contents is None:
+        return encode_packet(record)
+    return encode_packet(record, contents[header_length(record.page_size) :])
+
+
 def _encode_configuration(record: Configuration) -> bytes:
     name = record.machine_type.encode("utf-8", "surrogateescape")
     parts = [ConfigurationHeader(length=len(name)).build(), name]
@@ -103,16 +118,20 @@ def _encode_pages(pages: Pages, contents: bytes | memoryview | None) -> bytearra
     name = pages.block.encode("utf-8", "surrogateescape")
     if len(name) > 0xFF:
         raise StreamError(f"a block's name holds at most 255 bytes, {pages.block!r} has {len(name)}")
-    length = sum(count * pages.record_bytes(flag) for _, flag, _, count in pages.runs)
+    normal, zero = count_pages(pages.runs)
+    length = normal * pages.record_bytes(_PAGE) + zero * pages.record_bytes(_ZERO)
     length += 1 + len(name) if pages.named else 0
-    if contents is None and not any(flag == RamFlag.PAGE for _, flag, _, _ in pages.runs):
+    if contents is None and not normal:
         contents = bytes(length)
     if contents is None or len(contents) != length:
         given = 0 if contents is None else len(contents)
         raise StreamError(f"the runs take {length} bytes, {given} bytes of contents are given")
     out = bytearray(contents)
     try:
-        _encode_runs(out, pages, name)
+        if isinstance(pages.runs, Stretch) and not pages.named and not pages.fill:
+            _encode_stretch(out, pages.runs)
+        else:
+            _encode_runs(out, pages, name)
     except (struct.error, ValueError) as exc:  # ValueError: a fill that is no byte
         raise StreamError(f"the runs can't be written: {exc}") from exc
     return out
@@ -133,6 +152,18 @@ def _encode_runs(out: bytearray, pages: Pages, name: bytes) -> None:
             out[at] = pages.fill
         at += pages.record_bytes(flag) - 8
         at = _encode_run(out, at, start + pages.page_size, flag, count - 1, pages)
+
+
+def _encode_stretch(out: bytearray, stretch: Stretch) -> None:
+    pack, at = _HEAD.pack_into, 0
+    normal, mask, stride = _PAGE | _CONTINUE, stretch.page_size - 1, _HEAD.size + stretch.page_size
+    for number in stretch.numbers:
+        pack(out, at, number)
+        if number & mask == normal:
+            at += stride
+        else:
+            out[at + 8] = 0
+            at += 9
 
 
 def _encode_run(out: bytearray, at: int, start: int, flag: int, count: int, pages: Pages) -> int:

@@ -1,20 +1,104 @@
-"""How a migration ended: when both sides have come to rest, what they say last, and why it failed."""
+"""How a migration ends: both sides come to rest, say their last, and it is said why, and where the guest is."""
 
 import asyncio
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Final
 
-from qmigrate.errors import QemuDiedError, QmpTimeoutError
+from qmigrate.errors import QemuDiedError, QmpError, QmpTimeoutError
 from qmigrate.events import Side
-from qmigrate.operations.watch import Watched
-from qmigrate.operations.whereabouts import Reach, View, ask
+from qmigrate.operations.course import Course, Ended
+from qmigrate.operations.recover import Recoveries, until
+from qmigrate.operations.result import MigrationResult, Outcome
+from qmigrate.operations.watch import Watched, progress
+from qmigrate.operations.whereabouts import Place, Reach, View, ask, locate
 from qmigrate.qmp.migration import FINAL_STATUSES
 from qmigrate.qmp.postcopy import PAUSED
 
-__all__ = ["at_rest", "last_views", "why"]
+__all__ = ["BLOCKED_AFTER_S", "complete", "conclude", "settle"]
+
+SETTLES_WITHIN_S: Final = 5.0
+FOLLOWS_WITHIN_S: Final = 2.0
 
 BLOCKED_AFTER_S: Final = 2.0
 """A destination that is paused and answers nothing for so long waits for a page."""
+
+
+async def complete(course: Course) -> Ended:
+    """The source is done: is the destination?"""
+    destination = course.destination
+
+    def done() -> bool:
+        return (
+            destination.failure is not None
+            or destination.status == "failed"
+            or (destination.took_over and destination.status == "completed")
+        )
+
+    await until(done, course.news, [destination], course.plan.answer_timeout_s)
+    if destination.failure is not None or destination.status != "completed":
+        return Ended(Outcome.FAILED, "" if destination.failure else f"the destination is {destination.status}")
+    return Ended(Outcome.COMPLETED)
+
+
+async def settle(course: Course) -> bool:
+    """Something failed.  Let both sides come to rest, and keep the guest on the source while that can be.
+
+    True: what failed was the destination, because somebody else had the source cancel.
+    """
+    source, destination = course.source, course.destination
+
+    def rest() -> bool:
+        return at_rest(source, destination)
+
+    patience_s = min(SETTLES_WITHIN_S if source.failure is None else FOLLOWS_WITHIN_S, course.plan.answer_timeout_s)
+    await until(rest, course.news, [source, destination], patience_s)
+    if source.status == "cancelled" and not course.cancelling:
+        return True
+    if not rest() and source.failure is None and source.status not in FINAL_STATUSES and not course.switched:
+        with suppress(QmpError):
+            await course.cancel("so that the guest stays on the source")
+            await until(rest, course.news, [source], patience_s)
+    return False
+
+
+async def conclude(course: Course, ended: Ended, phase: str, recoveries: Recoveries) -> MigrationResult:
+    """Ask both sides, and say how it ended.  ``phase``: in which it did."""
+    views = await last_views(course)
+    guest = locate(views[Side.SOURCE], views[Side.DESTINATION])
+    outcome, reason = ended.outcome, ended.reason
+    if outcome is Outcome.COMPLETED and guest.place is not Place.DESTINATION:
+        outcome, reason = Outcome.FAILED, "both sides said that it was complete"
+    if outcome is Outcome.COMPLETED:
+        message = _summary(course, recoveries)
+    elif outcome is Outcome.CANCELLED:
+        message = f"in {phase}: {reason}"  # what the destination says of it is no news
+    else:
+        message = why(phase, reason, course.sides, views)
+    result = MigrationResult(
+        outcome=outcome,
+        guest=guest,
+        message=message,
+        switched=course.went_into_postcopy,
+        recoveries=recoveries.count,
+        total_s=course.elapsed_s,
+        views=views,
+        events=course.events,
+    )
+    for side, view in views.items():  # the last numbers of all: what precopy stopped the guest for, and more
+        if view.info is not None:
+            course.tell(progress(side, view.info, course.sides[side].passes.completed))
+    course.tell(result.finished())
+    return result
+
+
+def _summary(course: Course, recoveries: Recoveries) -> str:
+    how = "with postcopy" if course.went_into_postcopy else "by precopy"
+    if not course.went_into_postcopy and course.switch_sent:
+        how = "by precopy: it was already complete when the switch to postcopy came, which then changes nothing"
+    elif not course.went_into_postcopy and course.plan.postcopy:
+        how = "by precopy: it was already complete before the switch to postcopy was due"
+    return f"migrated {how}{recoveries.summary}"
 
 
 def at_rest(source: Watched, destination: Watched) -> bool:
@@ -25,8 +109,9 @@ def at_rest(source: Watched, destination: Watched) -> bool:
     )
 
 
-async def last_views(source: Watched, destination: Watched, *, timeout_s: float) -> dict[Side, View]:
+async def last_views(course: Course) -> dict[Side, View]:
     """Both sides, asked.  For a destination whose main loop waits for a page speaks what it said last."""
+    source, destination, timeout_s = course.source, course.destination, course.plan.answer_timeout_s
     may_wait = destination.failure is None and PAUSED in (source.status, destination.status)
     here, there = await asyncio.gather(
         ask(source.session, timeout_s=timeout_s),

@@ -38,7 +38,10 @@ async def recover(
 def migrate_blocking(
     source: Address, destination: Address, plan: Plan | None = None, *, on_event: OnEvent | None = None
 ) -> MigrationResult:
-    """``migrate()`` for code without asyncio.  ``on_event`` is called in another thread."""
+    """``migrate()`` for code without asyncio.  ``on_event`` is called in another thread.
+
+    Ctrl-C (KeyboardInterrupt) cancels precopy; postcopy goes on.  Raises RuntimeError inside a running event loop.
+    """
     with Blocking() as qmp:
         sessions = [qmp.enter(Session.connect(address)) for address in (source, destination)]
         return qmp.run(migrate(sessions[0], sessions[1], plan, on_event=on_event))

@@ -4,7 +4,7 @@ A plan says what is wanted; ``settle()`` makes of it what each side is told, or 
 """
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Any, Final, TypeAlias
 
 from qmigrate.errors import RefusedError
@@ -12,7 +12,7 @@ from qmigrate.events import Side
 from qmigrate.operations.policy import Policy
 from qmigrate.qmp.features import Features, NoSuchFeatureError
 
-__all__ = ["Plan", "Settings", "Value", "settle"]
+__all__ = ["Plan", "Settings", "Value", "measures_blocktime", "settle"]
 
 Value: TypeAlias = str | int | bool
 Hook: TypeAlias = Callable[[], Awaitable[None]]
@@ -20,11 +20,13 @@ Hook: TypeAlias = Callable[[], Awaitable[None]]
 SOURCE, DESTINATION = Side.SOURCE, Side.DESTINATION
 BOTH: Final = (SOURCE, DESTINATION)
 
+BLOCKTIME: Final = "postcopy-blocktime"
+
 # Which side a capability means something to.  All others: both.
 ONLY_AT: Final[Mapping[str, tuple[Side, ...]]] = {
     "xbzrle": (SOURCE,),
     "pause-before-switchover": (SOURCE,),
-    "postcopy-blocktime": (DESTINATION,),
+    BLOCKTIME: (DESTINATION,),
 }
 
 # What a plan turns off where it does not ask for it: left on by an earlier migration, it would change this one.
@@ -45,6 +47,9 @@ class Plan:
     ``recoveries``: how often a broken postcopy is brought back; None: without limit.  ``recover_uri`` and
     ``recover_listen`` are where (None: as before).
 
+    ``closely``: for a report, ask for numbers often, and have the destination of a postcopy measure how long pages
+    took, where it can.
+
     ``answer_timeout_s``: for every command.  ``connect_timeout_s``: for a source that resumes; QEMU 5.2 and 7.2 do
     not say that they could not connect.  ``stall_timeout_s``: for a migration that shows no sign of life.
     ``timeout_s``: for precopy as a whole.
@@ -58,6 +63,7 @@ class Plan:
     compression: str | None = None
     xbzrle: bool = False
     blocktime: bool = False
+    closely: bool = False
     bandwidth: int | None = None
     postcopy_bandwidth: int | None = None
     downtime_limit_ms: int | None = None
@@ -82,6 +88,12 @@ class Plan:
     def wants_postcopy(self) -> bool:
         return bool(self.postcopy) or self.preempt or "postcopy-ram" in self._turned_on
 
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it: what is not as by default.  A policy is its name and its numbers; of a hook, that it is."""
+        default = Plan()
+        values = {each.name: (getattr(self, each.name), getattr(default, each.name)) for each in fields(self)}
+        return {name: _plain(ours) for name, (ours, usual) in values.items() if ours != usual and (ours or usual)}
+
     @property
     def _turned_on(self) -> set[str]:
         return {name.rpartition(":")[2].removeprefix("x-") for name, state in self.capabilities.items() if state}
@@ -99,7 +111,7 @@ class Plan:
         if self.xbzrle:
             wanted["xbzrle"] = True
         if self.blocktime:
-            wanted["postcopy-blocktime"] = True
+            wanted[BLOCKTIME] = True
         if self.pause_before_switchover or self.before_switchover is not None:
             wanted["pause-before-switchover"] = True
         return wanted | dict(self.capabilities)
@@ -117,6 +129,18 @@ class Plan:
             "source:tls-hostname": self.tls_hostname,
         }
         return {name: value for name, value in named.items() if value is not None} | dict(self.parameters)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, str | int | float | None):
+        return value
+    if isinstance(value, Sequence):
+        return [_plain(each) for each in value]
+    if is_dataclass(value) and not isinstance(value, type):
+        return {"policy": type(value).__name__, **asdict(value)}
+    return True
 
 
 @dataclass(frozen=True)
@@ -148,7 +172,18 @@ def _capabilities(plan: Plan, side: Side, features: Features) -> dict[str, bool]
             states[features.capability(name)] = state
         except NoSuchFeatureError as exc:
             raise RefusedError(f"{side}: {exc}") from None
+    if side is DESTINATION and measures_blocktime(plan, features):
+        states.setdefault(BLOCKTIME, True)
     return {name: state for name, state in states.items() if features.capabilities[name] != state}
+
+
+def measures_blocktime(plan: Plan, destination: Features) -> bool:
+    """Is the destination to measure how long pages took, though nobody asked for it by name?
+
+    Done on 5.2, 7.2, 10.0 and 11.1 (with recoveries, and with preempt) and never seen to do harm: it costs a look at
+    the clock for each page that is requested.
+    """
+    return plan.closely and plan.wants_postcopy and destination.has(BLOCKTIME)
 
 
 def _parameters(plan: Plan, side: Side, features: Features) -> dict[str, Any]:

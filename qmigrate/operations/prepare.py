@@ -4,13 +4,22 @@ Nothing has begun until here; whatever is wrong is a RefusedError that says whic
 """
 
 import asyncio
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Coroutine, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
-from qmigrate.errors import QmpCommandError, QmpError, RefusedError
+from qmigrate.errors import QmigrateError, QmpCommandError, QmpError, RefusedError
 from qmigrate.events import Side
+from qmigrate.operations.addresses import (
+    SPOILED,
+    check,
+    default_uri,
+    reachable,
+    takes_any_port,
+    uri_of,
+    where_to_connect,
+)
 from qmigrate.operations.hazards import Situation, hazards, release_of
 from qmigrate.operations.plan import Plan, Settings, settle
 from qmigrate.operations.watch import Watched
@@ -18,10 +27,7 @@ from qmigrate.operations.whereabouts import INCOMING
 from qmigrate.qmp.features import Features
 from qmigrate.qmp.migration import FINAL_STATUSES
 
-__all__ = ["Prepared", "default_uri", "prepare", "uri_of"]
-
-UNIX_PATH_LENGTH: Final = 107
-WILDCARDS: Final = frozenset({"", "0.0.0.0", "::"})
+__all__ = ["Prepared", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +36,11 @@ class Prepared:
 
     uri: str
     features: Mapping[Side, Features]
-    guest_ran: bool
 
 
 async def prepare(sides: Mapping[Side, Watched], plan: Plan) -> Prepared:
     """Check, set capabilities and parameters, and have the destination listen."""
+    check(plan.uri, plan.listen, plan.recover_uri, plan.recover_listen)
     both = list(sides.values())
     found = await asyncio.gather(
         *(Features.of(each.session, timeout_s=each.answer_timeout_s) for each in both),
@@ -47,16 +53,18 @@ async def prepare(sides: Mapping[Side, Watched], plan: Plan) -> Prepared:
     await _check_credentials(sides, settings)
     listens = destination.info.get("socket-address")
     listen = plan.listen or plan.uri or default_uri(destination)
+    uri = plan.uri or (uri_of(destination.info) if listens else reachable(listen))
     if not plan.force:
-        await _check_hazards(source, destination, settings, features, plan.uri or listen)
-    async with _undone_if_refused(sides, settings, features):
-        await _apply(sides, settings)
+        await _check_hazards(source, destination, settings, features, uri)
+
+    async def set_up_destination() -> None:
+        await _apply(destination, settings[Side.DESTINATION])
         if not listens:
             await _listen(destination, features[Side.DESTINATION], listen)
-    uri = plan.uri
-    if uri is None or uri.endswith(":0"):
-        uri = uri_of(destination.info) if destination.info.get("socket-address") else listen
-    return Prepared(uri, features, source.running)
+
+    async with _undone_if_refused(sides, settings, features):
+        await _all_of(_apply(source, settings[Side.SOURCE]), set_up_destination())
+    return Prepared(where_to_connect(uri, destination), features)
 
 
 def _ready(source: Watched, destination: Watched) -> None:
@@ -110,26 +118,31 @@ async def _check_hazards(
         raise RefusedError(f"{'; '.join(known)} (--force does it all the same)")
 
 
-async def _apply(sides: Mapping[Side, Watched], settings: Mapping[Side, Settings]) -> None:
-    for side, watched in sides.items():
-        wanted = settings[side]
-        try:
-            if wanted.capabilities:
-                await watched.execute("migrate-set-capabilities", _states(wanted.capabilities))
-            if wanted.parameters:
-                await watched.execute("migrate-set-parameters", dict(wanted.parameters))
-        except QmpCommandError as exc:
-            raise RefusedError(f"{side}: {exc.message}") from exc
+async def _apply(watched: Watched, wanted: Settings) -> None:
+    try:
+        if wanted.capabilities:
+            await watched.execute("migrate-set-capabilities", _states(wanted.capabilities))
+        if wanted.parameters:
+            await watched.execute("migrate-set-parameters", dict(wanted.parameters))
+    except QmpCommandError as exc:
+        raise RefusedError(f"{watched.side}: {exc.message}") from exc
+
+
+async def _all_of(*work: Coroutine[Any, Any, None]) -> None:
+    """All at once, each to its end; then the first error, if there was one: nothing goes on behind our back."""
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
 
 
 @asynccontextmanager
 async def _undone_if_refused(
     sides: Mapping[Side, Watched], settings: Mapping[Side, Settings], features: Mapping[Side, Features]
 ) -> AsyncGenerator[None]:
-    """Capabilities are as before when this ends with a refusal: the next to migrate may be somebody else."""
+    """Capabilities are as before when this ends badly: the next to migrate may be somebody else."""
     try:
         yield
-    except RefusedError:
+    except QmigrateError:
         for side, watched in sides.items():
             before = {name: features[side].capabilities[name] for name in settings[side].capabilities}
             if before:
@@ -149,29 +162,8 @@ async def _listen(destination: Watched, features: Features, uri: str) -> None:
     try:
         await destination.execute("migrate-incoming", arguments)
     except QmpCommandError as exc:
-        raise RefusedError(f"destination: {exc.message}") from exc
-    if uri.endswith(":0"):
         await destination.ask_status()
-
-
-def uri_of(info: Mapping[str, Any]) -> str:
-    """Where a destination listens, by its own word: the newest address comes first."""
-    address = info["socket-address"][0]
-    if address.get("type") == "unix":
-        return f"unix:{address['path']}"
-    if address.get("type") != "inet":
-        raise RefusedError(f"destination: it listens at {address}: say with --uri where the source is to connect to")
-    host, port = address["host"], address["port"]
-    if host in WILDCARDS:
-        raise RefusedError(f"destination: it listens at any address, port {port}: say with --uri which to connect to")
-    return f"tcp:[{host}]:{port}" if ":" in host else f"tcp:{host}:{port}"
-
-
-def default_uri(destination: Watched) -> str:
-    """Where it listens; if it does not, beside its QMP socket, where it could make one before."""
-    if destination.info.get("socket-address"):
-        return uri_of(destination.info)
-    path = destination.session.path
-    if path is None or len(f"{path}.migration") > UNIX_PATH_LENGTH:
-        raise RefusedError("destination: where it shall listen isn't known: say it with --uri")
-    return f"unix:{path}.migration"
+        spoiled = destination.status == "setup" and "already" not in exc.message
+        raise RefusedError(f"destination: {exc.message}{SPOILED if spoiled else ''}") from exc
+    if takes_any_port(uri):
+        await destination.ask_status()

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from qmigrate.errors import QmpCommandError
+from qmigrate.errors import QmpCommandError, QmpTimeoutError
 from qmigrate.events import Recovering, Side
-from qmigrate.operations.prepare import uri_of
+from qmigrate.operations.addresses import takes_any_port, uri_of, where_to_connect
 from qmigrate.operations.watch import Watched
 from qmigrate.qmp.features import Features
 from qmigrate.qmp.postcopy import PAUSED, resuming
@@ -22,6 +22,8 @@ __all__ = ["Attempt", "Recoveries", "bring_back", "heard", "pause_both", "pause_
 NOTICES_WITHIN_S: Final = 2.0
 RETRIES_AFTER_S: Final = 0.5
 LATEST_RETRY_AFTER_S: Final = 10.0
+NAME_A_PORT: Final = "recover with a --uri that names the port"
+WHEREVER: Final = "HOST"
 
 
 class Recoveries:
@@ -120,9 +122,12 @@ async def bring_back(
     both = [source, destination]
     if refusal := await _listen_again(destination, listen):
         return Attempt(f"destination: {refusal}")
-    if uri.endswith(":0"):
-        await destination.ask_status()
-        uri = uri_of(destination.info)
+    if takes_any_port(uri):
+        try:
+            await destination.ask_status()
+        except QmpTimeoutError:
+            return Attempt(f"destination: which port it took can't be asked, it is silent: {NAME_A_PORT}")
+        uri = where_to_connect(uri, destination)
     since = len(source.history)
     try:
         await source.execute("migrate", resuming(features[Side.SOURCE].place("migrate", uri)))
@@ -159,9 +164,18 @@ async def _listen_again(destination: Watched, listen: str) -> str:
         if "already" not in exc.message:
             return exc.message
         await destination.ask_status()
-        listens = uri_of(destination.info) if destination.info.get("socket-address") else listen
-        return "" if listens == listen else f"it listens already, at {listens}: recover with --uri {listens}"
+        listens = uri_of(destination.info, host=WHEREVER) if destination.info.get("socket-address") else listen
+        if not _is_there(listen, listens):
+            return f"it listens already, at {listens}: recover with --uri {listens}"
     return ""
+
+
+def _is_there(listen: str, listens: str) -> bool:
+    """Is what was asked for where it listens?  A host has many names; that it is this one is taken for granted."""
+    if takes_any_port(listen) or listen == listens:
+        return True
+    both_tcp = listen.startswith("tcp:") and listens.startswith("tcp:")
+    return both_tcp and listen.rpartition(":")[2] == listens.rpartition(":")[2]
 
 
 RECOVERING: Final = ("postcopy-recover", "postcopy-recover-setup")

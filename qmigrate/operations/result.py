@@ -64,4 +64,7 @@ class MigrationResult:
             message=self.message,
             advice=self.guest.advice,
             exit_code=self.exit_code,
+            sentence=self.guest.sentence,
+            switched=self.switched,
+            recoveries=self.recoveries,
         )

@@ -21,6 +21,7 @@ from qmigrate.events import (
     Progressed,
     QemuSaid,
     Side,
+    SideFound,
     StatusChanged,
     Troubled,
 )
@@ -29,16 +30,18 @@ from qmigrate.operations.whereabouts import INCOMING
 from qmigrate.qmp import migration
 from qmigrate.qmp.session import Event, Listener, Session
 
-__all__ = ["Watched", "progress"]
+__all__ = ["Watched", "progress", "version_of"]
 
 FIRST_POLL_S: Final = 0.1
 LAST_POLL_S: Final = 1.0
+CLOSE_LOOKS: Final = 100
 
 
 class Watched:
     """A side.  ``status`` and ``run_state`` are the newest that are known; ``news`` is set at every change.
 
     ``counts_passes``: ask for numbers whenever QEMU announces a pass, so that passes can be counted.
+    ``looks_closely``: ask for them ten times a second at first, then each hundredth of the time that has gone by.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class Watched:
         self.failure: QmpError | None = None
         self.passes = PassCounter()
         self.counts_passes = False
+        self.looks_closely = False
         self.downtime_limit_ms = 300
         self.last_sign_s = time.monotonic()
         self._tell = tell
@@ -80,6 +84,16 @@ class Watched:
         """Is this destination past RUN, the point after which a broken connection can be mended?"""
         return self.run_state not in (INCOMING, "")
 
+    def found(self) -> SideFound:
+        """Who it is."""
+        return SideFound(
+            side=self.side,
+            address=self.session.address,
+            version=version_of(self.session.greeting),
+            run_state=self.run_state,
+            status=self.status,
+        )
+
     # ---- what we tell it ----
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None, *, oob: bool = False) -> Any:
@@ -93,13 +107,13 @@ class Watched:
 
     async def ask(self) -> None:
         """Bring what is known up to date."""
-        await self.ask_status()
-        await self.ask_run_state()
+        await asyncio.gather(self.ask_status(), self.ask_run_state())
 
     async def ask_status(self) -> None:
         """What the migration is like.  A change that was not heard of is reported."""
-        heard = self._heard
+        heard, asked_s = self._heard, time.monotonic()
         info = await migration.query(self.session, timeout_s=self.answer_timeout_s)
+        round_trip_us = int((time.monotonic() - asked_s) * 1e6)
         self._catch_up()
         if _signs(info) != _signs(self.info):
             self.last_sign_s = time.monotonic()
@@ -107,7 +121,7 @@ class Watched:
         if heard == self._heard:  # else the answer may be older than what was heard
             self._take_status(info["status"], heard=False)
         self._count_pass()
-        self._tell(progress(self.side, info, self.passes.completed))
+        self._tell(progress(self.side, info, self.passes.completed, round_trip_us))
 
     async def ask_run_state(self) -> None:
         """What the machine is like."""
@@ -158,10 +172,14 @@ class Watched:
     async def _poll(self) -> None:
         # The source has numbers to tell; what the destination does it says itself, if it is not asked to hurry.
         self._pause_s = FIRST_POLL_S if self.side is Side.SOURCE else LAST_POLL_S
+        began_s = time.monotonic()
         while self.failure is None:
             if await self._hurried_within(self._pause_s):
                 continue
-            self._pause_s = min(max(self._pause_s, FIRST_POLL_S) * 1.3, LAST_POLL_S)
+            longest_s = LAST_POLL_S
+            if self.looks_closely:
+                longest_s = min(max((time.monotonic() - began_s) / CLOSE_LOOKS, FIRST_POLL_S), LAST_POLL_S)
+            self._pause_s = min(max(self._pause_s, FIRST_POLL_S) * 1.3, longest_s)
             await self._poll_once()
 
     async def _poll_once(self) -> None:
@@ -250,27 +268,49 @@ class Watched:
                 self._news.set()
 
 
-def progress(side: Side, info: Mapping[str, Any], passes: int = 0) -> LiveEvent:
-    """The numbers of an answer to ``query-migrate``."""
-    ram = info.get("ram", {})
-    dirty_pages, mbps = ram.get("dirty-pages-rate"), ram.get("mbps")
+def version_of(greeting: Mapping[str, Any]) -> str:
+    """What QMP's greeting calls this QEMU: ``11.1.3 (Debian 1:11.1.3+ds-1)``; empty where it says nothing."""
+    version = greeting.get("version")
+    qemu = version.get("qemu") if isinstance(version, Mapping) else None
+    if not isinstance(version, Mapping) or not isinstance(qemu, Mapping):
+        return ""
+    number = ".".join(str(qemu.get(part, 0)) for part in ("major", "minor", "micro"))
+    package = str(version.get("package", "")).strip()
+    return f"{number} ({package.strip('()')})" if package else number
+
+
+def progress(side: Side, info: Mapping[str, Any], passes: int = 0, round_trip_us: int | None = None) -> LiveEvent:
+    """The numbers of an answer to ``query-migrate``.  What is no number is as if it were not told."""
+    ram = _ram(info)
+    dirty_pages, mbps = _number(ram.get("dirty-pages-rate")), ram.get("mbps")
     return Progressed(
         side=side,
         status=str(info.get("status", "none")),
-        remaining_bytes=ram.get("remaining"),
-        transferred_bytes=ram.get("transferred"),
-        total_bytes=ram.get("total"),
-        dirty_bytes_per_s=None if dirty_pages is None else dirty_pages * ram.get("page-size", 4096),
-        sent_bytes_per_s=None if mbps is None else int(mbps * 125_000),
+        remaining_bytes=_number(ram.get("remaining")),
+        transferred_bytes=_number(ram.get("transferred")),
+        total_bytes=_number(ram.get("total")),
+        dirty_bytes_per_s=None if dirty_pages is None else dirty_pages * (_number(ram.get("page-size")) or 4096),
+        sent_bytes_per_s=_number(mbps * 125_000 if isinstance(mbps, int | float) else None),
         passes=passes,
-        page_requests=ram.get("postcopy-requests"),
-        downtime_ms=info.get("downtime"),
-        expected_downtime_ms=info.get("expected-downtime"),
+        page_requests=_number(ram.get("postcopy-requests")),
+        downtime_ms=_number(info.get("downtime")),
+        expected_downtime_ms=_number(info.get("expected-downtime")),
+        round_trip_us=round_trip_us,
         data=dict(info),
     )
 
 
+def _ram(info: Mapping[str, Any]) -> Mapping[str, Any]:
+    ram = info.get("ram")
+    return ram if isinstance(ram, Mapping) else {}
+
+
+def _number(value: Any) -> int | None:
+    """One that QEMU can mean: from 0, in 64 bits."""
+    return int(value) if isinstance(value, int | float) and 0 <= value < 1 << 64 else None
+
+
 def _signs(info: Mapping[str, Any]) -> tuple[Any, ...]:
     """What changes as long as anything goes on."""
-    ram = info.get("ram", {})
+    ram = _ram(info)
     return info.get("status"), ram.get("transferred"), ram.get("remaining"), ram.get("dirty-sync-count")

@@ -4,6 +4,7 @@ Neither side knows alone: a source that has `failed` may run the guest while the
 that has `completed` may have sent it to a QEMU that died.
 """
 
+import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -138,8 +139,9 @@ async def _ask_again(session: Session, error: QmpError, timeout_s: float) -> Vie
 
 
 async def _ask(session: Session, timeout_s: float) -> View:
-    state = await session.execute("query-status", timeout_s=timeout_s)
-    info = await query(session, timeout_s=timeout_s)
+    state, info = await asyncio.gather(
+        session.execute("query-status", timeout_s=timeout_s), query(session, timeout_s=timeout_s)
+    )
     return View(
         Reach.ANSWERS,
         run_state=str(state.get("status", "")),

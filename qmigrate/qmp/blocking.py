@@ -6,19 +6,25 @@
         qmp.run(migration.wait_until(source.session, "completed", timeout_s=60))
 
 The loop runs on between two calls: events are heard, and what QEMU prints is read.
+
+Inside a coroutine, or in a notebook that runs a loop of its own, this is refused: each call would hold up that loop.
+There one awaits what is run here.
 """
 
 import asyncio
 import threading
 from collections.abc import Coroutine
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self, TypeVar
 
 __all__ = ["Blocking"]
 
 T = TypeVar("T")
+
+END_TIMEOUT_S: Final = 30.0
+"""A coroutine that is cancelled may have something to tell QEMU first: for so long it is waited for."""
 
 
 class Blocking:
@@ -30,6 +36,10 @@ class Blocking:
         self._stack = AsyncExitStack()
 
     def __enter__(self) -> Self:
+        """Raises RuntimeError where this thread runs an event loop already."""
+        if _in_a_loop():
+            self._loop.close()
+            raise RuntimeError("an event loop runs in this thread, and would be held up: await the coroutine instead")
         self._thread.start()
         return self
 
@@ -44,14 +54,41 @@ class Blocking:
             self._loop.close()
 
     def run(self, coroutine: Coroutine[Any, Any, T]) -> T:
-        """The result of a coroutine, or the exception that it raised.  Ctrl-C cancels it."""
-        future: Future[T] = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        """The result of a coroutine, or the exception that it raised.  Ctrl-C cancels it, and waits for its end."""
+        ended: Future[T] = Future()
+        tasks: list[asyncio.Task[T]] = []
+
+        def begin() -> None:
+            tasks.append(self._loop.create_task(coroutine))
+            tasks[0].add_done_callback(lambda task: _pass_on(task, ended))
+
         try:
-            return future.result()
+            self._loop.call_soon_threadsafe(begin)
+            return ended.result()
         except BaseException:
-            future.cancel()
+            if not ended.done():  # it is not the coroutine's own
+                self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in tasks])
+                wait([ended], timeout=END_TIMEOUT_S)
             raise
 
     def enter(self, context: AbstractAsyncContextManager[T]) -> T:
         """Enter an ``async with``, until this block ends."""
         return self.run(self._stack.enter_async_context(context))
+
+
+def _in_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _pass_on(task: asyncio.Task[T], ended: Future[T]) -> None:
+    if task.cancelled():
+        ended.cancel()
+        ended.set_running_or_notify_cancel()  # wakes who waits; cancel() alone does not
+    elif (error := task.exception()) is not None:
+        ended.set_exception(error)
+    else:
+        ended.set_result(task.result())

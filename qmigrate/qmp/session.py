@@ -11,6 +11,8 @@ reply makes it give up.
 """
 
 import asyncio
+import logging
+import os
 import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Mapping
@@ -132,7 +134,7 @@ class Listener:
 
 
 class _Client(QMPClient):
-    """qemu.qmp, with two of its steps replaced (hence its version is pinned)."""
+    """qemu.qmp, with some of its steps replaced (hence its version is pinned)."""
 
     def __init__(self, on_event: Callable[[Message], None]) -> None:
         super().__init__()
@@ -154,6 +156,15 @@ class _Client(QMPClient):
             await self._event_dispatch(message)
             message = await super()._do_recv()
         return message
+
+    # qemu.qmp spells every message out, with indents, before it asks whether anybody logs it.  For the answer to
+    # query-qmp-schema that took 20 ms of CPU, five times as long as to read it.
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return super()._cb_outbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        return super()._cb_inbound(msg) if self.logger.isEnabledFor(logging.DEBUG) else msg
 
     def begin_disconnect(self) -> None:
         self._schedule_disconnect()
@@ -388,7 +399,12 @@ def _why_not_connected(error: ConnectError) -> str:
     if isinstance(cause, EOFError):
         return "the connection was closed before the QMP greeting was complete"
     if isinstance(cause, OSError):
+        # Of a TCP connection asyncio puts words of its own in strerror; a name that is not found has a negative number.
+        if cause.errno is not None and cause.errno > 0:
+            return os.strerror(cause.errno)
         return cause.strerror or str(cause)
+    if isinstance(cause, OverflowError):
+        return "a port is a number from 0 to 65535"
     return f"this is not QMP: {_first_line(cause)}"
 
 

@@ -26,7 +26,7 @@ _NARROWEST: Final = 20
 _LEAST_BODY: Final = 16  # columns; with less beside its lead, a line's body goes below it
 _GAP: Final = 2
 # What stands for our own few signs where the output can't hold them.
-_PLAINER: Final = str.maketrans({"×": "x", "–": "-", "·": "-", "…": "..."})
+_PLAINER: Final = str.maketrans({"×": "x", "–": "-", "·": "-", "…": "...", "→": ">", "←": "<", "█": "#", "µ": "u"})
 
 
 def text(*parts: Part) -> Text:

@@ -12,6 +12,7 @@ from rich.text import Text
 
 from qmigrate.analysis.records import coalesce, describe_record, record_name
 from qmigrate.format.command import Command
+from qmigrate.format.dirty_bitmap import BitmapFlag, DirtyBitmapRecord
 from qmigrate.format.entry import (
     Configuration,
     ConfigurationSubsection,
@@ -22,7 +23,6 @@ from qmigrate.format.entry import (
     Undecoded,
     VmDescription,
 )
-from qmigrate.format.live import BitmapFlag, DirtyBitmapRecord
 from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, BlockListHeader, PageRun, Pages, RamFlag, RamRecord
 from qmigrate.format.stream import (
@@ -208,7 +208,10 @@ class _Writer:
         says = self.says(entry)
         rest, dim = _anything(entry) if says is None else says
         return text(
-            (clean(record_name(entry.record)), KIND), f"  {rest}" if rest else "", (f"  {dim}" if dim else "", DIM)
+            (f"channel {entry.channel}  " if entry.channel else "", DIM),
+            (clean(record_name(entry.record)), KIND),
+            f"  {rest}" if rest else "",
+            (f"  {dim}" if dim else "", DIM),
         )
 
     def says(self, entry: Entry) -> tuple[str, str] | None:  # noqa: PLR0912 - one row a record
@@ -265,7 +268,7 @@ def _pages(pages: Pages | MappedPages, run: PageRun) -> tuple[str, str]:
 def _anything(entry: Entry) -> tuple[str, str]:
     """A record that has no words of its own here: its values by name, but for long data."""
     described = describe_record(entry)
-    for left_out in ("record", "offset", "length", "depth", "data", "words"):
+    for left_out in ("record", "offset", "length", "depth", "channel", "data", "words"):
         described.pop(left_out, None)
     values = (f"{clean(name)} {clean(str(value))}" for name, value in described.items() if value is not None)
     return "  ".join(values), ""

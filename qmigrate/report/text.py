@@ -26,6 +26,7 @@ def write_story(contents: Contents, name: str, paper: Paper) -> None:
     paper.line(verdict(contents), lead=text((clean(name), HEAD), "  "))
     paper.line()
     paper.facts(_facts(contents))
+    _channels(contents, paper)
     _ram(contents, paper)
     _devices(contents, paper)
     _commands(contents, paper)
@@ -77,12 +78,50 @@ def _section_counts(contents: Contents) -> Iterator[str]:
         yield "with footers" if contents.footers else "without footers"
 
 
+# -- channels
+
+
+def _channels(contents: Contents, paper: Paper) -> None:
+    """Each connection, where there are several: how much came over it, and of what."""
+    channels = contents.channels
+    if not channels:
+        return
+    paper.heading("Channels", count(len(channels)))
+    kinds = sorted({kind for channel in channels for kind, number in channel.pages.items() if number})
+    columns = [("bytes", [count(channel.length) for channel in channels])]
+    columns += [(kind, [_number(channel.pages[kind]) for channel in channels]) for kind in kinds]
+    if any(channel.syncs for channel in channels):
+        columns.append(("SYNCs", [_number(channel.syncs) for channel in channels]))
+    paper.table(
+        ["channel", *(name for name, _ in columns)],
+        [
+            [clean(channel.name), *(cells[row] for _, cells in columns)]
+            for row, channel in enumerate(channels)
+        ],
+    )  # fmt: skip
+    for channel in channels:
+        said = [f"{count(number)} {name}" for name, number in channel.messages.items()]
+        said += [f"known by its {channel.known_by}"] if channel.known_by != "bytes" else []
+        if said:
+            paper.line(f"{clean(channel.name)}: {', '.join(said)}", lead="  ")
+
+
+def _number(number: int) -> str:
+    return count(number) if number else ""
+
+
 # -- RAM
 
 
 def switched(contents: Contents) -> bool:
     """Did postcopy start?  Its package is what starts it."""
     return any(isinstance(place.command, Packaged) for place in contents.commands)
+
+
+def _passes(contents: Contents) -> Iterator[str]:
+    """Nothing where main alone does not show them: multifd, mapped-ram."""
+    if contents.passes:
+        yield plural(contents.passes, "pass", "passes") + (", then postcopy" if switched(contents) else "")
 
 
 def _ram(contents: Contents, paper: Paper) -> None:
@@ -94,7 +133,7 @@ def _ram(contents: Contents, paper: Paper) -> None:
     said = [
         plural(len(blocks), "block"),
         size(sum(block.length for block in blocks)),
-        plural(contents.passes, "pass", "passes") + (", then postcopy" if switched(contents) else ""),
+        *_passes(contents),
         f"{plural(pages, 'page')} sent, {share(zero, pages)} of them zero",
     ]
     paper.heading("RAM", ", ".join(said))

@@ -2,7 +2,7 @@
 
 from typing import Final
 
-__all__ = ["count", "plural", "share", "size"]
+__all__ = ["count", "duration", "plural", "share", "size"]
 
 _UNITS: Final = ("bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
@@ -36,3 +36,18 @@ def share(part: int, whole: int) -> str:
     if 0 < part < whole:
         percent = min(max(percent, 1), 99)
     return f"{percent} %"
+
+
+def duration(microseconds: float) -> str:
+    """A time in three digits: ``850 µs``, ``12.3 ms``, ``2.12 s``, ``3 min 5 s``, ``2 h 5 min``, ``15 min``."""
+    if microseconds < 0:
+        return f"-{duration(-microseconds)}"
+    for unit, scale in (("µs", 1), ("ms", 1_000), ("s", 1_000_000)):
+        number = float(f"{microseconds / scale:.3g}")
+        if number < (60 if unit == "s" else 1_000):
+            return f"{number:g} {unit}"
+    seconds = round(microseconds / 1e6)
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60} s".removesuffix(" 0 s")
+    minutes = round(seconds / 60)
+    return f"{minutes // 60:,} h {minutes % 60} min".removesuffix(" 0 min")

@@ -46,6 +46,7 @@ def main(source: str, destination: str, uri: str) -> int:
         print(broken.message, broken.guest.sentence, sep="\n")
         if broken.outcome is not Outcome.PAUSED:
             return broken.exit_code
+        qmp.run(one.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0}))  # without a limit
         plan = Plan(uri=uri, recoveries=3)
         result = qmp.run(
             recover(one, two, plan, on_event=lambda e: print(e.name) if isinstance(e, Recovering) else None)

@@ -15,7 +15,7 @@ def passes_of(*runs: tuple[int, int, int]) -> int:
     """How many passes runs make that come one by one: (block, first page, page count)."""
     counter = PassCounter()
     for block, first, count in runs:
-        counter.take(block, [first * PAGE], [(first + count) * PAGE])
+        counter.take(block, [(first * PAGE, (first + count) * PAGE)])
     return counter.count
 
 
@@ -45,6 +45,5 @@ def test_it_does_not_depend_on_where_runs_were_cut_or_how_many_come_at_once(
     cuts = sorted(data.draw(st.sets(st.integers(1, len(runs)))))
     for begin, end in pairwise([0, *cuts, len(runs)]):
         if begin < end:
-            some = runs[begin:end]
-            counter.take(0, [first * PAGE for first, _ in some], [(first + count) * PAGE for first, count in some])
+            counter.take(0, [(first * PAGE, (first + count) * PAGE) for first, count in runs[begin:end]])
     assert counter.count == whole

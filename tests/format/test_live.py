@@ -8,19 +8,13 @@ from hypothesis import strategies as st
 
 from qmigrate.errors import StreamError, TruncatedError
 from qmigrate.format._record import Record
+from qmigrate.format.block import BlockRecord
+from qmigrate.format.dirty_bitmap import BitmapBits, BitmapStart, DirtyBitmapRecord
 from qmigrate.format.feed import Feed
-from qmigrate.format.live import (
-    READERS,
-    BitmapBits,
-    BitmapStart,
-    BlockRecord,
-    DirtyBitmapRecord,
-    HtabChunk,
-    HtabHeader,
-    LiveEntry,
-    LiveState,
-    Opaque,
-    Payload,
+from qmigrate.format.htab import HtabChunk, HtabHeader
+from qmigrate.format.live import READERS, reader_of
+from qmigrate.format.live_section import LiveEntry, LiveState, Opaque, Payload, encode
+from qmigrate.format.s390 import (
     StorageAttributes,
     StorageAttributesMark,
     StorageKeys,
@@ -28,14 +22,9 @@ from qmigrate.format.live import (
     TodClock,
     TodPresence,
     TodValue,
-    VfioData,
-    VfioEnd,
-    VfioMark,
-    VfioTag,
-    encode,
-    reader_of,
 )
 from qmigrate.format.stream import Footer, SectionType
+from qmigrate.format.vfio import VfioData, VfioEnd, VfioMark, VfioTag
 
 START, PART, END, FULL = SectionType.START, SectionType.PART, SectionType.END, SectionType.FULL
 FOOTER = Footer(section_id=7).build()

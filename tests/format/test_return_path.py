@@ -70,7 +70,7 @@ def messages() -> st.SearchStrategy[Message]:
 @given(messages() | st.builds(Shut, value=U32))
 def test_each_message_comes_back_from_its_bytes(message: Message) -> None:
     data = encode_message(message)
-    assert collect(data) == [ReturnPathEntry(0, len(data), message)]
+    assert collect(data) == [ReturnPathEntry(0, len(data), message, data)]
 
 
 @given(st.lists(messages(), max_size=6), st.booleans(), st.integers(1, 40))
@@ -110,7 +110,7 @@ def test_any_split_of_the_bytes_gives_the_same_messages(sent: list[Message], shu
 )
 def test_a_message_has_the_bytes_that_qemu_sends(message: Message, data: bytes) -> None:
     assert encode_message(message) == data
-    assert collect(data) == [ReturnPathEntry(0, len(data), message)]
+    assert collect(data) == [ReturnPathEntry(0, len(data), message, data)]
 
 
 def test_every_type_has_its_message() -> None:
@@ -119,7 +119,7 @@ def test_every_type_has_its_message() -> None:
 
 def test_a_feed_that_ends_between_messages_ends_the_reading() -> None:
     assert collect(b"") == []
-    assert collect(PONG_1) == [ReturnPathEntry(0, 8, Pong(token=1))]
+    assert collect(PONG_1) == [ReturnPathEntry(0, 8, Pong(token=1), PONG_1)]
 
 
 def test_a_name_that_is_no_text_is_kept() -> None:

@@ -339,6 +339,6 @@ def test_pages_without_room_are_refused(record: Pages, contents: bytes | None, m
         ConfigurationCapabilities(count=0, names=(CapabilityName(name="a"),)),
     ],
 )
-def test_a_value_without_room_is_refused(record: StreamRecord | Command) -> None:
+def test_a_value_without_room_is_refused(record: "StreamRecord | Command") -> None:
     with pytest.raises(StreamError, match="can't be written: "):
         encode(record)

@@ -1,6 +1,7 @@
 """A pair whose migration goes through a relay, which breaks it where the test says."""
 
-from collections.abc import AsyncGenerator, Sequence
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +25,15 @@ class Cutter:
 
     Before that nothing is ever cut: it would lose the guest.  The destination's RESUME is not enough: a source of
     11.1 that has not come from postcopy-device to postcopy-active yet goes back to running the guest.
+
+    ``after_last`` is awaited when the last cut is made.
     """
 
     after_bytes: Sequence[int]
+    after_last: Callable[[], Coroutine[Any, Any, None]] | None = None
     relay: Relay | None = None
     cuts: int = 0
+    _last: asyncio.Task[None] | None = None
     _base: int | None = None
     _took_over: bool = False
     _statuses: dict[Side, str] = field(default_factory=dict)
@@ -61,6 +66,8 @@ class Cutter:
         assert self.relay is not None
         for channel in self.relay.channels:
             channel.cut()
+        if self.cuts == len(self.after_bytes) and self.after_last is not None:
+            self._last = asyncio.ensure_future(self.after_last())
 
     @property
     def _passed(self) -> int:
@@ -72,14 +79,17 @@ class Cutter:
 async def broken_pair(
     qemu: Qemu, folder: Path, after_bytes: Sequence[int], *, destination: Qemu | None = None, **more: Any
 ) -> AsyncGenerator[tuple[Pair, Cutter]]:
-    """A pair with a relay between.  Hand ``cutter.heard`` the driver's events."""
+    """A pair with a relay between.  Hand ``cutter.heard`` the driver's events.
+
+    After the last cut what is left may come as fast as it can.
+    """
     cutter = Cutter(after_bytes)
     listens, forward = f"unix:{folder / 'relay'}", f"unix:{folder / 'migration'}"
     async with (
         pair(qemu, folder, destination=destination, **more) as two,
         Relay(listens, forward, folder / "relayed", on_bytes=cutter.passed) as relay,
     ):
-        cutter.relay = relay
+        cutter.relay, cutter.after_last = relay, two.hurry
         yield two, cutter
 
 

@@ -4,8 +4,6 @@ import asyncio
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -14,18 +12,16 @@ import pytest
 
 from qmigrate.errors import RefusedError
 from qmigrate.operations import attached
+from qmigrate.operations.migrate import recover
+from qmigrate.operations.plan import Plan
 from qmigrate.qmp import migration
 from tests.live import versions
+from tests.live.command import qmigrate, started
 from tests.live.pair import SLOW, Pair, pair
+from tests.live.some import every_qemu, oldest_and_newest
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
-
-every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
-oldest_and_newest = pytest.mark.parametrize(
-    "qemu", [*versions.installed()[:1], *versions.installed()[-1:]], ids=lambda qemu: qemu.name
-)
-ROOT = Path(__file__).parents[2]
 
 
 @asynccontextmanager
@@ -42,20 +38,6 @@ async def under_way(qemu: Qemu, folder: Path, *, postcopy: bool = True) -> Async
         yield two
 
 
-async def qmigrate(*words: str, timeout_s: float = 60.0) -> tuple[int, str, str]:
-    """Exit code, stdout and stderr of a command."""
-    process = await started(*words)
-    out, err = await asyncio.wait_for(process.communicate(), timeout_s)
-    assert process.returncode is not None
-    return process.returncode, out.decode(), err.decode()
-
-
-async def started(*words: str) -> asyncio.subprocess.Process:
-    return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "qmigrate", *words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-
-
 @every_qemu
 async def test_start_postcopy(qemu: Qemu, tmp_path: Path) -> None:
     async with under_way(qemu, tmp_path) as two:
@@ -63,6 +45,7 @@ async def test_start_postcopy(qemu: Qemu, tmp_path: Path) -> None:
         code, out, err = await qmigrate("start-postcopy", source)
         assert (code, err) == (0, "")
         assert out in ("switched to postcopy\n", "it was complete before the switch, which then changes nothing\n")
+        await two.hurry()
         await migration.wait_until(two.source.session, "completed", timeout_s=30)
         assert await qmigrate("start-postcopy", source) == (0, "already complete: there is nothing to switch\n", "")
         await two.assert_guest_goes_on()
@@ -80,7 +63,7 @@ async def test_cancel(qemu: Qemu, tmp_path: Path) -> None:
         await two.assert_guest_stayed()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_pause_and_recover(qemu: Qemu, tmp_path: Path) -> None:
     async with under_way(qemu, tmp_path) as two:
         source, destination = two.addresses
@@ -95,6 +78,7 @@ async def test_pause_and_recover(qemu: Qemu, tmp_path: Path) -> None:
         assert (code, "The migration is paused: the guest is on the destination" in out) == (0, True)
         code, _, err = await qmigrate("cancel", source)
         assert (code, "cancelling would lose it" in err) == (2, True)
+        await two.hurry()
         code, out, err = await qmigrate("recover", source, destination, "--uri", f"unix:{tmp_path / 'again'}")
         assert (code, out.splitlines()[0]) == (0, "migrated with postcopy, brought back once"), err
         code, _, err = await qmigrate("pause", source, destination)
@@ -103,17 +87,26 @@ async def test_pause_and_recover(qemu: Qemu, tmp_path: Path) -> None:
 
 
 @every_qemu
-async def test_a_pause_is_refused_while_it_could_lose_the_guest(qemu: Qemu, tmp_path: Path) -> None:
+async def test_a_pause_is_refused_while_it_could_lose_the_guest_and_else_can_be_recovered_from(
+    qemu: Qemu, tmp_path: Path
+) -> None:
     async with under_way(qemu, tmp_path) as two:
         await attached.start_postcopy(two.source.session)
         knows = "postcopy-device" in str(await two.source.session.execute("query-qmp-schema"))
         if knows:
             done = await attached.pause(two.source.session)
-            assert done.message.startswith("paused")
         else:
             with pytest.raises(RefusedError, match="give the destination's address too"):
                 await attached.pause(two.source.session)
-        two.kill()
+            done = await attached.pause(*two.sessions)
+        assert (done.message, done.view.status) == (
+            "paused; `qmigrate recover SRC DST` resumes it",
+            "postcopy-paused",
+        )
+        await two.hurry()
+        result = await recover(*two.sessions, Plan(uri=f"unix:{tmp_path / 'again'}", recoveries=1))
+        assert (result.exit_code, result.recoveries) == (0, 1), result.message
+        await two.assert_guest_goes_on()
 
 
 @oldest_and_newest
@@ -156,7 +149,7 @@ async def test_ctrl_c_in_precopy_leaves_the_guest_on_the_source(qemu: Qemu, tmp_
         await two.assert_guest_stayed()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_ctrl_c_after_the_switch_explains_then_pauses(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         limits = ["--bandwidth", "4M", "--postcopy-bandwidth", "1M", "--downtime-limit", "1"]

@@ -16,18 +16,13 @@ from qmigrate.operations.policy import AtOnce
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.whereabouts import Place
 from tests.guests.build import Guest
-from tests.live import versions
 from tests.live.broken import POSTCOPY_SLOW
 from tests.live.pair import SLOW, Pair, pair
+from tests.live.some import every_qemu, oldest_and_newest, only_newest
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
-every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
-
-oldest_and_newest = pytest.mark.parametrize(
-    "qemu", [*versions.installed()[:1], *versions.installed()[-1:]], ids=lambda qemu: qemu.name
-)
 
 Act = Callable[[], None]
 
@@ -69,7 +64,7 @@ async def interfered(two: Pair, act: Act, *, switch: bool = False, answer_timeou
     return await migrate(*two.sessions, plan, on_event=once(taken_over if switch else in_precopy, act))
 
 
-@every_qemu
+@oldest_and_newest
 async def test_a_destination_that_dies_in_precopy_leaves_the_guest_on_the_source(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         result = await interfered(two, two.destination.kill)
@@ -79,7 +74,7 @@ async def test_a_destination_that_dies_in_precopy_leaves_the_guest_on_the_source
         await two.assert_guest_stayed()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_a_source_that_dies_in_precopy_takes_the_guest_with_it(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         result = await interfered(two, two.source.kill)
@@ -88,7 +83,7 @@ async def test_a_source_that_dies_in_precopy_takes_the_guest_with_it(qemu: Qemu,
         assert result.guest.sentence.startswith("The guest is lost: ")
 
 
-@every_qemu
+@oldest_and_newest
 async def test_a_destination_that_dies_in_postcopy_takes_the_guest_with_it(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         result = await interfered(two, two.destination.kill, switch=True)
@@ -97,7 +92,7 @@ async def test_a_destination_that_dies_in_postcopy_takes_the_guest_with_it(qemu:
         two.kill()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_a_source_that_dies_in_postcopy_loses_the_guest(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         result = await interfered(two, two.source.kill, switch=True)
@@ -106,7 +101,7 @@ async def test_a_source_that_dies_in_postcopy_loses_the_guest(qemu: Qemu, tmp_pa
         two.kill()
 
 
-@oldest_and_newest
+@only_newest
 async def test_a_destination_that_hangs_in_precopy_leaves_the_guest_on_the_source(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         hang = lambda: os.kill(two.destination.pid, signal.SIGSTOP)  # noqa: E731
@@ -118,8 +113,9 @@ async def test_a_destination_that_hangs_in_precopy_leaves_the_guest_on_the_sourc
         two.destination.kill()
 
 
-async def test_a_source_that_hangs_is_nowhere_to_be_asked(tmp_path: Path) -> None:
-    async with pair(newest(), tmp_path) as two:
+@only_newest
+async def test_a_source_that_hangs_is_nowhere_to_be_asked(qemu: Qemu, tmp_path: Path) -> None:
+    async with pair(qemu, tmp_path) as two:
         hang = lambda: os.kill(two.source.pid, signal.SIGSTOP)  # noqa: E731
         result = await interfered(two, hang, answer_timeout_s=1.0)
         assert (result.exit_code, result.place) == (7, Place.UNKNOWN)
@@ -128,8 +124,9 @@ async def test_a_source_that_hangs_is_nowhere_to_be_asked(tmp_path: Path) -> Non
         two.kill()
 
 
-async def test_a_source_that_hangs_in_postcopy(tmp_path: Path) -> None:
-    async with pair(newest(), tmp_path) as two:
+@only_newest
+async def test_a_source_that_hangs_in_postcopy(qemu: Qemu, tmp_path: Path) -> None:
+    async with pair(qemu, tmp_path) as two:
         hang = lambda: os.kill(two.source.pid, signal.SIGSTOP)  # noqa: E731
         result = await interfered(two, hang, switch=True, answer_timeout_s=1.0)
         assert (result.exit_code, result.place) == (4, Place.DESTINATION)
@@ -137,7 +134,7 @@ async def test_a_source_that_hangs_in_postcopy(tmp_path: Path) -> None:
         two.kill()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_a_destination_of_another_size_refuses_in_its_own_words(qemu: Qemu, tmp_path: Path) -> None:
     bigger = Guest("walker", memory_mib=24)
     async with pair(qemu, tmp_path, destination_more=["-m", str(bigger.memory_mib)]) as two:
@@ -148,7 +145,7 @@ async def test_a_destination_of_another_size_refuses_in_its_own_words(qemu: Qemu
         await two.assert_guest_stayed()
 
 
-@oldest_and_newest
+@only_newest
 async def test_nobody_listens(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         plan = Plan(uri=f"unix:{tmp_path / 'nobody'}", listen=two.uri, answer_timeout_s=15.0)
@@ -158,13 +155,14 @@ async def test_nobody_listens(qemu: Qemu, tmp_path: Path) -> None:
         await two.assert_guest_stayed()
 
 
+@only_newest
 @pytest.mark.parametrize("switch", [False, True], ids=["precopy", "postcopy"])
 async def test_a_qmp_connection_that_is_cut_is_made_anew_to_ask_where_the_guest_is(
-    switch: bool, tmp_path: Path
+    switch: bool, qemu: Qemu, tmp_path: Path
 ) -> None:
     from qmigrate.qmp.session import Session
 
-    async with pair(newest(), tmp_path) as two:
+    async with pair(qemu, tmp_path) as two:
         source, destination = two.addresses
         async with Session.connect(source) as one, Session.connect(destination) as other:
             cut = one._client.abort
@@ -176,8 +174,9 @@ async def test_a_qmp_connection_that_is_cut_is_made_anew_to_ask_where_the_guest_
         assert result.views[Side.SOURCE].answers
 
 
-async def test_an_interrupt_in_precopy_leaves_the_guest_on_the_source(tmp_path: Path) -> None:
-    async with pair(newest(), tmp_path) as two:
+@every_qemu
+async def test_an_interrupt_in_precopy_leaves_the_guest_on_the_source(qemu: Qemu, tmp_path: Path) -> None:
+    async with pair(qemu, tmp_path) as two:
         driver = Driver(*two.sessions, plan_for(two), lambda event: interrupt(event))
         interrupt = once(in_precopy, driver.interrupt)
         result = await driver.migrate()
@@ -186,8 +185,9 @@ async def test_an_interrupt_in_precopy_leaves_the_guest_on_the_source(tmp_path: 
         await two.assert_guest_stayed()
 
 
-async def test_two_interrupts_in_postcopy_pause_it(tmp_path: Path) -> None:
-    async with pair(newest(), tmp_path) as two:
+@only_newest
+async def test_two_interrupts_in_postcopy_pause_it(qemu: Qemu, tmp_path: Path) -> None:
+    async with pair(qemu, tmp_path) as two:
         driver = Driver(*two.sessions, plan_for(two, switch=True), lambda event: heard(event))
 
         def heard(event: LiveEvent) -> None:
@@ -199,10 +199,3 @@ async def test_two_interrupts_in_postcopy_pause_it(tmp_path: Path) -> None:
         result = await driver.migrate()
         assert (result.outcome, result.exit_code, result.place) == (Outcome.PAUSED, 5, Place.PAUSED)
         two.kill()
-
-
-def newest() -> Qemu:
-    found = versions.newest()
-    if found is None:
-        pytest.skip("no QEMU is installed: scripts/qemu_versions")
-    return found

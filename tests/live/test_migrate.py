@@ -18,11 +18,10 @@ from qmigrate.operations.whereabouts import Place
 from qmigrate.qmp import migration, postcopy
 from tests.live import versions
 from tests.live.pair import SLOW, Pair, pair
+from tests.live.some import every_qemu
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
-
-every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
 
 
 def plan_for(two: Pair, **wishes: Any) -> Plan:
@@ -64,7 +63,7 @@ async def test_postcopy_at_once(qemu: Qemu, tmp_path: Path) -> None:
 @every_qemu
 async def test_postcopy_after_a_pass(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
-        plan = plan_for(two, **never_converges(postcopy=[AfterPass(1)], bandwidth=2 * SLOW))
+        plan = plan_for(two, **never_converges(postcopy=[AfterPass(1)], bandwidth=4 * SLOW))
         result = await migrate(*two.sessions, plan)
         assert (result.message, result.exit_code) == ("migrated with postcopy", 0)
         # All of memory has gone once, whatever QEMU calls a pass.

@@ -15,11 +15,10 @@ from tests.live.answers import messages_in, summary_of
 from tests.live.loading import loaded
 from tests.live.recording import recorded
 from tests.live.same import assert_same_ram, assert_same_registers, loses_writes
-from tests.live.versions import Qemu, installed
+from tests.live.some import every_qemu
+from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
-
-every_qemu = pytest.mark.parametrize("qemu", installed(), ids=lambda qemu: qemu.name)
 
 
 def names(places: list[CommandPlace]) -> list[str]:

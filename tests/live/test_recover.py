@@ -9,16 +9,12 @@ from qmigrate.operations.migrate import migrate, recover
 from qmigrate.operations.plan import Plan
 from qmigrate.operations.result import Outcome
 from qmigrate.operations.whereabouts import Place
-from tests.live import versions
 from tests.live.broken import broken_pair, broken_plan
+from tests.live.some import every_qemu, oldest_and_newest, only_newest
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
-every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
-oldest_and_newest = pytest.mark.parametrize(
-    "qemu", [*versions.installed()[:1], *versions.installed()[-1:]], ids=lambda qemu: qemu.name
-)
 
 MIB = 1 << 20
 
@@ -33,7 +29,7 @@ async def test_a_connection_that_breaks_twice_is_brought_back(qemu: Qemu, tmp_pa
         await two.assert_guest_goes_on()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_without_recovery_it_stays_paused_until_recover(qemu: Qemu, tmp_path: Path) -> None:
     async with broken_pair(qemu, tmp_path, [MIB]) as (two, cutter):
         result = await migrate(*two.sessions, broken_plan(two, recoveries=0), on_event=cutter.heard)
@@ -46,7 +42,7 @@ async def test_without_recovery_it_stays_paused_until_recover(qemu: Qemu, tmp_pa
         await two.assert_guest_goes_on()
 
 
-@oldest_and_newest
+@only_newest
 async def test_the_limit_of_recoveries_is_kept(qemu: Qemu, tmp_path: Path) -> None:
     async with broken_pair(qemu, tmp_path, [MIB, MIB // 2]) as (two, cutter):
         result = await migrate(*two.sessions, broken_plan(two, recoveries=1), on_event=cutter.heard)
@@ -55,7 +51,7 @@ async def test_the_limit_of_recoveries_is_kept(qemu: Qemu, tmp_path: Path) -> No
         two.kill()
 
 
-@every_qemu
+@oldest_and_newest
 async def test_nobody_listens_for_a_while(qemu: Qemu, tmp_path: Path) -> None:
     """The source can't reach the destination at first.  One of 5.2 would abort if it tried again."""
     async with broken_pair(qemu, tmp_path, [MIB]) as (two, cutter):

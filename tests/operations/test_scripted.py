@@ -29,7 +29,10 @@ END = [("destination", "RESUME"), ("destination", "completed"), ("source", "comp
 
 
 class Story:
-    """Two QEMUs and what happens between them once `migrate` (and `migrate-start-postcopy`) was told."""
+    """Two QEMUs and what happens between them once `migrate` (and `migrate-start-postcopy`) was told.
+
+    The first ``withholds`` answers of each side are given when as many commands have come.
+    """
 
     def __init__(
         self,
@@ -37,6 +40,7 @@ class Story:
         *,
         after_migrate: Sequence[tuple[str, str]],
         after_switch: Sequence[tuple[str, str]] = (),
+        withholds: int = 0,
     ) -> None:
         self.capabilities = {side: dict.fromkeys(capabilities, False) for side in ("source", "destination")}
         self.after = {"migrate": after_migrate, "migrate-start-postcopy": after_switch}
@@ -44,10 +48,12 @@ class Story:
         self.run_state = {"source": "running", "destination": "inmigrate"}
         self.heard: list[tuple[str, str]] = []
         self.servers: dict[str, ScriptedQemu] = {}
+        self.withholds = withholds
 
     def script(self, side: str) -> Callable[[ScriptedQemu], Any]:
         async def play(qemu: ScriptedQemu) -> None:
             self.servers[side] = qemu
+            withheld: list[dict[str, Any]] = []
             while True:
                 try:
                     command = await qemu.hear()
@@ -55,11 +61,20 @@ class Story:
                     return
                 name = command["execute"]
                 self.heard.append((side, name))
-                await qemu.answer(command, self._answer(side, name, command.get("arguments", {})))
-                for each in self.after.get(name, ()):
-                    await self._happen(*each)
+                withheld.append(command)
+                if len(self.of(side)) < self.withholds:
+                    continue
+                for each in withheld:
+                    await qemu.answer(each, self._answer(side, each["execute"], each.get("arguments", {})))
+                withheld.clear()
+                for happening in self.after.get(name, ()):
+                    await self._happen(*happening)
 
         return play
+
+    def of(self, side: str) -> list[str]:
+        """What one side has heard."""
+        return [name for each, name in self.heard if each == side]
 
     def _answer(self, side: str, name: str, arguments: dict[str, Any]) -> Any:
         if name == "query-qmp-schema":
@@ -184,10 +199,19 @@ async def test_the_switch_is_told_once_and_nothing_else_is_repeated() -> None:
     )
     await told(story, Plan(uri="tcp:a:1", postcopy=[AtOnce()]))
     commands = [each for each in story.heard if not each[1].startswith("query-")]
-    assert commands == [
-        ("source", "migrate-set-capabilities"),
-        ("destination", "migrate-set-capabilities"),
+    both_set_up = [("destination", "migrate-set-capabilities"), ("source", "migrate-set-capabilities")]
+    assert sorted(commands[:2]) == both_set_up  # both at once
+    assert commands[2:] == [
         ("destination", "migrate-incoming"),
         ("source", "migrate"),
         ("source", "migrate-start-postcopy"),
     ]
+
+
+async def test_the_questions_of_the_preparation_are_asked_once_and_without_waiting_for_answers_between() -> None:
+    questions = ["query-migrate", "query-migrate-capabilities", "query-qmp-schema", "query-status"]
+    story = Story(["events"], after_migrate=[*PRECOPY, *END], withholds=len(questions))
+    await told(story, Plan(uri="tcp:a:1", answer_timeout_s=5.0))
+    for side in ("source", "destination"):
+        asked = story.of(side)
+        assert sorted(asked[: asked.index("migrate-set-capabilities")]) == questions

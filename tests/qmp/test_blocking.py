@@ -1,6 +1,7 @@
 """QMP for code without asyncio."""
 
 import asyncio
+import signal
 import threading
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -50,3 +51,36 @@ def test_no_thread_is_left_behind() -> None:
     with Blocking():
         assert threading.active_count() == before + 1
     assert threading.active_count() == before
+
+
+async def use_it_in_a_loop() -> None:
+    with Blocking():
+        pass
+
+
+def test_inside_a_running_loop_it_is_refused_with_what_to_do() -> None:
+    before = threading.active_count()
+    with pytest.raises(RuntimeError, match=r"an event loop runs in this thread, .*: await the coroutine instead"):
+        asyncio.run(use_it_in_a_loop())
+    assert threading.active_count() == before
+
+
+def test_ctrl_c_cancels_and_waits_until_the_coroutine_has_ended() -> None:
+    said: list[str] = []
+
+    async def work() -> None:
+        main = threading.main_thread().ident
+        assert main is not None
+        try:
+            signal.pthread_kill(main, signal.SIGINT)
+            await asyncio.sleep(60)
+        finally:
+            for _ in range(10):  # what it still has to say takes some turns of the loop
+                await asyncio.sleep(0)
+            said.append("told QEMU")
+
+    with Blocking() as blocking:
+        with pytest.raises(KeyboardInterrupt):
+            blocking.run(work())
+        assert said == ["told QEMU"]
+        assert blocking.run(asyncio.sleep(0, "and goes on")) == "and goes on"

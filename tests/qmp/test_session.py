@@ -1,6 +1,7 @@
 """The session against a server that misbehaves as told."""
 
 import asyncio
+import logging
 import socket
 from pathlib import Path
 
@@ -69,6 +70,28 @@ async def test_an_address_may_be(kind: str, tmp_path: Path) -> None:
 async def test_a_path_where_nobody_listens_is_named(tmp_path: Path) -> None:
     with pytest.raises(QmpConnectError, match=r"qmp\.sock: No such file or directory"):
         await Session.open(tmp_path / "qmp.sock")
+
+
+async def test_a_port_where_nobody_listens_is_refused_in_plain_words() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        port = taken.getsockname()[1]
+        with pytest.raises(QmpConnectError, match=f"^127.0.0.1:{port}: Connection refused$"):
+            await Session.open(f"127.0.0.1:{port}")
+    with pytest.raises(QmpConnectError, match="a port is a number from 0 to 65535"):
+        await Session.open("127.0.0.1:65536")
+
+
+async def test_messages_are_spelled_out_only_for_a_log_that_wants_them(caplog: pytest.LogCaptureFixture) -> None:
+    async def answer(qemu: ScriptedQemu) -> None:
+        await qemu.answer(await qemu.hear(), {"a": 2031})
+
+    logger = logging.getLogger("qemu.qmp")
+    for level, wanted in ((logging.INFO, False), (logging.DEBUG, True)):
+        with caplog.at_level(level, logger=logger.name):
+            async with session_with(answer) as session:
+                assert await session.execute("query-x") == {"a": 2031}
+        assert ("2031" in caplog.text) == wanted
 
 
 async def test_a_silent_peer_is_given_up() -> None:

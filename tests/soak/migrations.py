@@ -9,18 +9,17 @@ import json
 import os
 import random
 import signal
-import sys
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from qmigrate import events
-from qmigrate.errors import QmpError
+from qmigrate.errors import QmigrateError, QmpError
 from qmigrate.events import LiveEvent, Side
 from qmigrate.operations import attached
 from qmigrate.operations.migrate import migrate, recover
-from qmigrate.operations.plan import Plan
+from qmigrate.operations.plan import Hook, Plan
 from qmigrate.operations.policy import AfterPass, AfterSeconds, AtOnce
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.whereabouts import Place, ask, locate
@@ -30,10 +29,11 @@ from qmigrate.qmp.postcopy import is_postcopy
 from qmigrate.qmp.session import Session
 from tests.guests import console
 from tests.live.broken import broken_pair, broken_plan
+from tests.live.command import started
+from tests.live.credentials import NAME, credentials
 from tests.live.pair import AT_ONCE, SLOW, SMALL, Pair, pair
 from tests.live.versions import Qemu, installed, named
 
-ROOT: Final = Path(__file__).parents[2]
 KIB: Final = 1 << 10
 
 # Source, destination, a machine type that both have.
@@ -47,8 +47,15 @@ PAIRS: Final = (
     ("7.2", "11.1", "pc-q35-7.2"),
     ("10.0", "11.1", "pc-q35-10.0"),
 )
-WAYS: Final = ("precopy", "at-once", "after-pass", "completed-before", "preempt", "multifd", "cancel", "recover")
-PHASES: Final = ("precopy", "switch", "postcopy", "late", "paused")
+WAYS: Final = (
+    *("precopy", "at-once", "after-pass", "completed-before", "preempt", "multifd", "cancel", "recover"),
+    *("xbzrle", "hook", "tcp", "tls", "tls-postcopy"),
+)
+PHASES: Final = ("setup", "precopy", "switch", "postcopy", "late", "paused", "recovering", "completed")
+PRECOPY: Final = ("setup", "precopy")
+BROKEN: Final = ("paused", "recovering")
+"""Phases that are reached only when the connection has been cut."""
+CUTS: Final = 20
 VICTIMS: Final = ("source", "destination", "us")
 
 
@@ -73,8 +80,8 @@ def units() -> Iterator[Unit]:
                 yield Unit(f"kill {victim} in {phase} {qemu.name}", _kill(qemu, phase, victim))
             for side in ("source", "destination"):
                 yield Unit(f"cut QMP of {side} in {phase} {qemu.name}", _cut_qmp(qemu, phase, side))
-        for number in range(20):
-            yield Unit(f"cut data {number} {qemu.name}", _cut_data(qemu))
+        for number in range(CUTS):
+            yield Unit(f"cut data {number} {qemu.name}", _cut_data(qemu, number))
         yield Unit(f"50 hops {qemu.name}", _hops(qemu, 50))
 
 
@@ -91,7 +98,8 @@ def _matrix(source: str, destination: str, machine: str, way: str) -> Callable[[
                 assert (result.exit_code, result.recoveries) == (0, 1), result.message
                 await both.assert_guest_goes_on()
             return ""
-        async with pair(one, folder, destination=two, machine=machine) as both:
+        more = credentials(folder) if way.startswith("tls") else {}
+        async with pair(one, folder, destination=two, machine=machine, **more) as both:
             return await _way(both, way)
 
     return run
@@ -106,12 +114,17 @@ async def _way(both: Pair, way: str) -> str:
         "preempt": {"preempt": True, **AT_ONCE},
         "multifd": {"multifd": 2},
         "cancel": {"bandwidth": SLOW, "downtime_limit_ms": 1},
+        "xbzrle": {"xbzrle": True},
+        "hook": {"before_switchover": _look_at(both), **AT_ONCE},
+        "tcp": {"uri": "tcp:127.0.0.1:0", **AT_ONCE},
+        "tls": TLS,
+        "tls-postcopy": {**TLS, **AT_ONCE},
     }
     if way == "preempt":
         for session in both.sessions:
             if "postcopy-preempt" not in await migration.capabilities(session):
                 return "no preempt there"
-    plan = Plan(uri=both.uri, answer_timeout_s=15, stall_timeout_s=30, **plans[way])
+    plan = Plan(**{"uri": both.uri, "answer_timeout_s": 15, "stall_timeout_s": 30, **plans[way]})
     if way == "cancel":
         task = asyncio.ensure_future(migrate(*both.sessions, plan))
         await migration.wait_until(both.source.session, "active", timeout_s=15)
@@ -122,9 +135,22 @@ async def _way(both: Pair, way: str) -> str:
         return ""
     result = await migrate(*both.sessions, plan)
     assert result.exit_code == 0, result.message
-    assert result.switched == (way in ("at-once", "after-pass", "preempt")), result.message
+    assert result.switched == (bool(plan.postcopy) and way != "completed-before"), result.message
     await both.assert_guest_goes_on()
     return ""
+
+
+TLS: Final[Mapping[str, Any]] = {
+    **{"uri": "tcp:127.0.0.1:0", "tls_hostname": NAME},
+    **{"tls_creds": "tls-source", "destination_tls_creds": "tls-destination"},
+}
+
+
+def _look_at(both: Pair) -> Hook:
+    async def hook() -> None:
+        assert (await migration.query(both.source.session))["status"] == "pre-switchover"
+
+    return hook
 
 
 # ---- kills and cuts ----------------------------------------------------------------------------------------
@@ -149,6 +175,8 @@ class Trigger:
         at_source = event.side is Side.SOURCE
         took_over = isinstance(event, events.GuestChanged) and event.side is Side.DESTINATION and event.running
         match self.phase:
+            case "setup" | "completed":
+                return isinstance(event, events.StatusChanged) and at_source and event.status == self.phase
             case "precopy":
                 return isinstance(event, events.Progressed) and at_source and bool(event.transferred_bytes)
             case "switch":
@@ -164,13 +192,14 @@ class Trigger:
                     return sent >= self._sent + self._late_after
                 return False
             case _:
-                return isinstance(event, events.StatusChanged) and at_source and event.status == "postcopy-paused"
+                status = "postcopy-paused" if self.phase == "paused" else "postcopy-recover"
+                return isinstance(event, events.StatusChanged) and at_source and event.status.startswith(status)
 
 
 def _slow(both: Pair, phase: str, **wishes: Any) -> Plan:
     limits = {"bandwidth": SLOW, "postcopy_bandwidth": 2 * SLOW, "downtime_limit_ms": 1}
     patience = {"answer_timeout_s": 3.0, "stall_timeout_s": 10.0, "connect_timeout_s": 3.0}
-    policy = [] if phase == "precopy" else [AtOnce()]
+    policy = [] if phase in PRECOPY else [AtOnce()]
     return Plan(**{"uri": both.uri, "postcopy": policy, **limits, **patience, **wishes})
 
 
@@ -178,8 +207,8 @@ def _kill(qemu: Qemu, phase: str, victim: str) -> Callable[[random.Random, Path]
     async def run(rng: random.Random, folder: Path) -> str:
         if victim == "us":
             async with pair(qemu, folder) as both:
-                return await _kill_us(both, phase, rng)
-        cuts = [64 * KIB] if phase == "paused" else []
+                return await (_kill_recovery(both, rng) if phase == "recovering" else _kill_us(both, phase, rng))
+        cuts = [64 * KIB] if phase in BROKEN else []
         async with broken_pair(qemu, folder, cuts) as (both, cutter):
             act = both.source.kill if victim == "source" else both.destination.kill
             trigger = Trigger(phase, act, rng)
@@ -196,7 +225,7 @@ def _kill(qemu: Qemu, phase: str, victim: str) -> Callable[[random.Random, Path]
 
 def _cut_qmp(qemu: Qemu, phase: str, side: str) -> Callable[[random.Random, Path], Awaitable[str]]:
     async def run(rng: random.Random, folder: Path) -> str:
-        cuts = [64 * KIB] if phase == "paused" else []
+        cuts = [64 * KIB] if phase in BROKEN else []
         async with broken_pair(qemu, folder, cuts) as (both, cutter):
             source, destination = both.addresses
             async with Session.connect(source) as one, Session.connect(destination) as two:
@@ -213,9 +242,10 @@ def _cut_qmp(qemu: Qemu, phase: str, side: str) -> Callable[[random.Random, Path
     return run
 
 
-def _cut_data(qemu: Qemu) -> Callable[[random.Random, Path], Awaitable[str]]:
+def _cut_data(qemu: Qemu, number: int) -> Callable[[random.Random, Path], Awaitable[str]]:
     async def run(rng: random.Random, folder: Path) -> str:
-        moments = [rng.randrange(64, 6144) * KIB]
+        step = 6144 // CUTS
+        moments = [(64 + number * step + rng.randrange(step)) * KIB]
         async with broken_pair(qemu, folder, moments) as (both, cutter):
             result = await migrate(*both.sessions, broken_plan(both), on_event=cutter.heard)
             assert result.exit_code == 0, f"cut after {moments}: {result.message}"
@@ -229,10 +259,8 @@ def _cut_data(qemu: Qemu) -> Callable[[random.Random, Path], Awaitable[str]]:
 async def _kill_us(both: Pair, phase: str, rng: random.Random) -> str:
     """`qmigrate migrate` in a process of its own is killed; what it left behind can be taken up."""
     words = ["migrate", *both.addresses, "--uri", both.uri, "--ndjson", "--bandwidth", "4M", "--downtime-limit", "1"]
-    words += [] if phase == "precopy" else ["--postcopy", "--postcopy-bandwidth", "8M"]
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "qmigrate", *words), cwd=ROOT, stdout=asyncio.subprocess.PIPE
-    )
+    words += [] if phase in PRECOPY else ["--postcopy", "--postcopy-bandwidth", "8M"]
+    process = await started(*words)
     trigger = Trigger("late" if phase == "paused" else phase, lambda: os.kill(process.pid, signal.SIGKILL), rng)
     assert process.stdout is not None
     async for line in process.stdout:
@@ -245,7 +273,8 @@ async def _kill_us(both: Pair, phase: str, rng: random.Random) -> str:
         await attached.pause(source, destination)
         again = Plan(uri=f"unix:{both.folder / 'again'}", recoveries=3, answer_timeout_s=15)
         assert (await recover(source, destination, again)).exit_code == 0
-    elif view.status == "active" and phase == "precopy":
+    elif phase in PRECOPY:
+        await migration.wait_until(source, "active", timeout_s=15)
         await attached.cancel(source)
         await both.assert_guest_stayed()
         return ""
@@ -253,6 +282,33 @@ async def _kill_us(both: Pair, phase: str, rng: random.Random) -> str:
         await migration.wait_until(source, "completed", timeout_s=60)
     await both.assert_guest_goes_on()
     return "" if trigger.acted else "over before the kill"
+
+
+async def _kill_recovery(both: Pair, rng: random.Random) -> str:
+    """`qmigrate recover` is killed after it has said so many lines; another one takes it up."""
+    migrating = asyncio.ensure_future(migrate(*both.sessions, _slow(both, "late")))
+    while not migrating.done():
+        try:
+            await attached.pause(*both.sessions)
+            break
+        except QmigrateError:  # not in postcopy yet
+            await asyncio.sleep(0.01)
+    result = await migrating
+    assert result.outcome is Outcome.PAUSED, result.message
+    await both.hurry()
+    again = f"unix:{both.folder / 'again'}"
+    process = await started("recover", *both.addresses, "--uri", again, "--ndjson")
+    lines = rng.randrange(1, 12)
+    assert process.stdout is not None
+    async for _ in process.stdout:
+        lines -= 1
+        if not lines:
+            process.kill()
+    await process.wait()
+    recovered = await recover(*both.sessions, Plan(uri=again, recoveries=3, answer_timeout_s=15))
+    assert recovered.exit_code == 0, recovered.message
+    await both.assert_guest_goes_on()
+    return "over before the kill" if lines > 0 else ""
 
 
 def _event(plain: dict[str, Any]) -> LiveEvent | None:

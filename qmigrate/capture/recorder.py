@@ -1,0 +1,185 @@
+"""Writes a recording while it happens.  Its layout is declared in ``frames``.
+
+A recorder never raises for a file that can't be written on: what it records goes on without it.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import Final, Self
+
+from qmigrate.capture.frames import (
+    Closed,
+    Direction,
+    End,
+    Opened,
+    Stopped,
+    build_frame,
+    build_header,
+    data_header,
+)
+from qmigrate.errors import RefusedError
+from qmigrate.format._record import Record
+
+__all__ = ["Recorder"]
+
+_LONGEST_TEXT: Final = 255  # bytes
+
+
+class Recorder:
+    """Appends to a new file, from any thread.  Closes the file, which it opened.
+
+    Each call has written what it was given when it returns; it was handed to the system, which keeps it when this
+    process is killed.  Where that fails (a full disk) the frame at hand is taken back, ``stopped`` says why, all
+    further calls do nothing, and ``on_stop`` is called once, in the thread that met it.
+    Raises ``OSError`` where the file can't be made, ``RefusedError`` where it is there and not empty, unless
+    ``overwrite``, or is no regular file.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        overwrite: bool = False,
+        on_stop: Callable[[OSError], None] | None = None,
+    ) -> None:
+        self.stopped: OSError | None = None
+        self._on_stop = on_stop
+        self._lock = threading.Lock()
+        self._position = 0
+        self._splices = True
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            self._begin(os.fspath(path), overwrite=overwrite)
+        except BaseException:
+            os.close(self._descriptor)
+            raise
+
+    def _begin(self, path: str, *, overwrite: bool) -> None:
+        status = os.fstat(self._descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise RefusedError(f"{path} is no regular file: a recording is read by offsets")
+        if status.st_size and not overwrite:
+            raise RefusedError(f"{path} is there already; --overwrite replaces it")
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who follows sees that we live
+        except BlockingIOError:
+            raise RefusedError(f"{path} is being written by another tap") from None
+        os.ftruncate(self._descriptor, 0)
+        try:
+            self._write(build_header(**_now()))
+        except OSError as exc:
+            exc.filename = path
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def size(self) -> int:
+        """Of the file, in bytes."""
+        return self._position
+
+    def opened(self, connection: int, *, peer: str, listen: str, forward: str) -> None:
+        """A connection was made, the next number."""
+        self._frame(Opened(peer=_short(peer), listen=_short(listen), forward=_short(forward)), connection)
+
+    def closed(self, connection: int, *, forward_bytes: int, return_bytes: int, error: str = "") -> None:
+        """Both its sides are closed."""
+        self._frame(Closed(forward_bytes=forward_bytes, return_bytes=return_bytes, error=_short(error)), connection)
+
+    def data(self, connection: int, direction: Direction, data: bytes | memoryview) -> None:
+        """Bytes that came, at most ``LONGEST_PIECE``."""
+        self._attempt(lambda: self._write(data_header(connection, direction, len(data), **_now()) + bytes(data)))
+
+    def data_from(self, connection: int, direction: Direction, pipe: int, count: int) -> None:
+        """``count`` bytes that are in ``pipe``, taken out of it inside the kernel.  Some stay where it fails."""
+
+        def move() -> None:
+            self._write(data_header(connection, direction, count, **_now()))
+            left = count
+            while left:
+                left -= self._splice(pipe, left)
+
+        self._attempt(move)
+
+    def close(self) -> None:
+        """End in good order, and close the file."""
+        if self._descriptor < 0:
+            return
+        self._frame(End(), 0)
+        if self.stopped is not None:
+            with suppress(OSError):
+                self._write(build_frame(End(), connection=0, **_now()))
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    # -- inside
+
+    def _frame(self, body: Record, connection: int) -> None:
+        self._attempt(lambda: self._write(build_frame(body, connection=connection, **_now())))
+
+    def _attempt(self, write: Callable[[], None]) -> None:
+        """Write a frame whole, or, where that fails, none, and stop."""
+        with self._lock:
+            if self.stopped is not None or self._descriptor < 0:
+                return
+            begin = self._position
+            try:
+                write()
+                return
+            except OSError as exc:
+                self.stopped = exc
+                self._take_back(begin, exc)
+        if self._on_stop is not None:
+            self._on_stop(self.stopped)
+
+    def _take_back(self, begin: int, exc: OSError) -> None:
+        """What is half written would be no harm, but where it stood there is room to say why it stops."""
+        with suppress(OSError):
+            os.ftruncate(self._descriptor, begin)
+            self._position = begin
+            self._write(build_frame(Stopped(reason=_short(exc.strerror or str(exc))), connection=0, **_now()))
+
+    def _write(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._descriptor, view, self._position)
+            self._position += count
+            view = view[count:]
+
+    def _splice(self, pipe: int, count: int) -> int:
+        """Move bytes on; by hand where the file system can't."""
+        if self._splices:
+            try:
+                moved = os.splice(pipe, self._descriptor, count, offset_dst=self._position)
+            except OSError as exc:
+                if exc.errno != errno.EINVAL:
+                    raise
+                self._splices = False
+            else:
+                self._position += moved
+                return moved
+        part = os.read(pipe, count)
+        self._write(part)
+        return len(part)
+
+
+def _now() -> dict[str, int]:
+    return {"monotonic_ns": time.monotonic_ns(), "time_ns": time.time_ns()}
+
+
+def _short(text: str) -> str:
+    """As much as a counted string holds."""
+    return text.encode("utf-8", "surrogateescape")[:_LONGEST_TEXT].decode("utf-8", "surrogateescape")

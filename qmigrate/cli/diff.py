@@ -1,0 +1,89 @@
+"""``qmigrate diff``: what differs between two captures."""
+
+import argparse
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, TextIO
+
+from qmigrate.cli.asked import answering
+from qmigrate.cli.input import add_reading, open_input
+from qmigrate.cli.tell import FAILURES, failed, input_name, tell, tell_faults
+
+if TYPE_CHECKING:
+    from qmigrate.analysis.diff import Diff, Side
+
+__all__ = ["add_arguments", "run"]
+
+HELP = "what differs between two captures: machine, devices by field, pages of RAM"
+DESCRIPTION = (
+    "Compare two captures of a machine, whichever way each travelled: the machine, each device's fields, and RAM as "
+    "each stream leaves it. Ends with 0 where all is the same, with 1 where something differs or an input is not "
+    "whole. RAM of both is put into files without a name in $TMPDIR meanwhile."
+)
+EXAMPLES = (
+    "qmigrate diff before.mig after.mig",
+    "qmigrate diff --ignore 'timer.*' --ignore 'cpu*.env.tsc' before.mig after.mig",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    for name in ("A", "B"):
+        parser.add_argument(
+            name.lower(),
+            metavar=name,
+            help="a migration stream, compressed or not; - is standard input, for one of the two",
+        )
+    parser.add_argument(
+        "--ignore",
+        metavar="DEVICE.FIELD",
+        action="append",
+        default=[],
+        help="a field that may differ, and all below it, as dissect --field names it; * and ? stand for any "
+        "characters; may be repeated",
+    )
+    parser.add_argument("--devices-only", action="store_true", help="leave the contents of RAM out")
+    parser.add_argument("--all", action="store_true", help="each field and each range of pages, however many")
+    parser.add_argument("--json", action="store_true", help="the answer as JSON, with all of them")
+    add_reading(parser)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    from qmigrate.analysis.diff import describe_diff, diff
+
+    if args.a == args.b == "-":
+        args.usage_error("standard input can be one of the two only")
+    with ExitStack() as stack, answering():
+        sides: list[Side] = []
+        for file in (args.a, args.b):
+            try:
+                sides.append(_read(args, file, out, stack))
+            except FAILURES as failure:
+                return failed(failure, input_name(file), out)
+        found = diff(*sides, ignore=args.ignore)
+    if args.json:
+        from qmigrate.report.json import write_json
+
+        write_json(describe_diff(found), out)
+    else:
+        from qmigrate.report.diff import write_diff
+        from qmigrate.report.paper import Paper
+
+        write_diff(found, Paper(out), everything=args.all)
+    out.flush()
+    return max(0 if found.same else 1, _tell(found))
+
+
+def _read(args: argparse.Namespace, file: str, out: TextIO, stack: ExitStack) -> "Side":
+    from qmigrate.analysis.diff import read_side
+
+    with open_input(args, file, out) as migration:
+        return read_side(migration, migration.source.name, stack, ram=not args.devices_only)
+
+
+def _tell(found: "Diff") -> int:
+    """What is wrong with either input, and what could not be compared; the exit code that this makes."""
+    worst = 0
+    for side in (found.a, found.b):
+        worst = max(worst, tell_faults(side.name, side.contents.errors))
+    for name in found.not_compared:
+        tell("not compared", name)
+    return worst

@@ -1,0 +1,132 @@
+"""``dissect`` of what ``tap`` recorded: at rest, or while it is still written."""
+
+import argparse
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Final, TextIO
+
+from qmigrate.cli.tell import tell, tell_faults
+from qmigrate.errors import NoStreamError, StreamError
+from qmigrate.format.channel import ChannelKind
+
+if TYPE_CHECKING:
+    from qmigrate.analysis.recording import Moment, RecordingStory
+    from qmigrate.capture.migration import Contents, Migration
+    from qmigrate.capture.recording import Recording
+
+__all__ = ["follow", "write_moments", "write_recorded"]
+
+_EVERY_S: Final = 0.1
+
+
+def write_recorded(args: argparse.Namespace, migration: "Migration", recording: "Recording", out: TextIO) -> int:
+    """The story of all channels, then main's stream as any other."""
+    from qmigrate.analysis.recording import RecordingStory
+    from qmigrate.capture.recording import Recording
+
+    with Recording(recording.path, name=recording.name) as again:
+        story = RecordingStory(again).read()
+        contents = _main(migration)
+        if args.json:
+            from qmigrate.analysis.summary import summarize
+            from qmigrate.report.json import write_json
+            from qmigrate.report.recording import describe_recording
+
+            write_json(summarize(contents) | describe_recording(story), out)
+        else:
+            from qmigrate.report.paper import Paper
+            from qmigrate.report.recording import write_recording
+            from qmigrate.report.text import write_story
+
+            paper = Paper(out)
+            write_recording(story, migration.source.name, paper)
+            if contents.length:
+                paper.line()
+                write_story(contents, f"{migration.source.name}: main, forward", paper)
+    out.flush()
+    faults = [] if _was_taken_up(story) else list(contents.errors)
+    return max(tell_faults(migration.source.name, faults), _tell_recording(migration.source.name, story))
+
+
+def write_moments(recording: "Recording", out: TextIO, *, file: str | None) -> int:
+    """A moment a line, as JSON, in the order of the recording; each request and each answer has its own."""
+    from qmigrate.analysis.recording import RecordingStory
+    from qmigrate.capture.recording import Recording
+    from qmigrate.report.json import write_json_line
+
+    named = {} if file is None else {"file": file}
+    with Recording(recording.path, name=recording.name) as again:
+        story = RecordingStory(again)
+        for moment in story.advance():
+            write_json_line(named | moment.plain(), out)
+        again.finish()
+        for moment in story.finish():
+            write_json_line(named | moment.plain(), out)
+    out.flush()
+    return _tell_recording(recording.name, story)
+
+
+def follow(args: argparse.Namespace, out: TextIO) -> int:
+    """What a tap records, while it does, until it ends."""
+    from qmigrate.analysis.recording import RecordingStory
+    from qmigrate.capture.recording import Recording
+    from qmigrate.report.json import write_json_line
+    from qmigrate.report.paper import Paper
+    from qmigrate.report.recording import moment_line, write_ending
+
+    (file,) = args.files
+    with Recording(file) as recording:
+        story, paper = RecordingStory(recording), Paper(out)
+        for moment in _moments(story):
+            if args.ndjson:
+                write_json_line(moment.plain(), out)
+            elif moment.name not in ("answer", "REQ_PAGES_ID"):  # they are told together
+                paper.line(moment_line(moment))
+            out.flush()
+        if not args.ndjson:
+            write_ending(story, paper)
+        out.flush()
+        return _tell_recording(file, story)
+
+
+def _moments(story: "RecordingStory") -> "Iterator[Moment]":
+    """As they come, until the recording has an end, or nobody writes it any more."""
+    while True:
+        is_written = story.recording.is_written  # asked first: what was written before it ended is read below
+        yield from story.advance()
+        if story.recording.ended or story.recording.fault is not None or not is_written:
+            break
+        time.sleep(_EVERY_S)
+    story.recording.finish()
+    yield from story.finish()
+
+
+def _main(migration: "Migration") -> "Contents":
+    """What main holds; nothing where there is no main channel."""
+    from qmigrate.capture.migration import Contents
+
+    try:
+        return migration.contents
+    except NoStreamError as exc:
+        return Contents(errors=[StreamError(str(exc))])
+
+
+def _was_taken_up(story: "RecordingStory") -> bool:
+    """Did a recovery go on where main was broken off?"""
+    return any(channel.forward.kind is ChannelKind.RESUMED for channel in story.channels)
+
+
+def _tell_recording(name: str, story: "RecordingStory") -> int:
+    recording, status = story.recording, 0
+    if recording.stopped is not None:
+        tell(name, f"the recording stopped before the migration ended: {recording.stopped.reason}")
+        status = 1
+    if recording.fault is not None:
+        tell(name, str(recording.fault))
+        status = 1
+    last = next((channel for channel in reversed(story.channels) if channel.is_main), None)
+    if last is not None and _was_taken_up(story):
+        for fault in last.faults:
+            tell(name, f"connection {last.number}: {fault}")
+            status = 1
+    return status

@@ -1,0 +1,211 @@
+"""``qmigrate tap``: stand between a source and a destination, and record all that passes."""
+
+import argparse
+import sys
+import time
+from collections.abc import Awaitable
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TextIO
+
+from qmigrate.cli.tell import tell
+
+if TYPE_CHECKING:
+    import asyncio
+
+    from qmigrate.capture.recorder import Recorder
+    from qmigrate.events import LiveEvent
+    from qmigrate.operations.tap import Tap
+
+__all__ = ["add_arguments", "run"]
+
+HELP = "relay a migration, and record every channel both ways"
+DESCRIPTION = (
+    "Stand between the source and the destination of a migration: every connection to LISTEN is joined to one to "
+    "FORWARD, and what passes is recorded, both ways, with times. A killed tap leaves a file that dissect reads; a "
+    "full disk stops the recording, never the migration. Ends with Ctrl-C, or with --once: where connections are open "
+    "then, when they have closed (a second Ctrl-C cuts them). The exit code is 0, 1 where the recording "
+    "stopped early, 2 where nothing could be done, 130 where connections were cut."
+)
+EXAMPLES = (
+    "qmigrate tap unix:/run/tap.sock unix:/run/incoming.sock -o migration.tap",
+    "qmigrate tap tcp:0.0.0.0:4444 tcp:host2:4444 -o migration.tap --once",
+    "qmigrate dissect migration.tap",
+)
+
+INTERRUPTED: Final = 130
+STOPPED_EARLY: Final = 1
+_EVERY_S: Final = 0.5
+_ERASE: Final = "\r\x1b[K"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("listen", metavar="LISTEN", help="where the source connects to: unix:PATH or tcp:HOST:PORT")
+    parser.add_argument("forward", metavar="FORWARD", help="where the destination listens, spelled the same way")
+    parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the recording, a new file")
+    parser.add_argument("--overwrite", action="store_true", help="replace a FILE that is there")
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        help="end when the first migration is over: all is closed, and no return path ended without SHUT, as one "
+        "does that can be recovered",
+    )
+    parser.add_argument("-q", "--quiet", action="store_true", help="say only what is wrong")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say also by what each connection is known")
+    parser.set_defaults(usage_error=parser.error)
+
+
+def run(args: argparse.Namespace, _out: TextIO) -> int:
+    import asyncio
+
+    from qmigrate.capture.recorder import Recorder
+    from qmigrate.endpoint.transport import SocketAddress
+
+    try:
+        SocketAddress.parse(args.listen), SocketAddress.parse(args.forward)
+    except ValueError as exc:
+        args.usage_error(str(exc))
+    _allow_many_files()
+    with Recorder(args.output, overwrite=args.overwrite, on_stop=_stopped) as recorder:
+        try:
+            return asyncio.run(_tap(args, recorder))
+        except OSError:  # it can't listen
+            Path(args.output).unlink(missing_ok=True)
+            raise
+
+
+def _stopped(exc: OSError) -> None:
+    tell("the recording stopped, the migration goes on", exc.strerror or str(exc))
+
+
+async def _tap(args: argparse.Namespace, recorder: "Recorder") -> int:
+    import asyncio
+    import signal
+
+    from qmigrate.operations.tap import Tap
+
+    screen = _Screen(args)
+    async with Tap(args.listen, args.forward, recorder=recorder, on_event=screen.take) as tap:
+        screen.line(f"listening at {tap.address}, forwarding to {tap.forward}, recording to {args.output}")
+        interrupted = asyncio.Event()
+        again = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, lambda: (again if interrupted.is_set() else interrupted).set())
+        showing = asyncio.create_task(screen.show(tap, recorder))
+        try:
+            was_cut = await _until_over(tap, interrupted, again, screen, once=args.once)
+        finally:
+            showing.cancel()
+            await asyncio.gather(showing, return_exceptions=True)
+            screen.erase()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)
+    screen.end(tap, recorder, args.output)
+    if was_cut:
+        return INTERRUPTED
+    return STOPPED_EARLY if recorder.stopped is not None else 0
+
+
+async def _until_over(
+    tap: "Tap", interrupted: "asyncio.Event", again: "asyncio.Event", screen: "_Screen", *, once: bool
+) -> bool:
+    """Until it shall end.  Were connections cut for it?"""
+    over = [tap.wait_until_over()] if once else []
+    await _first(interrupted.wait(), *over)
+    if not interrupted.is_set():
+        return False
+    await tap.stop_listening()
+    if tap.open_count:
+        screen.line(f"ending when {tap.open_count} open connections have closed; Ctrl-C again cuts them")
+        await _first(again.wait(), tap.wait_until_closed())
+    return tap.open_count > 0
+
+
+async def _first(*waits: Awaitable[object]) -> None:
+    """Until one of them comes true."""
+    import asyncio
+
+    tasks = [asyncio.ensure_future(wait) for wait in waits]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _allow_many_files() -> None:
+    """A connection takes ten descriptors, and multifd may have 255 of them."""
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+class _Screen:
+    """What is said on standard error meanwhile: a line for each event, and on a terminal how far it has come."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._quiet = args.quiet or sys.stderr is None
+        self._verbose = args.verbose
+        self._shows = not self._quiet and sys.stderr.isatty()
+
+    def line(self, said: str) -> None:
+        """One line, unless it is to be quiet."""
+        if not self._quiet:
+            self.erase()
+            tell(said)
+
+    def erase(self) -> None:
+        """Take the progress away."""
+        if self._shows:
+            sys.stderr.write(_ERASE)
+            sys.stderr.flush()
+
+    def take(self, event: "LiveEvent") -> None:
+        """Tell of one event."""
+        from qmigrate.operations import tap
+        from qmigrate.report.units import size
+
+        match event:
+            case tap.ConnectionOpened():
+                self.line(f"connection {event.number} opened{event.peer and ' from ' + event.peer}")
+            case tap.ConnectionTold():
+                known = f": {event.reason}" if self._verbose else ""
+                self.line(f"connection {event.number} is {event.channel}{known}")
+            case tap.ConnectionRefused():
+                tell(f"connection {event.number} refused", event.error)
+            case tap.ConnectionClosed():
+                passed = f"{size(event.forward_bytes)} forward, {size(event.return_bytes)} back"
+                why = f", {event.error}" if event.error else ""
+                open_end = "; its return path has no end: it may be recovered" if event.unfinished else ""
+                self.line(f"connection {event.number} closed, {passed}{why}{open_end}")
+
+    async def show(self, tap: "Tap", recorder: "Recorder") -> None:
+        """How far it has come, on a terminal, until it is cancelled."""
+        import asyncio
+
+        from qmigrate.report.units import plural, size
+
+        before, at = 0, time.monotonic()
+        while self._shows:
+            await asyncio.sleep(_EVERY_S)
+            passed, now = _passed(tap), time.monotonic()
+            if tap.open_count:
+                speed = size(int((passed - before) / (now - at)))
+                recorded = "recording stopped" if recorder.stopped else f"{size(recorder.size)} recorded"
+                shown = f"{plural(tap.open_count, 'connection')}, {size(passed)} passed on, {speed}/s, {recorded}"
+                sys.stderr.write(_ERASE + shown)
+                sys.stderr.flush()
+            before, at = passed, now
+
+    def end(self, tap: "Tap", recorder: "Recorder", path: str) -> None:
+        """What came of it."""
+        from qmigrate.report.units import plural, size
+
+        count = plural(len(tap.connections), "connection")
+        self.line(f"{count}, {size(_passed(tap))} passed on, {size(recorder.size)} recorded: qmigrate dissect {path}")
+
+
+def _passed(tap: "Tap") -> int:
+    return sum(each.forward_bytes + each.return_bytes for each in tap.connections)

@@ -1,0 +1,145 @@
+"""The guest's process: maps memory, makes it sensitive, loads the package, and touches.
+
+S6, S7: the package is loaded here while the listener goes on reading, so that a page that is missing while a device
+is loaded comes by the listener.  S9: LISTEN registers every block.  S10: RUN starts the touchers.
+
+    python -m qmigrate.endpoint.destination_guest LIFELINE PARENT LISTENER
+"""
+
+import mmap
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from qmigrate.endpoint.back import ReturnPath
+from qmigrate.endpoint.link import Link, LinkClosedError, Said, end_with_parent
+from qmigrate.endpoint.ram import GuestRam
+from qmigrate.errors import QmigrateError
+from qmigrate.format.command import Ping
+from qmigrate.format.return_path import Pong, encode_message
+from qmigrate.protocol.destination import Package, SectionBegan, package_events
+from qmigrate.protocol.page_map import PageState
+from qmigrate.protocol.phases import Phase
+from qmigrate.uffd.memory import address_of, touch
+from qmigrate.uffd.toucher import Histogram, Place, Toucher, Workload
+from qmigrate.uffd.userfault import Userfaultfd
+
+
+class Guest:
+    """What stands for the guest.  ``wishes``: the workloads, how many touches, whether to touch in the package."""
+
+    def __init__(self, parent: Link, listener: Link, wishes: dict[str, Any]) -> None:
+        self.parent = parent
+        self.listener = listener
+        self.workloads = [Workload(**each) for each in wishes["workloads"]]
+        self.touches_in_package = bool(wishes["touch_in_package"])
+        self.touchers: list[Toucher] = []
+        self.ram: GuestRam | None = None
+        self.faults: Userfaultfd | None = None
+        self.in_package = Histogram()
+
+    def load(self, said: Said) -> None:
+        """Load the package that the listener hands over."""
+        path, lock, package, *descriptors = said.descriptors
+        self.ram = ram = GuestRam.received(said.values["ram"], descriptors)
+        data = os.pread(package, os.fstat(package).st_size, 0)
+        missing = self._missing_places(ram)
+        with ReturnPath(path, lock) as back:
+            for descriptor in (path, lock, package):
+                os.close(descriptor)
+            phase = Phase(said.values["phase"])
+            for event in package_events(Package(data, said.values["offset"], said.values["footers"]), phase):
+                match event:
+                    case Ping(token=token):
+                        back.send(encode_message(Pong(token=token)))
+                    case Phase.LISTENING:
+                        self._listen(ram)
+                    case Phase.RUNNING:
+                        self._start()
+                        self.listener.tell("running")
+                    case SectionBegan() if self.touches_in_package and self.faults is not None:
+                        self._touch(next(missing, None))
+
+    def _missing_places(self, ram: GuestRam) -> Iterator[Place]:
+        """What the source sends last comes first: else it might just be coming."""
+        for number, block in reversed([*enumerate(ram.pages.blocks)]):
+            for start in reversed(range(0, block.length, block.page_size)):
+                if ram.pages.state(number, start) is PageState.MISSING:
+                    yield Place(number, start)
+
+    def _touch(self, place: Place | None) -> None:
+        """As a device does that reads guest memory while it is loaded."""
+        import time
+
+        if place is None or self.ram is None:
+            return
+        scratch = mmap.mmap(-1, mmap.PAGESIZE)
+        began = time.perf_counter_ns()
+        touch(self.ram.memory[place.block].address + place.start, address_of(scratch), 8)
+        self.in_package.add(time.perf_counter_ns() - began)
+
+    def _listen(self, ram: GuestRam) -> None:
+        self.faults = Userfaultfd.open()
+        for block in ram.memory:
+            self.faults.register(block.address, block.mapped_length)
+        addresses = [block.address for block in ram.memory]
+        self.listener.tell("listening", addresses=addresses, descriptors=[self.faults.fileno()])
+
+    def _start(self) -> None:
+        ram = self.ram
+        assert ram is not None
+        addresses = [block.address for block in ram.memory]
+        sizes = [(block.length, block.page_size) for block in ram.pages.blocks]
+
+        def is_missing(place: Place) -> bool:
+            return not ram.pages.is_received(place.block, place.start)
+
+        self.touchers = [
+            Toucher(workload, addresses, sizes, is_missing, name=f"toucher {number}")
+            for number, workload in enumerate(self.workloads)
+        ]
+        for toucher in self.touchers:
+            toucher.start()
+
+    def stop(self) -> None:
+        """The end: nothing is sensitive any more, sleepers wake; tell what was measured."""
+        for toucher in self.touchers:
+            toucher.stop()
+        if self.faults is not None and self.ram is not None:
+            for block in self.ram.memory:
+                self.faults.unregister(block.address, block.mapped_length)
+        total = Histogram()
+        for toucher in self.touchers:
+            toucher.join()
+            total.join(toucher.histogram)
+        self.parent.tell(
+            "touched",
+            touches=sum(toucher.touches for toucher in self.touchers),
+            writes=sum(toucher.writes for toucher in self.touchers),
+            latency=asdict(total),
+            in_package=asdict(self.in_package),
+        )
+
+
+def main(lifeline: int, parent: Link, listener: Link) -> None:
+    end_with_parent(lifeline)
+    parent.tell("ready")
+    guest = Guest(parent, listener, parent.expect("wishes").values)
+    said = listener.expect("package", "none")
+    if said.kind == "package":
+        try:
+            guest.load(said)
+        except QmigrateError as exc:
+            listener.tell("failed", message=str(exc))
+    parent.expect("stop")
+    guest.stop()
+
+
+if __name__ == "__main__":
+    try:
+        main(int(sys.argv[1]), Link.inherited(int(sys.argv[2])), Link.inherited(int(sys.argv[3])))
+    except LinkClosedError:
+        os._exit(0)  # the others have gone; a toucher may sleep for ever
+    os._exit(0)

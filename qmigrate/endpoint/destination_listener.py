@@ -1,0 +1,376 @@
+"""The listener's process: owns the main channel, parses, and puts pages in place.
+
+S6: it reads the package whole, hands it to the guest's process, and goes on reading.  S7: once the guest has obeyed
+LISTEN, pages are placed by COPY, whatever the guest does meanwhile.  S11: at the end it waits for the parent's word,
+which may have to save first, and says SHUT; when the connection breaks after RUN it waits for another.
+
+    python -m qmigrate.endpoint.destination_listener LIFELINE PARENT GUEST PAGER
+"""
+
+import os
+import select
+import socket
+import sys
+import time
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any, Final
+
+from qmigrate.endpoint.back import ReturnPath, limit_sending, new_lock
+from qmigrate.endpoint.link import Link, LinkClosedError, Said, end_with_parent
+from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_pages
+from qmigrate.errors import QmigrateError, StreamError
+from qmigrate.protocol import destination as protocol
+from qmigrate.protocol.phases import Phase
+from qmigrate.uffd.toucher import Histogram
+from qmigrate.uffd.userfault import Userfaultfd
+
+PROGRESS_S: Final = 0.25
+GUEST_TIMEOUT_S: Final = 30.0  # to load a package of which all has come
+
+
+class Channel:
+    """The descriptor of one connection.  ``way_back`` where it can be written to."""
+
+    def __init__(self, descriptor: int, way_back: bool) -> None:
+        self.descriptor = descriptor
+        self.way_back = way_back
+        if way_back:
+            peer = socket.socket(fileno=os.dup(descriptor))
+            limit_sending(peer)
+            peer.close()
+
+    def read_into(self, space: memoryview) -> int:
+        """0 where it has ended, or broke."""
+        try:
+            return os.readv(self.descriptor, [space])
+        except OSError:
+            return 0
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class Listener:
+    """One migration, from its first byte to SHUT."""
+
+    def __init__(self, parent: Link, guest: Link, pager: Link, *, keep: bool) -> None:
+        self.parent = parent
+        self.guest = guest
+        self.pager = pager
+        self.core = protocol.Destination(keep=keep)
+        self.package: protocol.PackageCame | None = None
+        self.counts = Counts()
+        self.lock = new_lock()
+        self.ram: GuestRam | None = None
+        self.placer: Placer | None = None
+        self.channel: Channel | None = None
+        self.back: ReturnPath | None = None
+        self.received_bytes = 0
+        self._told = 0.0
+        self._phase = self.core.phase
+
+    # -- the course of it
+
+    def run(self) -> None:
+        """Connections until all is loaded, or it can't go on."""
+        self._connect(self.parent.expect("connect"))
+        while not self._receive():
+            self._connect(self.parent.expect("connect"))
+            self.core.recover()
+            self._tell_phase()
+        self._finish()
+
+    def _connect(self, said: Said) -> None:
+        (descriptor,) = said.descriptors
+        self.channel = Channel(descriptor, said.values["way_back"])
+        self.back = ReturnPath(descriptor, self.lock) if self.channel.way_back else None
+
+    def _receive(self) -> bool:
+        """One connection.  True: all is loaded.  False: it broke, and can be recovered.  Raises ``QmigrateError``."""
+        try:
+            self._read()
+        except StreamError as exc:
+            if not self._pauses():
+                raise
+            self._disconnect(str(exc))
+            return False
+        return True
+
+    def _read(self) -> None:
+        core, channel = self.core, self.channel
+        assert channel is not None
+        while True:
+            for event in core.events():
+                self._take(event)
+                self._send()
+                if isinstance(event, protocol.Loaded):
+                    return
+            self._send()
+            self._tell_phase()
+            self._tell_progress()
+            if core.phase is Phase.LISTENING:
+                self._hear_guest(channel)
+            count = channel.read_into(core.space())
+            self.received_bytes += count
+            if count:
+                core.received(count)
+            else:
+                core.receive_eof()
+
+    def _send(self) -> None:
+        data = self.core.data_to_send()
+        if data and self.back is not None:
+            self.back.send(data)
+
+    # -- what the stream says
+
+    def _take(self, event: protocol.Event) -> None:
+        match event:
+            case protocol.PagesCame():
+                self._place(event)
+            case protocol.Configured(machine_type=name):
+                self._tell("configured", machine_type=name)
+            case protocol.Advised(sizes=sizes):
+                self._advised(None if sizes is None else sizes.summary)
+            case protocol.BlocksListed(blocks=blocks, target_page_size=size):
+                self.ram = GuestRam.create(blocks, size)
+                self._tell("blocks", **self.ram.described())
+            case protocol.Discarded():
+                self._discard(event)
+            case protocol.PackageCame():
+                self._hand_over(event)
+            case protocol.BitmapAsked(block=block):
+                self._answer_bitmap(block)
+            case protocol.Resumed():
+                self._resume_pager()
+
+    def _place(self, came: protocol.PagesCame) -> None:
+        if self.ram is None:
+            raise StreamError("pages before the block list", offset=came.offset, trail=("ram",))
+        if self.placer is None:
+            write_pages(self.ram, came, self.counts)
+        else:
+            self.placer.place(came)
+
+    def _discard(self, discarded: protocol.Discarded) -> None:
+        if self.ram is None:
+            raise StreamError("a discard before the block list", trail=("POSTCOPY_RAM_DISCARD",))
+        for each in discarded.ranges:
+            self.counts.discarded += self.ram.discard(discarded.block, each.start, each.length)
+
+    def _answer_bitmap(self, block: str) -> None:
+        assert self.ram is not None  # a recovery comes after LISTEN
+        bitmap = self.ram.pages.bitmap(self.ram.number(block), self.ram.target_page)
+        self.core.send_bitmap(block, bitmap)
+
+    def _advised(self, summary: int | None) -> None:
+        """S4: is this host able to?"""
+        if summary is None:
+            return
+        with Userfaultfd.open():
+            pass
+        self._tell("advised", page_sizes=summary)
+
+    def _hand_over(self, came: protocol.PackageCame) -> None:
+        """The guest's process loads the package; we go on once it has obeyed LISTEN."""
+        if self.ram is None:
+            raise StreamError("a package before the block list", offset=came.offset, trail=("PACKAGED",))
+        assert self.channel is not None
+        if self.core.kept is not None:
+            self.package = came
+        package = _in_memory("package", came.data)
+        descriptors = [self.channel.descriptor, self.lock, package, *self.ram.descriptors]
+        self.guest.tell(
+            "package",
+            ram=self.ram.described(),
+            phase=self.core.phase.value,
+            offset=came.offset,
+            footers=came.footers,
+            descriptors=descriptors,
+        )
+        os.close(package)
+        said = self._heard_from_guest()
+        self._listen(said)
+
+    def _heard_from_guest(self) -> Said:
+        said = self.guest.hear()
+        if said.kind == "failed":
+            raise QmigrateError(said.values["message"])
+        return said
+
+    def _listen(self, said: Said) -> None:
+        assert self.ram is not None
+        assert self.channel is not None
+        (faults,) = said.descriptors
+        addresses = said.values["addresses"]
+        self.core.listening()
+        self._tell_phase()
+        self.placer = Placer(self.ram, Userfaultfd(faults), addresses, self.counts)
+        self.pager.tell(
+            "listen",
+            ram=self.ram.described(),
+            addresses=addresses,
+            descriptors=[self.channel.descriptor, self.lock, faults, *self.ram.descriptors],
+        )
+
+    def _hear_guest(self, channel: Channel) -> None:
+        """Wait until the channel has something to read; meanwhile the guest may say that its package is loaded."""
+        poll = select.poll()
+        poll.register(self.guest, select.POLLIN)
+        poll.register(channel.descriptor, select.POLLIN)
+        for descriptor, _ in poll.poll():
+            if descriptor == self.guest.fileno():
+                self._loaded_by_guest()
+
+    def _loaded_by_guest(self) -> None:
+        said = self._heard_from_guest()
+        assert said.kind == "running", said.kind
+        self.core.running()
+        self._tell_phase()
+
+    # -- breaks, and the end
+
+    def _pauses(self) -> bool:
+        """The connection is of no more use: can it be recovered?  The phase says."""
+        if self.core.phase is Phase.LISTENING:  # all of the package is here: it may still be loaded
+            self._wait_for_guest()
+        self.core.link_lost()
+        return self.core.phase is Phase.PAUSED
+
+    def _wait_for_guest(self) -> None:
+        """It may wait for a page that comes no more."""
+        if self.core.phase is not Phase.LISTENING:
+            return
+        poll = select.poll()
+        poll.register(self.guest, select.POLLIN)
+        if poll.poll(GUEST_TIMEOUT_S * 1000):
+            self._loaded_by_guest()
+
+    def _disconnect(self, reason: str) -> None:
+        assert self.channel is not None
+        assert self.placer is not None
+        self.placer.forget()
+        self.pager.tell("pause")
+        if self.back is not None:
+            self.back.close()
+        self.channel.close()
+        self.channel = self.back = None
+        self._tell_phase()
+        self._tell("paused", reason=reason, **self._numbers())
+
+    def _resume_pager(self) -> None:
+        assert self.channel is not None
+        self.pager.tell("resume", descriptors=[self.channel.descriptor])
+
+    def _finish(self) -> None:
+        """All is here: the parent does what it has to with it, and says what to answer."""
+        self._wait_for_guest()
+        if self.placer is not None:
+            self.pager.tell("drain")
+            self.pager.expect("drained")
+        self.core.finished()
+        self._tell_phase()
+        descriptors = [] if self.ram is None else self.ram.descriptors
+        described = {} if self.ram is None else self.ram.described()
+        missing = 0 if self.ram is None else self.ram.pages.missing_count
+        kept = self._kept_files()
+        self._tell(
+            "loaded",
+            ram=described,
+            missing=missing,
+            kept=list(kept),
+            section=self._ram_section(),
+            descriptors=[*descriptors, *kept.values()],
+            **self._numbers(),
+        )
+        for descriptor in kept.values():
+            os.close(descriptor)
+        value = self.parent.expect("finish").values["value"]
+        self._shut(value)
+
+    def _kept_files(self) -> dict[str, int]:
+        """What a saved stream needs besides RAM, each part as a file in memory."""
+        kept = self.core.kept
+        if kept is None:
+            return {}
+        devices = bytes(kept.devices)
+        if self.package is not None:
+            package = protocol.Package(self.package.data, self.package.offset, self.package.footers)
+            devices += protocol.devices_of(package)
+        parts: dict[str, bytes | bytearray] = {
+            "opening": kept.opening,
+            "live": kept.live,
+            "devices": devices,
+            "closing": kept.closing,
+        }
+        return {name: _in_memory(name, part) for name, part in parts.items()}
+
+    def _ram_section(self) -> dict[str, Any]:
+        kept = self.core.kept
+        if kept is None or kept.ram is None:
+            return {}
+        return {"id": kept.ram.section_id, "footers": kept.footers, "postcopy": self.placer is not None}
+
+    def fail(self, message: str) -> None:
+        """It can't go on: the source is told so, the parent why."""
+        self._tell("failed", message=message, **self._numbers())
+        self._shut(1)
+
+    def _shut(self, value: int) -> None:
+        self.core.send_shut(value)
+        self._send()
+        if self.channel is not None:
+            self.channel.close()
+        if self.back is not None:
+            self.back.close()
+        if self.placer is None:
+            self.guest.tell("none")
+            self.pager.tell("none")
+        else:
+            self.pager.tell("stop")
+        waited = asdict(Histogram() if self.placer is None else self.placer.waited)
+        self._tell("shut", value=value, waited=waited)
+
+    # -- what the parent is told
+
+    def _numbers(self) -> dict[str, Any]:
+        return {**asdict(self.counts), "received_bytes": self.received_bytes}
+
+    def _tell(self, kind: str, **values: Any) -> None:
+        self.parent.tell(kind, time_us=time.time_ns() // 1000, **values)
+
+    def _tell_phase(self) -> None:
+        if self.core.phase is not self._phase:
+            self._phase = self.core.phase
+            self._tell("phase", phase=self._phase.value)
+
+    def _tell_progress(self) -> None:
+        if time.monotonic() >= self._told + PROGRESS_S:
+            self._told = time.monotonic()
+            self._tell("progress", **self._numbers())
+
+
+def _in_memory(name: str, data: bytes | bytearray) -> int:
+    """A file that other processes can be handed."""
+    descriptor = os.memfd_create(f"qmigrate-{name}", os.MFD_CLOEXEC)
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    return descriptor
+
+
+def main(lifeline: int, parent: Link, guest: Link, pager: Link) -> None:
+    end_with_parent(lifeline)
+    parent.tell("ready")
+    keep = bool(parent.expect("wishes").values["keep"])
+    listener = Listener(parent, guest, pager, keep=keep)
+    try:
+        listener.run()
+    except QmigrateError as exc:
+        listener.fail(str(exc))
+
+
+if __name__ == "__main__":
+    with suppress(LinkClosedError):
+        main(int(sys.argv[1]), *(Link.inherited(int(number)) for number in sys.argv[2:5]))

@@ -1,0 +1,181 @@
+"""Two sockets joined: what comes from one goes to the other, and is recorded on its way.
+
+A thread for each direction, which blocks where its peer does not take more: so the pressure that holds a fast
+source back is kept, and we hold no more than one piece.  Forward, where the pages go, bytes stay inside the kernel:
+from the socket into a pipe, from there into the file, then on into the other socket.
+
+Who closes what is as QEMU needs it.  A source that ends has said all: the destination is told, and may still answer
+(SHUT).  A destination that ends has died, or was satisfied: then both are closed, for a source that has no
+return path to read would not notice before it is stuck with full buffers.
+"""
+
+import ctypes
+import fcntl
+import os
+import socket
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Final
+
+from qmigrate.capture.frames import LONGEST_PIECE, Direction
+from qmigrate.capture.recorder import Recorder
+from qmigrate.format.channel import Channel, classify
+from qmigrate.format.feed import Feed
+
+__all__ = ["Joined"]
+
+_BACK_PIECE: Final = 1 << 16
+_HEAD: Final = 512  # bytes that are looked at to tell what it is
+_TAIL: Final = 8  # bytes of the return path's last message
+_SHUT: Final = b"\x00\x01\x00\x04"
+_tee = ctypes.CDLL(None, use_errno=True).tee
+_tee.restype = ctypes.c_ssize_t
+_tee.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint]
+
+
+class Joined:
+    """A connection through us.  Closes both sockets, which are blocking ones, when both directions have ended.
+
+    The counts are of bytes passed on; ``error`` is what broke it, empty where nothing did.  ``on_told(channel)`` is
+    called when its first bytes say what it is, ``on_closed()`` at the end, both from a thread of its own.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        source: socket.socket,
+        destination: socket.socket,
+        *,
+        recorder: Recorder | None = None,
+        on_told: Callable[[Channel], None] | None = None,
+        on_closed: Callable[[], None] | None = None,
+    ) -> None:
+        self.number = number
+        self.forward_bytes = 0
+        self.return_bytes = 0
+        self.error = ""
+        self.is_open = True
+        self._source, self._destination = source, destination
+        self._recorder = recorder
+        self._on_told, self._on_closed = on_told, on_closed
+        self._tail = b""
+        self._lock = threading.Lock()
+        self._running = 2
+        self._is_ending = False
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Did its return path end without SHUT?  Then a postcopy may be resumed on another connection."""
+        return self.return_bytes > 0 and self._tail[:4] != _SHUT
+
+    def start(self) -> None:
+        """Pass on, in the background."""
+        for work in (self._pass_forward, self._pass_back):
+            threading.Thread(target=self._run, args=(work,), name=f"connection {self.number}", daemon=True).start()
+
+    def cut(self) -> None:
+        """End it now, both ways."""
+        self._is_ending = True
+        for peer in (self._source, self._destination):
+            with suppress(OSError):
+                peer.shutdown(socket.SHUT_RDWR)
+
+    # -- each direction in its thread
+
+    def _run(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except OSError as exc:
+            self._broke(exc)
+        with self._lock:
+            self._running -= 1
+            if self._running:
+                return
+        self._close()
+
+    def _broke(self, exc: OSError) -> None:
+        """Where one direction breaks, the other ends too; only the first of them says why."""
+        with self._lock:
+            if not self._is_ending and not self.error:
+                self.error = exc.strerror or str(exc)
+        self.cut()
+
+    def _close(self) -> None:
+        self._source.close()
+        self._destination.close()
+        if self._recorder is not None:
+            self._recorder.closed(
+                self.number, forward_bytes=self.forward_bytes, return_bytes=self.return_bytes, error=self.error
+            )
+        self.is_open = False
+        if self._on_closed is not None:
+            self._on_closed()
+
+    def _pass_forward(self) -> None:
+        self._look()
+        with _Pipe() as through, _Pipe() as beside:
+            while count := os.splice(self._source.fileno(), through.into, LONGEST_PIECE):
+                while count:
+                    step = self._record_forward(through, beside, count)
+                    self._send_from(through, step)
+                    count -= step
+        with suppress(OSError):  # it is gone already: the other thread finds that out
+            self._destination.shutdown(socket.SHUT_WR)
+
+    def _record_forward(self, through: "_Pipe", beside: "_Pipe", count: int) -> int:
+        """Record the front of what is in the pipe; how much that was."""
+        if self._recorder is None or self._recorder.stopped is not None:
+            return count
+        doubled: int = _tee(through.out, beside.into, count, 0)
+        if doubled <= 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        self._recorder.data_from(self.number, Direction.FORWARD, beside.out, doubled)
+        return doubled
+
+    def _send_from(self, through: "_Pipe", count: int) -> None:
+        while count:
+            sent = os.splice(through.out, self._destination.fileno(), count)
+            self.forward_bytes += sent
+            count -= sent
+
+    def _pass_back(self) -> None:
+        buffer = memoryview(bytearray(_BACK_PIECE))
+        while count := self._destination.recv_into(buffer):
+            piece = buffer[:count]
+            if self._recorder is not None:
+                self._recorder.data(self.number, Direction.RETURN, piece)
+            self._source.sendall(piece)
+            self.return_bytes += count
+            self._tail = (self._tail + bytes(piece[-_TAIL:]))[-_TAIL:]
+        self.cut()
+
+    def _look(self) -> None:
+        """What do its first bytes say?  They are left where they are."""
+        head = self._source.recv(_HEAD, socket.MSG_PEEK)
+        if self._on_told is None or not head:
+            return
+        feed = Feed(window=_HEAD)
+        feed.receive(head)
+        feed.end()
+        try:
+            next(classify(feed))
+        except StopIteration as end:
+            self._on_told(end.value)
+
+
+class _Pipe:
+    """Room for a piece inside the kernel."""
+
+    def __init__(self) -> None:
+        self.out, self.into = os.pipe()
+        with suppress(OSError):  # it may be less for a user who has many
+            fcntl.fcntl(self.into, fcntl.F_SETPIPE_SZ, LONGEST_PIECE)
+
+    def __enter__(self) -> "_Pipe":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self.out)
+        os.close(self.into)

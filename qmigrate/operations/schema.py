@@ -1,0 +1,73 @@
+"""A device schema from QEMU itself: a machine is started as a command line says, and migrated to nowhere.
+
+Its guest never runs (``-S``), so nothing is written to its disks.  QEMU describes the devices as they are at that
+moment: what a running guest adds, such as the state of queues that it has set up, is not in the description.
+"""
+
+import asyncio
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Final
+
+from qmigrate.capture.migration import Migration
+from qmigrate.capture.schemas import Schema, read_schema
+from qmigrate.errors import RefusedError
+from qmigrate.qmp import migration
+from qmigrate.qmp.machine import Machine
+
+__all__ = ["make_schema"]
+
+TIMEOUT_S: Final = 600.0
+FAST: Final = 1 << 40  # bytes a second
+ADDED: Final = ("-S", "-display", "none")
+# What leaves no guest to migrate, or no process to talk to.
+REFUSED: Final = frozenset({"incoming", "daemonize", "preconfig"})
+
+
+async def make_schema(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> Schema:
+    """The schema of the machine that the command line ``command`` makes.
+
+    Raises ``RefusedError`` where the command line leaves no guest to migrate, ``QmpError`` where QEMU does not start
+    or does not migrate, ``SchemaError`` where its stream has no description.
+    """
+    for word in command[1:]:
+        if word.startswith("-") and word.lstrip("-") in REFUSED:
+            raise RefusedError(f"{word} can't be in the command line: the machine is started to be migrated from")
+    with TemporaryDirectory(prefix="qmigrate-schema-") as folder:
+        stream = Path(folder) / "stream"
+        version = await _migrate_into(stream, command, timeout_s)
+        with Migration(stream) as found:
+            return read_schema(found, made_from=shlex.join(command), qemu=version)
+
+
+async def _migrate_into(stream: Path, command: Sequence[str], timeout_s: float) -> str:
+    """Start QEMU, and take what it migrates; returns its version.
+
+    Through a socket: a QEMU that may start no programs (-sandbox) can do that too, and every version can.
+    """
+    taken = asyncio.Event()
+
+    async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with stream.open("wb") as file:
+            while piece := await reader.read(1 << 20):
+                file.write(piece)
+        writer.close()
+        taken.set()
+
+    path = stream.with_name("socket")
+    server = await asyncio.start_unix_server(take, path)
+    async with server, Machine(command[0], [*command[1:], *ADDED]) as machine:
+        version = _version_of(machine.session.greeting)
+        await migration.set_parameters(machine.session, {"max-bandwidth": FAST})
+        await migration.start(machine.session, f"unix:{path}")
+        await migration.wait_until(machine.session, "completed", timeout_s=timeout_s)
+        await taken.wait()  # QEMU has closed the connection
+    return version
+
+
+def _version_of(greeting: Mapping[str, Any]) -> str:
+    """As ``-version`` prints it, e.g. ``7.2.22``."""
+    version = greeting.get("version", {}).get("qemu", {})
+    return ".".join(str(version.get(part, 0)) for part in ("major", "minor", "micro"))

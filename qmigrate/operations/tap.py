@@ -1,0 +1,248 @@
+"""A tap between the source and the destination of a migration: passes everything on, and records it.
+
+    with Recorder("migration.tap") as recorder:
+        async with Tap("unix:/run/a", "unix:/run/b", recorder=recorder) as tap:
+            await tap.wait_until_over()
+
+The migration does not depend on the recording: where the file can't be written on, the recording stops and the
+connections stay.
+"""
+
+import asyncio
+import errno
+import os
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from qmigrate.capture.recorder import Recorder
+from qmigrate.endpoint.joined import Joined
+from qmigrate.endpoint.transport import SocketAddress, connect, listen
+from qmigrate.events import LiveEvent, OnEvent
+from qmigrate.format.channel import Channel
+
+__all__ = ["ConnectionClosed", "ConnectionOpened", "ConnectionRefused", "ConnectionTold", "Tap"]
+
+_CONNECT_TIMEOUT_S: Final = 10.0
+_BUSY_S: Final = 0.2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionOpened(LiveEvent):
+    """The source connected, and we to the destination.  ``number`` counts from 0."""
+
+    number: int
+    peer: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionTold(LiveEvent):
+    """What a connection is, by its first bytes; what needs the block list to be told may be wrong here."""
+
+    number: int
+    channel: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionClosed(LiveEvent):
+    """Both sides are closed.  ``error`` is empty where all went well."""
+
+    number: int
+    forward_bytes: int
+    return_bytes: int
+    error: str
+    unfinished: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConnectionRefused(LiveEvent):
+    """The source connected, and the destination does not take it: the source's is closed too."""
+
+    number: int
+    error: str
+
+
+class Tap:
+    """Listens until it is left; then what is still open is cut.  It leaves the recorder open.
+
+    ``listen`` and ``forward`` are URIs, ``unix:PATH`` or ``tcp:HOST:PORT``; ``address`` says where it listens, with
+    the port that was taken.  ``on_event`` hears of connections, in the event loop.
+    Raises ``OSError`` where it can't listen, ``ValueError`` for a URI of another kind.
+    """
+
+    def __init__(
+        self, listen: str, forward: str, *, recorder: Recorder | None = None, on_event: OnEvent | None = None
+    ) -> None:
+        self.address = SocketAddress.parse(listen)
+        self.forward = SocketAddress.parse(forward)
+        self.connections: list[Joined] = []
+        self._refused = 0
+        self._recorder = recorder
+        self._on_event = on_event
+        self._listener: socket.socket | None = None
+        self._accepting: asyncio.Task[None] | None = None
+        self._changed = asyncio.Condition()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._listener = await _listen(self.address)
+        if self.address.path is None:
+            self.address = SocketAddress(host=self.address.host, port=self._listener.getsockname()[1])
+        self._accepting = asyncio.create_task(self._accept(self._listener))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop_listening()
+        for connection in self.connections:
+            connection.cut()
+        await self.wait_until_closed()
+
+    @property
+    def open_count(self) -> int:
+        """How many connections are open."""
+        return sum(1 for each in self.connections if each.is_open)
+
+    @property
+    def is_over(self) -> bool:
+        """Was there a migration, is nothing open, and did its return path, if it has one, come to its end?"""
+        used = [each for each in self.connections if each.forward_bytes]
+        with_return = [each for each in used if each.return_bytes]
+        return bool(used) and not self.open_count and not (with_return and with_return[-1].is_unfinished)
+
+    async def wait_until_over(self) -> None:
+        """Until the first migration is over, its recoveries too."""
+        await self._wait_for(lambda: self.is_over)
+
+    async def wait_until_closed(self) -> None:
+        """Until no connection is open."""
+        await self._wait_for(lambda: not self.open_count)
+
+    async def stop_listening(self) -> None:
+        """No more connections."""
+        if self._accepting is not None:
+            self._accepting.cancel()
+            await asyncio.gather(self._accepting, return_exceptions=True)
+            self._accepting = None
+        if self._listener is not None:
+            self._listener.close()
+            self._listener = None
+            if self.address.path is not None:
+                Path(self.address.path).unlink(missing_ok=True)
+
+    # -- inside
+
+    async def _wait_for(self, condition: Callable[[], bool]) -> None:
+        async with self._changed:
+            await self._changed.wait_for(condition)
+
+    async def _accept(self, listener: socket.socket) -> None:
+        """One after the other: sources until 7.2 count on the order in which they connect."""
+        while True:
+            try:
+                peer, address = await self._loop.sock_accept(listener)
+            except OSError as exc:  # no more files, or the peer has gone
+                if exc.errno in (errno.EMFILE, errno.ENFILE):
+                    await asyncio.sleep(_BUSY_S)
+                continue
+            await self._join(peer, _uri(address))
+
+    async def _join(self, source: socket.socket, peer: str) -> None:
+        number = len(self.connections) + self._refused
+        if self._recorder is not None:
+            self._recorder.opened(number, peer=peer, listen=str(self.address), forward=str(self.forward))
+        try:
+            async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+                destination = await connect(self.forward)
+        except (OSError, TimeoutError) as exc:
+            self._refuse(number, source, exc)
+            return
+        source.setblocking(True)
+        destination.setblocking(True)
+        joined = Joined(
+            number,
+            source,
+            destination,
+            recorder=self._recorder,
+            on_told=lambda channel: self._from_thread(lambda: self._told(number, channel)),
+            on_closed=lambda: self._from_thread(lambda: self._closed(joined)),
+        )
+        self.connections.append(joined)
+        self._tell(ConnectionOpened(number=number, peer=peer))
+        joined.start()
+
+    def _refuse(self, number: int, source: socket.socket, exc: Exception) -> None:
+        source.close()
+        self._refused += 1
+        why = (exc.strerror if isinstance(exc, OSError) else None) or str(exc) or "no answer in time"
+        error = f"{self.forward}: {why}"
+        if self._recorder is not None:
+            self._recorder.closed(number, forward_bytes=0, return_bytes=0, error=error)
+        self._tell(ConnectionRefused(number=number, error=error))
+
+    def _from_thread(self, do: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody listens
+            self._loop.call_soon_threadsafe(do)
+
+    def _told(self, number: int, channel: Channel) -> None:
+        self._tell(ConnectionTold(number=number, channel=channel.name, reason=channel.reason))
+
+    def _closed(self, joined: Joined) -> None:
+        self._tell(
+            ConnectionClosed(
+                number=joined.number,
+                forward_bytes=joined.forward_bytes,
+                return_bytes=joined.return_bytes,
+                error=joined.error,
+                unfinished=joined.is_unfinished,
+            )
+        )
+        task = self._loop.create_task(self._notify())
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _notify(self) -> None:
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _tell(self, event: LiveEvent) -> None:
+        if self._on_event is not None:
+            self._on_event(event)
+
+
+async def _listen(address: SocketAddress) -> socket.socket:
+    """As QEMU does it: a socket that a dead process left behind is replaced."""
+    try:
+        return await listen(address)
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE or address.path is None or await _is_served(address):
+            exc.filename = str(address)
+            raise
+    Path(address.path).unlink()
+    return await listen(address)
+
+
+async def _is_served(address: SocketAddress) -> bool:
+    """Does anybody listen there, or is it no socket at all?"""
+    assert address.path is not None
+    if not Path(address.path).is_socket():
+        return True
+    try:
+        (await connect(address)).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def _uri(address: object) -> str:
+    """Of a peer, as ``accept`` gives it; empty where it has no address."""
+    if isinstance(address, tuple):
+        return str(SocketAddress(host=address[0], port=address[1]))
+    return f"unix:{os.fsdecode(address)}" if isinstance(address, str | bytes) and address else ""

@@ -1,0 +1,262 @@
+"""The story of a recording, as a person reads it and as programs do."""
+
+from collections.abc import Iterator
+from itertools import groupby
+from typing import Any, Final
+
+from rich.text import Text
+
+from qmigrate.analysis.latency import Bucket, Latency
+from qmigrate.analysis.recording import ChannelStory, Moment, RecordingStory
+from qmigrate.errors import TruncatedError
+from qmigrate.report.names import clean
+from qmigrate.report.paper import BAD, DIM, GOOD, HEAD, KIND, ODD, Paper, text
+from qmigrate.report.units import count, duration, plural, share, size
+
+__all__ = ["describe_recording", "moment_line", "write_ending", "write_recording"]
+
+_MOST_LINES: Final = 60
+_MANY: Final = 5
+_BAR: Final = 40  # columns
+_ARROWS: Final = {"forward": "→", "return": "←", "": " "}
+
+
+# -- for programs
+
+
+def describe_recording(story: RecordingStory) -> dict[str, Any]:
+    """Under the names of ``dissect.schema.json``; times in nanoseconds from the recording's start."""
+    recording, requests = story.recording, story.requests
+    return {
+        "recording": {
+            "time_ns": recording.header.time_ns,
+            "length_ns": story.last_ns,
+            "bytes": story.bytes,
+            "ended": recording.ended,
+            "stopped": None if recording.stopped is None else recording.stopped.reason,
+            "fault": None if recording.fault is None else str(recording.fault),
+        },
+        "channels": [_describe_channel(channel) for channel in story.channels],
+        "phases": [{"name": phase.name, "begin_ns": phase.begin_ns, "end_ns": phase.end_ns} for phase in story.phases],
+        "timeline": [moment.plain() for moment in _in_order(story)],
+        "page_requests": {
+            "count": requests.count,
+            "answered": requests.answered,
+            "on_way": requests.on_way,
+            "unanswered": requests.unanswered,
+            "histogram": [
+                {"begin_us": bucket.begin_us, "end_us": bucket.end_us, "count": bucket.count}
+                for bucket in requests.histogram
+            ],
+            "requests": [
+                {
+                    "block": request.block,
+                    "start": request.start,
+                    "length": request.length,
+                    "asked_ns": request.asked_ns,
+                    "connection": request.connection,
+                    "answered_ns": request.answered_ns,
+                    "answered_on": request.answered_on,
+                    "on_way": request.on_way,
+                }
+                for request in story.asked
+            ],
+        },
+        "left_out": story.left_out,
+    }
+
+
+def _describe_channel(channel: ChannelStory) -> dict[str, Any]:
+    ways = {"forward": channel.forward} | ({} if channel.back is None else {"return": channel.back})
+    return {
+        "connection": channel.number,
+        "peer": channel.peer,
+        "opened_ns": channel.opened_ns,
+        "closed_ns": channel.closed_ns,
+        "error": channel.error,
+        "faults": channel.faults,
+        "directions": {
+            name: {
+                "kind": way.kind.value,
+                "known_by": way.known_by.value,
+                "reason": way.reason,
+                "bytes": channel.forward_bytes if name == "forward" else channel.return_bytes,
+                **({} if way.channel_id is None else {"channel_id": way.channel_id}),
+                **({} if way.uuid is None else {"uuid": way.uuid.hex()}),
+            }
+            for name, way in ways.items()
+        },
+    }
+
+
+def _in_order(story: RecordingStory) -> list[Moment]:
+    """What was told together comes late, and begins earlier."""
+    return sorted(story.timeline, key=lambda moment: moment.time_ns)
+
+
+# -- for people
+
+
+def write_recording(story: RecordingStory, name: str, paper: Paper) -> None:
+    """All but what main holds, which is a stream like any other."""
+    paper.line(_verdict(story), lead=text((clean(name), HEAD), "  "))
+    _channels(story, paper)
+    _phases(story, paper)
+    _timeline(story, paper)
+    _requests(story, paper)
+
+
+def write_ending(story: RecordingStory, paper: Paper) -> None:
+    """What is known only when all is told, to who has followed it."""
+    paper.line()
+    paper.line(_verdict(story))
+    _phases(story, paper)
+    _requests(story, paper)
+
+
+def _verdict(story: RecordingStory) -> Text:
+    recording = story.recording
+    if recording.stopped is not None:
+        said = text((f"a recording that stopped: {clean(recording.stopped.reason)}", BAD))
+    elif recording.fault is None:
+        said = text(("a recording, complete", GOOD))
+    elif isinstance(recording.fault, TruncatedError):
+        said = text(("a recording without an end", ODD))
+    else:
+        said = text(("a damaged recording", BAD))
+    how_long = duration(story.last_ns / 1000)
+    connections = plural(len(story.channels), "connection")
+    return said + text(f", {connections}, {size(story.bytes)} in {how_long}")
+
+
+def _channels(story: RecordingStory, paper: Paper) -> None:
+    paper.heading("Channels")
+    rows = []
+    for channel in story.channels[:_MOST_LINES]:
+        closed = "open" if channel.closed_ns is None else _seconds(channel.closed_ns)
+        sizes = size(channel.forward_bytes), size(channel.return_bytes)
+        rows.append([f"{channel.number} {channel.forward.name}", _seconds(channel.opened_ns), closed, *sizes])
+    paper.table(["connection", "opened", "closed", "forward", "back"], rows)
+    for channel in story.channels[:_MOST_LINES]:
+        for lead, said, style in _about(channel):
+            paper.line(text((said, style)), lead=text(f"  {lead}  "))
+    if len(story.channels) > _MOST_LINES:
+        paper.line(text((f"  … and {count(len(story.channels) - _MOST_LINES)} more", DIM)))
+
+
+def _about(channel: ChannelStory) -> Iterator[tuple[str, str, str]]:
+    """By what it is known, and what went wrong on it."""
+    number = str(channel.number)
+    for arrow, way in (("→", channel.forward), ("←", channel.back)):
+        if way is not None:
+            yield f"{number} {arrow}", f"{way.name}, by {way.known_by.value}: {clean(way.reason)}", DIM
+    for fault in channel.faults:
+        yield number, clean(fault), ODD
+    if channel.error:
+        yield number, clean(channel.error), ODD
+
+
+def _phases(story: RecordingStory, paper: Paper) -> None:
+    if not story.phases:
+        return
+    paper.heading("Phases")
+    rows = []
+    for phase in story.phases[:_MOST_LINES]:
+        end = story.last_ns if phase.end_ns is None else phase.end_ns
+        rows.append([phase.name, _seconds(phase.begin_ns), duration((end - phase.begin_ns) / 1000)])
+    paper.table(["phase", "from", "took"], rows)
+    if len(story.phases) > _MOST_LINES:
+        paper.line(text((f"  … and {count(len(story.phases) - _MOST_LINES)} more", DIM)))
+
+
+def _timeline(story: RecordingStory, paper: Paper) -> None:
+    paper.heading("Timeline", ("seconds from the recording's start; → forward, ← return", DIM))
+    groups = list(_folded(_in_order(story)))
+    for same in groups[:_MOST_LINES]:
+        said = _said(same[0]) if len(same) == 1 else text((same[0].name, KIND), f" ×{len(same):,}")
+        paper.line(said, lead=_lead(same[0]))
+    if len(groups) > _MOST_LINES:
+        paper.line(text((f"  … and {count(len(groups) - _MOST_LINES)} more lines: --ndjson", DIM)))
+
+
+def _folded(moments: list[Moment]) -> Iterator[list[Moment]]:
+    """Many of the same, one after the other, are one line."""
+    for _, group in groupby(moments, key=_who_says_what):
+        same = list(group)
+        if len(same) >= _MANY:
+            yield same
+        else:
+            yield from ([moment] for moment in same)
+
+
+def _who_says_what(moment: Moment) -> tuple[int, str, str]:
+    return moment.connection, moment.direction, moment.name
+
+
+def _lead(moment: Moment) -> str:
+    return f"  {_seconds(moment.time_ns):>12}  {moment.connection:>2} {_ARROWS[moment.direction]} "
+
+
+def moment_line(moment: Moment) -> str:
+    """One moment on a line, for those who follow."""
+    return _lead(moment).lstrip() + _said(moment).plain
+
+
+def _said(moment: Moment) -> Text:
+    details = dict(moment.details)
+    if moment.name == "is":
+        said = f"{details['channel']}, by {details['known_by']}: {clean(details['reason'])}"
+        return text(("is", KIND), f"  {said}")
+    until = details.pop("until_ns", None)
+    parts = [_in_words(name, value) for name, value in details.items() if value not in (None, "")]
+    took = "" if until is None or until <= moment.time_ns else f", in {duration((until - moment.time_ns) / 1000)}"
+    return text((moment.name, KIND), f"  {'  '.join(parts)}{took}" if parts or took else "")
+
+
+def _in_words(name: str, value: Any) -> str:
+    if name.endswith("_ns"):
+        return f"{name.removesuffix('_ns')} {duration(value / 1000)}"
+    if name.endswith("bytes") or name in ("length", "package_length"):
+        return f"{name.replace('_', ' ')} {size(value)}"
+    if isinstance(value, int) and name in ("start", "token", "summary"):
+        return f"{name} {value:#x}"
+    return f"{name.replace('_', ' ')} {count(value) if isinstance(value, int) else clean(str(value))}"
+
+
+def _requests(story: RecordingStory, paper: Paper) -> None:
+    requests = story.requests
+    if not requests.count:
+        return
+    said = [count(requests.count), f"{count(requests.answered)} answered"]
+    if requests.on_way:
+        said.append(f"{count(requests.on_way)} had passed already")
+    if requests.unanswered:
+        said.append(f"{count(requests.unanswered)} not answered")
+    paper.heading("Page requests", ", ".join(said))
+    latency = Latency(buckets=requests.histogram)
+    half, most = latency.percentile(0.5), latency.percentile(0.99)
+    if half is None or most is None:
+        return
+    longest = duration(requests.longest_ns / 1000)
+    paper.line(f"  half took {_below(half)}, 99 of 100 {_below(most)}, the longest {longest}; as it passed the tap")
+    largest = max(bucket.count for bucket in latency.buckets)
+    rows = [
+        [_below(bucket), count(bucket.count), share(bucket.count, latency.count), "█" * _bar(bucket.count, largest)]
+        for bucket in latency.buckets
+    ]
+    for took, number, part, bar in rows:
+        paper.line(f"  {took:<20} {number:>9} {part:>6}  {bar}")
+
+
+def _bar(number: int, largest: int) -> int:
+    return -(-number * _BAR // largest)
+
+
+def _below(bucket: Bucket) -> str:
+    if bucket.end_us is None:
+        return f"{duration(bucket.begin_us)} or more"
+    return f"less than {duration(bucket.end_us)}"
+
+
+def _seconds(time_ns: int) -> str:
+    return f"{time_ns / 1e9:.6f} s"

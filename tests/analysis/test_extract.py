@@ -1,0 +1,72 @@
+"""RAM out of a stream, against what its records say one after the other."""
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qmigrate.analysis.extract import extract
+from qmigrate.capture.migration import Migration
+from tests import streams
+
+PAGE = 4096
+LENGTH = 64  # pages
+Sent = tuple[bool, int, int]  # is it ZERO, page, byte
+
+
+def written(tmp_path: Path, sent: list[Sent]) -> Path:
+    """The file into which ``sent`` is extracted."""
+    parts = [streams.zero(0, block="pc.ram")]
+    parts += [
+        streams.zero(page * PAGE) if is_zero else streams.page(page * PAGE, bytes([byte]) * PAGE)
+        for is_zero, page, byte in sent
+    ]
+    stream = tmp_path / "a.mig"
+    stream.write_bytes(
+        b"".join(
+            [
+                streams.header(),
+                streams.configuration(),
+                streams.ram_start({"pc.ram": LENGTH * PAGE}),
+                streams.ram_part(*parts),
+                streams.ram_end(),
+                streams.eof(),
+            ]
+        )
+    )
+    with Migration(stream) as migration:
+        extracted = extract(migration, tmp_path / "out")
+    assert extracted.gathering.contents.complete
+    assert extracted.bytes_written["pc.ram"] == PAGE * sum(not is_zero for is_zero, _, _ in sent)
+    return tmp_path / "out" / "pc.ram.raw"
+
+
+def expected(sent: list[Sent]) -> bytes:
+    memory = bytearray(LENGTH * PAGE)
+    for is_zero, page, byte in sent:
+        memory[page * PAGE : (page + 1) * PAGE] = bytes([0 if is_zero else byte]) * PAGE
+    return bytes(memory)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, LENGTH - 1), st.integers(1, 255)), max_size=80))
+def test_the_last_copy_of_each_page_wins_whatever_the_order(
+    tmp_path_factory: pytest.TempPathFactory, sent: list[Sent]
+) -> None:
+    assert written(tmp_path_factory.mktemp("ram"), sent).read_bytes() == expected(sent)
+
+
+@pytest.mark.parametrize("step", [1, 3])
+def test_of_alternating_pages_the_zero_ones_are_holes(tmp_path: Path, step: int) -> None:
+    sent = [(index % (step + 1) == 0, index, 7) for index in range(LENGTH)]
+    file = written(tmp_path, sent)
+    assert file.read_bytes() == expected(sent)
+    assert file.stat().st_blocks * 512 <= PAGE * sum(not is_zero for is_zero, _, _ in sent)
+
+
+def test_pages_in_any_order_come_to_their_places(tmp_path: Path) -> None:
+    chance = random.Random(1)
+    sent = [(chance.random() < 0.5, page, page + 1) for page in chance.sample(range(LENGTH), LENGTH)]
+    assert written(tmp_path, sent).read_bytes() == expected(sent)

@@ -1,0 +1,193 @@
+"""The channels of one migration: told apart whatever their order, joined, and faults of one kept from the others."""
+
+import lzma
+import random
+from collections.abc import Iterator
+from itertools import permutations
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from qmigrate.analysis.check import check
+from qmigrate.analysis.extract import extract
+from qmigrate.analysis.summary import oddities
+from qmigrate.capture.migration import Migration
+from qmigrate.errors import NoStreamError
+from qmigrate.format.feed import Feed
+from qmigrate.format.walk import walk
+from tests import streams
+from tests.joining import channel_entries, joined
+from tests.live.answers import summary_of
+from tests.walking import entries
+
+FOLDER: Final = Path(__file__).parents[1] / "corpus" / "channels"
+MULTIFD: Final = sorted(path.name.removesuffix(".mig.xz") for path in FOLDER.glob("pc-multifd*.mig.xz"))
+ALONE: Final = sorted(
+    path.name.removesuffix(".mig.xz") for path in FOLDER.glob("*.mig.xz") if "multifd" not in path.name
+)
+ELSEWHERE: Final = (
+    "No page with contents is in the stream: with multifd they travel over connections of their own (--channel)."
+)
+
+
+@pytest.fixture
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> list[Path]:
+    """Main and the channels of one recorded migration, as they came."""
+    found = []
+    for packed in (FOLDER / f"{request.param}.mig.xz", *sorted(FOLDER.glob(f"{request.param}.0*-forward.xz"))):
+        found.append(tmp_path / packed.name.removesuffix(".xz"))
+        found[-1].write_bytes(lzma.decompress(packed.read_bytes()))
+    return found
+
+
+def extracted(migration: Migration, folder: Path) -> dict[str, bytes]:
+    found = extract(migration, folder)
+    return {block: (folder / file).read_bytes() for block, file in found.files.items()}
+
+
+@pytest.mark.parametrize("files", MULTIFD, indirect=True)
+def test_ram_is_that_of_the_plain_joiner(files: list[Path], tmp_path: Path) -> None:
+    main, *channels = files
+    plain = joined(entries(main.read_bytes()), [channel_entries(file.read_bytes()) for file in channels])
+    with Migration(main, channels=channels) as migration:
+        assert extracted(migration, tmp_path / "ram") == {name: bytes(ram) for name, ram in plain.blocks.items()}
+    assert any(any(ram) for ram in plain.blocks.values())
+
+
+@pytest.mark.parametrize("files", MULTIFD, indirect=True)
+def test_all_channels_are_the_same_again_when_they_are_rebuilt(files: list[Path]) -> None:
+    main, *channels = files
+    with Migration(main, channels=channels) as migration:
+        checked = check(migration)
+    contents = checked.gathering.contents
+    assert (checked.valid, checked.identical, contents.errors) == (True, True, [])
+    assert checked.length == sum(file.stat().st_size for file in files)
+    assert {channel.name: channel.length for channel in contents.channels} == {
+        channel.name: Path(channel.input).stat().st_size for channel in contents.channels
+    }
+    assert ELSEWHERE not in oddities(contents)
+    summary_of(contents)
+
+
+@pytest.mark.parametrize("files", MULTIFD[:1], indirect=True)
+def test_the_order_of_the_files_does_not_matter(files: list[Path], tmp_path: Path) -> None:
+    found = []
+    for number, (first, *others) in enumerate(permutations(files)):
+        with Migration(first, channels=others) as migration:
+            found.append(extracted(migration, tmp_path / str(number)))
+    assert all(one == found[0] for one in found)
+
+
+@pytest.mark.parametrize("files", ALONE, indirect=True)
+def test_encoded_pages_are_those_of_the_plain_joiner(files: list[Path], tmp_path: Path) -> None:
+    (main,) = files
+    plain = joined(entries(main.read_bytes()))
+    assert plain.pages.get("xbzrle", 0) + plain.pages.get("compress_page", 0) > 0
+    with Migration(main) as migration:
+        assert extracted(migration, tmp_path / "ram") == {name: bytes(ram) for name, ram in plain.blocks.items()}
+
+
+@pytest.mark.parametrize("files", MULTIFD[:1], indirect=True)
+def test_main_alone_says_that_its_pages_are_elsewhere(files: list[Path]) -> None:
+    with Migration(files[0]) as migration:
+        assert ELSEWHERE in oddities(migration.contents)
+
+
+@pytest.mark.parametrize("files", MULTIFD[-1:], indirect=True)
+def test_a_channel_that_is_cut_is_named_and_the_others_are_read(files: list[Path]) -> None:
+    main, *channels = files
+    size = channels[0].stat().st_size
+    channels[0].write_bytes(channels[0].read_bytes()[:-100])
+    with Migration(main, channels=channels) as migration:
+        contents = migration.contents
+    (error,) = contents.errors
+    name = contents.channels[1].name
+    assert str(error).startswith(f"{size - 100:#x}: {name}: the stream ends here")
+    assert not contents.complete
+    assert contents.devices
+    assert contents.channels[2].length == channels[1].stat().st_size
+
+
+@pytest.mark.parametrize("files", MULTIFD[-1:], indirect=True)
+def test_a_fault_in_each_of_several_channels_is_told(files: list[Path]) -> None:
+    main, *channels = files
+    for file in channels:
+        data = bytearray(file.read_bytes())
+        data[64 + 8] = 0xFF  # the flags of the first packet
+        file.write_bytes(data)
+    with Migration(main, channels=channels) as migration:
+        contents = migration.contents
+    assert [error.trail for error in contents.errors] == [(channel.name,) for channel in contents.channels[1:]]
+    assert all("unknown flags" in error.message for error in contents.errors)
+
+
+@pytest.mark.parametrize("files", [*MULTIFD, *ALONE], indirect=True)
+def test_damaged_channels_get_an_answer(files: list[Path], tmp_path: Path) -> None:
+    chance = random.Random(str(files[0].name))
+    whole = [file.read_bytes() for file in files]
+    for number in range(20):
+        for file, data in zip(files, whole, strict=True):
+            damaged = bytearray(data)
+            for _ in range(chance.randrange(3)):
+                damaged[chance.randrange(len(damaged))] = chance.choice((0, 1, 0x7F, 0x80, 0xFF))
+            file.write_bytes(damaged[: chance.randrange(len(data))] if chance.random() < 0.1 else damaged)
+        try:
+            with Migration(files[0], channels=files[1:]) as migration:
+                found = extract(migration, tmp_path / str(number))
+                checked = check(migration)
+        except NoStreamError:
+            continue
+        contents = found.gathering.contents
+        assert contents.complete == (not contents.errors)
+        assert checked.differences == []
+
+
+def written(folder: Path, **contents: bytes) -> Iterator[Path]:
+    for name, data in contents.items():
+        (folder / name).write_bytes(data)
+        yield folder / name
+
+
+def test_what_is_no_set_of_channels_is_refused(tmp_path: Path) -> None:
+    main, again, text, empty = written(
+        tmp_path, main=streams.minimal(), again=streams.minimal(), text=b"hello world", empty=b""
+    )
+    for first, others, message in (
+        (main, [again], f"two main channels: {main} and {again}"),
+        (main, [text], f"{text} is no channel of a migration: it begins with 68 65 6c 6c 6f 20 77 6f, as no"),
+        (empty, [], "no migration stream: 0 bytes are there"),
+        (empty, [text], rf"no main channel among {empty} \(unknown\), {text} \(unknown\)"),
+    ):
+        with pytest.raises(NoStreamError, match=message), Migration(first, channels=others) as migration:
+            _ = migration.contents
+
+
+def test_a_silent_channel_is_taken_for_preempt_by_its_order(tmp_path: Path) -> None:
+    main, silent = written(tmp_path, main=streams.postcopy(), silent=b"")
+    with Migration(main, channels=[silent]) as migration:
+        contents = migration.contents
+    assert contents.complete
+    assert [(channel.name, channel.known_by) for channel in contents.channels] == [
+        ("main", "bytes"),
+        ("preempt", "order"),
+    ]
+
+
+def test_pages_of_the_preempt_channel_win(tmp_path: Path) -> None:
+    asked = streams.page(0x3000, b"p" * streams.PAGE, block="pc.ram") + streams.zero(0x4000)
+    for name, end in (("since-8.0", b""), ("7.2", streams.eos())):
+        main, preempt = written(tmp_path, main=streams.postcopy(), **{f"preempt-{name}": asked + end})
+        with Migration(main, channels=[preempt]) as migration:
+            assert migration.complete
+            ram = extracted(migration, tmp_path / name)["pc.ram"]
+            assert ram[0x3000:0x5000] == b"p" * streams.PAGE + bytes(streams.PAGE)
+            assert check(migration).identical
+
+
+def test_a_multifd_channel_alone_says_what_is_missing() -> None:
+    feed = Feed()
+    feed.receive((0x11223344).to_bytes(4) + bytes(60))
+    feed.end()
+    with pytest.raises(NoStreamError, match=r"a multifd channel; its migration is read with its main channel \(--cha"):
+        list(walk(feed))

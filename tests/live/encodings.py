@@ -1,0 +1,57 @@
+"""A recording whose RAM travelled over several channels, or encoded, held to the QEMU that loaded it."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from qmigrate.analysis.check import check
+from qmigrate.analysis.extract import Extracted, file_names
+from qmigrate.capture.migration import Gathering, Migration
+from qmigrate.format.multifd import InitialPacket, encode_packet
+from tests.joining import Joined, channel_entries, joined
+from tests.live.recording import Recording
+from tests.live.same import assert_same_ram, loses_writes
+
+
+async def assert_read_as_loaded(recording: Recording, folder: Path) -> Joined:
+    """Each channel is read to its end and written again the same; all joined is what the destination has in its RAM.
+
+    The destination was kept stopped.  What the source has is the same, where it does not lose writes.
+    """
+    raw = [path.read_bytes() for path in recording.channels]
+    assert all(again(each) == each for each in raw)
+    assert {channel_id(each) for each in raw} == set(range(len(raw)))
+    with Migration(recording.stream) as migration:
+        checked = check(migration)
+    assert checked.gathering.contents.errors == []
+    assert checked.identical
+    blocks = {name: block.length for name, block in checked.gathering.contents.blocks.items()}
+    with Migration(recording.stream) as migration:
+        gathering = Gathering(migration.entries())
+        found = joined(gathering, [channel_entries(each, blocks=blocks) for each in raw])
+    extracted = in_files(found.blocks, gathering, folder / "ram")
+    assert recording.destination is not None
+    compared = await assert_same_ram(recording.destination, extracted, folder / "memory")
+    assert set(compared.seen) == {"pc.ram", "pc.bios"}
+    if not loses_writes(recording.qemu, recording.kind):
+        await assert_same_ram(recording.source, extracted, folder / "memory")
+    return found
+
+
+def again(raw: bytes) -> bytes:
+    """A multifd channel, written from its values."""
+    return b"".join(encode_packet(entry.record, entry.data) for entry in channel_entries(raw))
+
+
+def channel_id(raw: bytes) -> int:
+    first = next(channel_entries(raw)).record
+    assert isinstance(first, InitialPacket)
+    return first.channel_id
+
+
+def in_files(blocks: Mapping[str, bytes | bytearray], gathering: Gathering, folder: Path) -> Extracted:
+    """As ``extract`` would leave it, for those who compare that with a QEMU."""
+    folder.mkdir()
+    files = file_names(list(blocks))
+    for block, file in files.items():
+        (folder / file).write_bytes(blocks[block])
+    return Extracted(folder, files, gathering)

@@ -1,0 +1,132 @@
+"""``receive``: real sources of each version migrate into our stand-in, and find nothing wrong with it."""
+
+from pathlib import Path
+
+import pytest
+
+from qmigrate.analysis.check import check
+from qmigrate.capture.migration import Migration
+from qmigrate.endpoint.destination import Workload
+from qmigrate.events import StatusChanged
+from qmigrate.operations.control import ask
+from qmigrate.operations.receive import Latency, Paused
+from qmigrate.qmp import migration
+from tests.guests import console
+from tests.live.receiving import SLOW, TIMEOUT_S, assert_same_ram, loading, migrate, receiving, source_of, start
+from tests.live.versions import Qemu, installed, newest
+
+pytestmark = [pytest.mark.live, pytest.mark.asyncio]
+
+every_qemu = pytest.mark.parametrize("qemu", installed(), ids=lambda qemu: qemu.name)
+
+
+def loses_writes(qemu: Qemu) -> bool:
+    """See ``same.loses_writes``: the memory of such a source, running, is no measure."""
+    return qemu.number < (10,)
+
+
+@every_qemu
+async def test_after_precopy_memory_is_the_stopped_sources(qemu: Qemu, tmp_path: Path) -> None:
+    raw = tmp_path / "ram"
+    async with (
+        source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
+        receiving(tmp_path, raw=raw) as receiver,
+    ):
+        await migrate(source, receiver.uri, postcopy=False)
+        result = await receiver.result()
+        assert (result.exit_code, result.is_postcopy) == (0, False)
+        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+
+
+@every_qemu
+async def test_after_postcopy_memory_is_the_stopped_sources(qemu: Qemu, tmp_path: Path) -> None:
+    raw = tmp_path / "ram"
+    workloads = [Workload(pattern="random", seed=1), Workload(pattern="zipf", seed=2, rate=500)]
+    async with (
+        source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
+        receiving(tmp_path, raw=raw, workloads=workloads) as receiver,
+    ):
+        await migrate(source, receiver.uri, postcopy=True)
+        result = await receiver.result()
+        assert (result.exit_code, result.message) == (0, "the migration was received")
+        assert [phase for phase, _ in result.phases][-3:] == ["listening", "running", "ended"]
+        assert result.numbers["discarded"] > 0 < result.numbers["requested"]
+        assert result.numbers["duplicates"] == 0
+        latencies = {event.where: sum(event.counts) for event in receiver.events if isinstance(event, Latency)}
+        assert latencies["touchers"] > 0
+        assert 0 < latencies["requests"] <= result.numbers["requested"]
+        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+
+
+async def test_a_page_that_the_package_waits_for_comes_while_it_is_loaded(tmp_path: Path) -> None:
+    """S7: were the package loaded by whoever reads the stream, this would hang."""
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    async with (
+        source_of(qemu, tmp_path) as source,
+        receiving(tmp_path, touch_in_package=True) as receiver,
+    ):
+        await migrate(source, receiver.uri, postcopy=True)
+        result = await receiver.result()
+        assert result.exit_code == 0
+        latencies = {event.where: sum(event.counts) for event in receiver.events if isinstance(event, Latency)}
+        assert latencies["package"] > 0 < latencies["requests"]
+
+
+@every_qemu
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+async def test_a_saved_stream_loads_into_a_stock_qemu_and_the_guest_goes_on(
+    qemu: Qemu, postcopy: bool, tmp_path: Path
+) -> None:
+    saved = tmp_path / "guest.mig"
+    async with source_of(qemu, tmp_path) as source, receiving(tmp_path, save=saved) as receiver:
+        await migrate(source, receiver.uri, postcopy=postcopy)
+        # The source was told that all went well: from then on this is the only copy.
+        assert saved.exists()
+        assert (await receiver.result()).exit_code == 0
+    with Migration(saved) as read:
+        checked = check(read)
+    assert (checked.valid, checked.differences) == (True, [])
+    async with loading(qemu, tmp_path, saved) as said:
+        await console.assert_goes_on(said)
+
+
+@pytest.mark.parametrize("qemu", [qemu for qemu in installed() if qemu.number >= (7, 1)], ids=lambda qemu: qemu.name)
+async def test_requested_pages_come_on_the_preempt_channel(qemu: Qemu, tmp_path: Path) -> None:
+    raw = tmp_path / "ram"
+    async with (
+        source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
+        receiving(tmp_path, raw=raw, workloads=[Workload(seed=1)], touch_in_package=True) as receiver,
+    ):
+        await migrate(source, receiver.uri, postcopy=True, capabilities={"postcopy-preempt": True})
+        result = await receiver.result()
+        assert result.exit_code == 0
+        assert 0 < result.numbers["preempt"] <= result.numbers["requested"]
+        assert result.numbers["duplicates"] == 0
+        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+
+
+@every_qemu
+async def test_a_broken_postcopy_is_recovered_and_nothing_is_lost(qemu: Qemu, tmp_path: Path) -> None:
+    raw = tmp_path / "ram"
+    async with (
+        source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
+        receiving(tmp_path, raw=raw, workloads=[Workload(seed=1)]) as receiver,
+    ):
+        await start(source, receiver.uri, postcopy=True, limits={"max-postcopy-bandwidth": SLOW})
+        await receiver.wait_for(lambda event: isinstance(event, StatusChanged) and event.status == "running")
+        await migration.wait_until(source.session, "postcopy-active", timeout_s=TIMEOUT_S)
+        await source.session.execute("migrate-pause", oob=True)
+        await receiver.wait_for(lambda event: isinstance(event, Paused))
+        await migration.wait_until(source.session, "postcopy-paused", timeout_s=TIMEOUT_S)
+        uri = f"unix:{tmp_path / 'again'}"
+        assert await ask(receiver.receiver.control, "recover", uri) == uri
+        await migration.set_parameters(source.session, {"max-postcopy-bandwidth": 0})
+        await migration.start(source.session, uri, {"resume": True})
+        await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
+        result = await receiver.result()
+        assert result.exit_code == 0
+        assert [phase for phase, _ in result.phases][-5:] == ["running", "paused", "recovering", "running", "ended"]
+        assert result.numbers["duplicates"] == 0
+        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")

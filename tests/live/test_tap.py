@@ -1,0 +1,148 @@
+"""Real migrations through ``qmigrate tap``, and what ``qmigrate dissect`` tells of them."""
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import qmigrate
+from qmigrate.endpoint.relay import Relay
+from qmigrate.operations.migrate import migrate
+from qmigrate.operations.result import MigrationResult
+from tests.live import versions
+from tests.live.broken import Cutter, broken_plan
+from tests.live.pair import pair
+from tests.live.versions import Qemu
+
+pytestmark = [pytest.mark.live, pytest.mark.asyncio]
+
+MIB = 1 << 20
+SCHEMA = json.loads((Path(qmigrate.__file__).parent / "report" / "dissect.schema.json").read_text())
+
+
+def qemu_named(name: str) -> Qemu:
+    found = versions.named(name)
+    if found is None:
+        pytest.skip(f"no QEMU {name} is installed: scripts/qemu_versions")
+    return found
+
+
+@asynccontextmanager
+async def tapped(folder: Path, forward: str) -> AsyncGenerator[tuple[str, Path]]:
+    """A tap of one migration: where it listens, and its recording, which is whole when this is left."""
+    listen, recording = f"unix:{folder / 'tap'}", folder / "migration.tap"
+    command = [sys.executable, "-m", "qmigrate", "tap", listen, forward, "-o", str(recording), "--once"]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    try:
+        assert process.stderr is not None
+        async with asyncio.timeout(30):
+            assert b"listening at" in await process.stderr.readline()
+        yield listen, recording
+        async with asyncio.timeout(30):
+            said = await process.stderr.read()
+            assert await process.wait() == 0, said.decode()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def dissected(recording: Path) -> dict[str, Any]:
+    """As the command line tells it."""
+    command = [sys.executable, "-m", "qmigrate", "dissect", "--json", str(recording)]
+    process = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+    )
+    said, wrong = await process.communicate()
+    assert (process.returncode, wrong) == (0, b"")
+    answer: dict[str, Any] = json.loads(said)
+    jsonschema.Draft202012Validator(SCHEMA).validate(answer)
+    return answer
+
+
+def kinds(answer: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Each direction: which, what, and by what that is known."""
+    return [
+        (way, direction["kind"], direction["known_by"])
+        for channel in answer["channels"]
+        for way, direction in channel["directions"].items()
+    ]
+
+
+def phases(answer: dict[str, Any]) -> list[str]:
+    return [phase["name"] for phase in answer["phases"]]
+
+
+MAIN = [("forward", "main", "bytes"), ("return", "return path", "bytes")]
+RESUMED = [("forward", "main, resumed", "bytes"), ("return", "return path", "bytes")]
+PREEMPT = [("forward", "preempt", "bytes")]
+
+
+def assert_requests_were_answered(answer: dict[str, Any], result: MigrationResult) -> None:
+    """All of them, as fast as can be, and where an answer has to come."""
+    requests = answer["page_requests"]
+    assert result.switched
+    assert requests["count"] == len(requests["requests"]) > 0
+    assert requests["answered"] + requests["on_way"] == requests["count"]
+    assert sum(bucket["count"] for bucket in requests["histogram"]) == requests["answered"] > 0
+    for request in requests["requests"]:
+        assert request["block"] in {block["name"] for block in answer["ram_blocks"]}
+        if request["answered_ns"] is not None:
+            assert request["asked_ns"] <= request["answered_ns"]
+
+
+async def test_a_postcopy_with_preempt_answers_on_its_own_channel(tmp_path: Path) -> None:
+    async with pair(qemu_named("11.1"), tmp_path) as two, tapped(tmp_path, two.uri) as (listen, recording):
+        result = await migrate(*two.sessions, broken_plan(two, uri=listen, preempt=True))
+        assert result.exit_code == 0, result.message
+        await two.assert_guest_goes_on()
+    answer = await dissected(recording)
+    assert kinds(answer) == MAIN + PREEMPT
+    assert phases(answer) == ["precopy", "switchover", "postcopy", "ending"]
+    assert_requests_were_answered(answer, result)
+    answered_on = {request["answered_on"] for request in answer["page_requests"]["requests"]} - {None}
+    assert 1 in answered_on
+    assert answer["recording"]["ended"]
+    assert answer["complete"]
+
+
+async def test_a_postcopy_of_7_2_answers_on_main(tmp_path: Path) -> None:
+    async with pair(qemu_named("7.2"), tmp_path) as two, tapped(tmp_path, two.uri) as (listen, recording):
+        result = await migrate(*two.sessions, broken_plan(two, uri=listen))
+        assert result.exit_code == 0, result.message
+        await two.assert_guest_goes_on()
+    answer = await dissected(recording)
+    assert kinds(answer) == MAIN
+    assert phases(answer) == ["precopy", "switchover", "postcopy", "ending"]
+    assert_requests_were_answered(answer, result)
+    names = [moment["name"] for moment in answer["timeline"]]
+    assert names.index("OPEN_RETURN_PATH") < names.index("PONG") < names.index("PACKAGED") < names.index("SHUT")
+
+
+async def test_a_recovery_is_told_as_a_second_main_channel(tmp_path: Path) -> None:
+    """What breaks it stands behind the tap: it sees one connection close, and another come."""
+    cutter = Cutter([MIB])
+    behind = f"unix:{tmp_path / 'behind'}"
+    async with (
+        pair(qemu_named("11.1"), tmp_path) as two,
+        Relay(behind, two.uri, tmp_path / "relayed", on_bytes=cutter.passed) as relay,
+        tapped(tmp_path, behind) as (listen, recording),
+    ):
+        cutter.relay = relay
+        result = await migrate(*two.sessions, broken_plan(two, uri=listen), on_event=cutter.heard)
+        assert (result.exit_code, result.recoveries, cutter.cuts) == (0, 1, 1), result.message
+        await two.assert_guest_goes_on()
+    answer = await dissected(recording)
+    assert kinds(answer) == MAIN + RESUMED
+    assert phases(answer) == ["precopy", "switchover", "postcopy", "paused", "recovery", "postcopy", "ending"]
+    assert_requests_were_answered(answer, result)
+    names = [moment["name"] for moment in answer["timeline"] if moment["connection"] == 1]
+    assert names.index("RECV_BITMAP") < names.index("POSTCOPY_RESUME") < names.index("RESUME_ACK")
+    assert answer["channels"][0]["faults"] or answer["channels"][0]["error"]
+    assert not answer["channels"][1]["faults"]

@@ -1,0 +1,364 @@
+"""``receive`` against sources that are scripts: what it answers, and what it does with what no QEMU would send."""
+
+import asyncio
+import os
+import signal
+import stat
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from qmigrate.endpoint.destination import Workload
+from qmigrate.errors import RefusedError
+from qmigrate.events import StatusChanged, Troubled
+from qmigrate.format.command import (
+    DiscardRange,
+    OpenReturnPath,
+    PageSizes,
+    Ping,
+    PostcopyAdvise,
+    PostcopyListen,
+    PostcopyRamDiscard,
+    PostcopyRun,
+)
+from qmigrate.format.feed import Feed
+from qmigrate.format.ram import RamBlock
+from qmigrate.format.return_path import Message, Pong, RequestPages, RequestPagesId, Shut, read_return_path
+from qmigrate.operations.control import ask
+from qmigrate.operations.receive import Latency, NotSaved, Paused, Receiver
+from tests import streams
+from tests.live.receiving import Receiving, receiving
+from tests.uffd.kernel import needs_userfaultfd
+
+pytestmark = [pytest.mark.asyncio, needs_userfaultfd]
+
+TIMEOUT_S: Final = 30.0
+PAGE: Final = streams.PAGE
+PAGES: Final = {name: length // PAGE for name, length in streams.BLOCKS.items()}
+
+
+class Source:
+    """A connection to the receiver: what is written, and the messages that come back."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+        self._feed = Feed()
+        self._messages = read_return_path(self._feed)
+
+    def send(self, *pieces: bytes) -> None:
+        self._writer.write(b"".join(pieces))
+
+    async def message(self) -> Message:
+        """The next one."""
+        async with asyncio.timeout(TIMEOUT_S):
+            for entry in self._messages:
+                if entry is not None:
+                    return entry.message
+                data = await self._reader.read(1 << 16)
+                assert data, "the destination closed the connection"
+                self._feed.receive(data)
+        raise AssertionError("nothing follows SHUT")
+
+    async def messages(self, count: int) -> list[Message]:
+        return [await self.message() for _ in range(count)]
+
+    async def until_shut(self) -> int:
+        """Its value."""
+        while True:
+            message = await self.message()
+            if isinstance(message, Shut):
+                return message.value
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+@asynccontextmanager
+async def source_of(receiver: Receiving) -> AsyncGenerator[Source]:
+    reader, writer = await asyncio.open_unix_connection(receiver.uri.removeprefix("unix:"))
+    try:
+        yield Source(reader, writer)
+    finally:
+        writer.close()
+
+
+def advised(blocks: "list[RamBlock] | None" = None, *, summary: int = PAGE) -> bytes:
+    """Until RAM's START, with a return path and postcopy advised."""
+    return b"".join(
+        (
+            streams.header(),
+            streams.configuration(),
+            streams.command(OpenReturnPath()),
+            streams.command(Ping(token=1)),
+            streams.command(PostcopyAdvise(sizes=PageSizes(summary=summary, target_page_size=PAGE))),
+            streams.ram_start() if blocks is None else streams.ram_start(blocks),
+        )
+    )
+
+
+PACKAGE: Final = streams.package(
+    streams.command(PostcopyListen()),
+    streams.devices(),
+    streams.command(Ping(token=3)),
+    streams.command(PostcopyRun()),
+)
+END: Final = streams.ram_end() + streams.eof()
+EVERYTHING: Final = b"".join(
+    streams.ram_part(*(streams.page(start * PAGE, block=name) for start in range(count)))
+    for name, count in PAGES.items()
+)
+
+
+async def phase(receiver: Receiving, name: str) -> None:
+    """Until it is there."""
+    await receiver.wait_for(lambda event: isinstance(event, StatusChanged) and event.status == name)
+
+
+async def test_every_ping_is_answered_those_in_the_package_too_and_shut_is_last(tmp_path: Path) -> None:
+    async with receiving(tmp_path, raw=tmp_path / "ram") as receiver, source_of(receiver) as source:
+        source.send(streams.postcopy())
+        messages = await source.messages(6)
+        assert messages[-1] == Shut(value=0)
+        assert {message.token for message in messages if isinstance(message, Pong)} == {1, 2, 3, 0x42, 4}
+        assert (await receiver.result()).exit_code == 0
+    ram = (tmp_path / "ram" / "pc.ram.raw").read_bytes()
+    expected = {PAGE: streams.page(PAGE)[-PAGE:], 2 * PAGE: streams.page(2 * PAGE)[-PAGE:]}
+    for start in range(0, streams.BLOCKS["pc.ram"], PAGE):
+        assert ram[start : start + PAGE] == expected.get(start, bytes(PAGE)), hex(start)
+
+
+async def test_listen_is_obeyed_without_a_discard_and_what_is_touched_is_asked_for(tmp_path: Path) -> None:
+    workloads = [Workload(pattern="sequential")]
+    async with receiving(tmp_path, workloads=workloads) as receiver, source_of(receiver) as source:
+        # Page 0 came as zeros before LISTEN: it is not asked for.  Page 1 is.
+        source.send(advised(), streams.ram_part(streams.zero(0, block="pc.ram")), PACKAGE)
+        asked: list[Message] = []
+        while not asked or len(asked) < 2:
+            message = await source.message()
+            if isinstance(message, RequestPagesId | RequestPages):
+                asked.append(message)
+                source.send(streams.ram_part(streams.page(message.start, block="pc.ram")))
+        assert asked == [
+            RequestPagesId(start=PAGE, length=PAGE, block="pc.ram"),
+            RequestPages(start=2 * PAGE, length=PAGE),
+        ]
+        rest = [streams.page(number * PAGE, block="pc.ram") for number in range(3, PAGES["pc.ram"])]
+        rom = [streams.page(number * PAGE, block="pc.rom") for number in range(PAGES["pc.rom"])]
+        source.send(streams.ram_part(*rest, *rom), END)
+        assert await source.until_shut() == 0
+        result = await receiver.result()
+        assert (result.exit_code, result.numbers["duplicates"]) == (0, 0)
+        assert [event.where for event in receiver.events if isinstance(event, Latency)] == ["requests", "touchers"]
+
+
+async def test_a_page_that_comes_twice_after_listen_stays_as_it_came_first(tmp_path: Path) -> None:
+    async with receiving(tmp_path, raw=tmp_path / "ram") as receiver, source_of(receiver) as source:
+        again = streams.ram_part(streams.page(0, b"\xee" * PAGE, block="pc.ram"))
+        source.send(advised(), PACKAGE, EVERYTHING, again, END)
+        assert await source.until_shut() == 0
+        assert (await receiver.result()).numbers["duplicates"] == 1
+    assert (tmp_path / "ram" / "pc.ram.raw").read_bytes()[:PAGE] == streams.page(0)[-PAGE:]
+
+
+async def test_a_discard_makes_a_page_come_again(tmp_path: Path) -> None:
+    async with receiving(tmp_path, raw=tmp_path / "ram") as receiver, source_of(receiver) as source:
+        discard = PostcopyRamDiscard(block="pc.ram", ranges=(DiscardRange(start=PAGE, length=PAGE),))
+        again = streams.ram_part(streams.page(PAGE, b"\xee" * PAGE, block="pc.ram"))
+        source.send(advised(), EVERYTHING, streams.command(discard), PACKAGE, again, END)
+        assert await source.until_shut() == 0
+        result = await receiver.result()
+        assert (result.numbers["duplicates"], result.numbers["discarded"]) == (0, 1)
+    assert (tmp_path / "ram" / "pc.ram.raw").read_bytes()[PAGE : 2 * PAGE] == b"\xee" * PAGE
+
+
+LIES: Final = {
+    "a page outside its block": (
+        advised() + streams.ram_part(streams.page(streams.BLOCKS["pc.ram"], block="pc.ram")),
+        "the block ends at",
+    ),
+    "a discard of an unknown block": (
+        advised() + streams.command(PostcopyRamDiscard(block="no", ranges=(DiscardRange(start=0, length=PAGE),))),
+        "'no' was not listed",
+    ),
+    "a discard of half a page": (
+        advised()
+        + streams.command(PostcopyRamDiscard(block="pc.ram", ranges=(DiscardRange(start=0, length=PAGE // 2),))),
+        "expected multiples of the page size 0x1000",
+    ),
+    "a discard beyond the end": (
+        advised()
+        + streams.command(PostcopyRamDiscard(block="pc.ram", ranges=(DiscardRange(start=0, length=1 << 40),))),
+        "the block has",
+    ),
+    "a guest of an exbibyte": (
+        advised([RamBlock(name="pc.ram", used_length=1 << 60)]),
+        "a guest of 1152921504606846976 bytes",
+    ),
+    "huge pages that this host has not": (
+        advised([RamBlock(name="pc.ram", used_length=1 << 44, page_size=2 << 20)], summary=0x201000),
+        "huge pages of 2048 KiB are not free",
+    ),
+    "RUN before LISTEN": (
+        advised() + streams.package(streams.command(PostcopyRun())),
+        "POSTCOPY_RUN inside a package while ADVISED; may come now: PING, POSTCOPY_LISTEN",
+    ),
+    "LISTEN outside a package": (
+        advised() + streams.command(PostcopyListen()),
+        "POSTCOPY_LISTEN while ADVISED",
+    ),
+    "ADVISE twice": (
+        advised() + streams.command(PostcopyAdvise(sizes=None)),
+        "POSTCOPY_ADVISE while ADVISED",
+    ),
+    "a package that is no package": (advised() + streams.package(b"\xff" * 100), "found 0xff"),
+    "the end": (advised(), "the stream ends here"),
+    "no migration at all": (b"Qwerty, not QEVM", "no migration stream"),
+}
+
+
+@pytest.mark.parametrize("lie", LIES)
+async def test_what_no_qemu_sends_is_refused_by_name_and_the_source_told(lie: str, tmp_path: Path) -> None:
+    data, reason = LIES[lie]
+    async with receiving(tmp_path) as receiver, source_of(receiver) as source:
+        source.send(data)
+        if lie == "the end":
+            source._writer.write_eof()
+        result = await receiver.result()
+        assert result.exit_code in (3, 6)
+        assert reason in result.message
+        if data.startswith(streams.header()):
+            assert await source.until_shut() == 1
+
+
+async def test_wrong_bytes_after_run_pause_it_as_a_broken_connection_does(tmp_path: Path) -> None:
+    async with receiving(tmp_path) as receiver:
+        async with source_of(receiver) as source:
+            source.send(advised(), PACKAGE)
+            await phase(receiver, "running")
+            source.send(streams.ram_part(streams.page(0, block="no such block")))
+            event = await receiver.wait_for(lambda event: isinstance(event, Paused))
+        assert isinstance(event, Paused)
+        assert "no such block" in event.reason
+        assert receiver.receiver.place_of_guest == "lost"
+
+
+async def test_a_connection_that_says_nothing_waits_and_does_not_stand_in_the_way(tmp_path: Path) -> None:
+    async with receiving(tmp_path) as receiver, source_of(receiver) as silent, source_of(receiver) as source:
+        silent.send()
+        source.send(streams.minimal())
+        assert (await receiver.result()).exit_code == 0
+
+
+async def test_a_connection_that_comes_and_goes_is_no_source(tmp_path: Path) -> None:
+    async with receiving(tmp_path) as receiver:
+        async with source_of(receiver):
+            pass
+        async with source_of(receiver) as source:
+            source.send(streams.minimal())
+            assert (await receiver.result()).exit_code == 0
+
+
+async def test_a_second_migration_is_closed_and_the_first_goes_on(tmp_path: Path) -> None:
+    async with receiving(tmp_path) as receiver, source_of(receiver) as source, source_of(receiver) as other:
+        source.send(streams.header())
+        await receiver.wait_for_connection()
+        other.send(streams.header())
+        await receiver.wait_for(lambda event: isinstance(event, Troubled) and "another connection" in event.message)
+        source.send(streams.minimal()[len(streams.header()) :])
+        assert (await receiver.result()).exit_code == 0
+
+
+async def test_what_cannot_be_saved_after_precopy_is_the_sources_still(tmp_path: Path) -> None:
+    async with receiving(tmp_path, save=tmp_path / "no such folder" / "x.mig") as receiver:
+        async with source_of(receiver) as source:
+            source.send(streams.header(), streams.configuration(), streams.command(OpenReturnPath()))
+            source.send(streams.ram_start(), streams.ram(), streams.devices(), streams.eof())
+            source.send(streams.devices_described())
+            assert await source.until_shut() == 1
+        result = await receiver.result()
+        assert result.exit_code == 3
+        assert "no such folder" in result.message
+
+
+async def test_what_cannot_be_saved_after_postcopy_is_held_until_it_is_saved_elsewhere(tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.mig"
+    async with receiving(tmp_path, save=tmp_path / "no such folder" / "x.mig") as receiver:
+        async with source_of(receiver) as source:
+            source.send(advised(), PACKAGE, EVERYTHING, END)
+            event = await receiver.wait_for(lambda event: isinstance(event, NotSaved))
+            assert isinstance(event, NotSaved)
+            with pytest.raises(RefusedError, match="no such folder"):
+                await ask(Path(event.control), "save", str(tmp_path / "no such folder" / "y.mig"))
+            assert await ask(Path(event.control), "save", str(elsewhere)) == str(elsewhere)
+            assert await source.until_shut() == 0
+        assert (await receiver.result()).exit_code == 0
+    assert elsewhere.exists()
+
+
+async def test_the_control_socket_is_its_users_alone_and_refuses_what_cannot_be(tmp_path: Path) -> None:
+    async with receiving(tmp_path) as receiver:
+        control = receiver.receiver.control
+        assert stat.S_IMODE(control.stat().st_mode) == 0o600
+        with pytest.raises(RefusedError, match="nothing to recover: it is idle"):
+            await ask(control, "recover", "unix:/nowhere")
+        with pytest.raises(RefusedError, match="nothing to save"):
+            await ask(control, "save", "file")
+        with pytest.raises(RefusedError, match="'explode' is not known here"):
+            await ask(control, "explode", "now")
+    assert not control.exists()
+
+
+async def test_what_is_saved_is_not_written_to() -> None:
+    with pytest.raises(RefusedError, match="nothing may write to memory"):
+        Receiver("-", save="x", workloads=[Workload(writes=0.1)])
+
+
+async def test_no_process_outlives_the_command_when_it_is_killed(tmp_path: Path) -> None:
+    """Also one whose toucher sleeps in a fault that nobody answers."""
+    uri = f"unix:{tmp_path / 'in'}"
+    words = ["receive", uri, "--touch", "sequential", "--ndjson", "--control", str(tmp_path / "control")]
+    command = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "qmigrate", *words, stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            assert command.stdout is not None
+            assert b'"listening"' in await command.stdout.readline()
+            children = [int(word) for word in _children(command.pid)]
+            assert len(children) == 3
+            pidfds = [os.pidfd_open(pid) for pid in children]
+            reader, writer = await asyncio.open_unix_connection(tmp_path / "in")
+            writer.write(advised() + PACKAGE)
+            asked = Source(reader, writer)
+            while not isinstance(await asked.message(), RequestPagesId):
+                pass
+            command.send_signal(signal.SIGKILL)
+            await command.wait()
+            for pidfd in pidfds:
+                await _ended(pidfd)
+            writer.close()
+    finally:
+        if command.returncode is None:
+            command.kill()
+            await command.wait()
+
+
+def _children(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+
+
+async def _ended(pidfd: int) -> None:
+    """Until the process has; a pidfd can be read then."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+    loop.add_reader(pidfd, lambda: None if ended.done() else ended.set_result(None))
+    try:
+        await ended
+    finally:
+        loop.remove_reader(pidfd)
+        os.close(pidfd)

@@ -1,0 +1,396 @@
+"""The tap passes everything on, whatever becomes of its recording, and ends what has to end."""
+
+import os
+import resource
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import pytest
+
+from qmigrate.capture.frames import Direction
+from qmigrate.capture.recording import Recording
+from qmigrate.format.return_path import Pong, Shut, encode_message
+
+TIMEOUT_S: Final = 30.0
+MIB: Final = 1 << 20
+HEAD: Final = b"QEVM\0\0\0\3"
+PONG, SHUT = encode_message(Pong(token=1)), encode_message(Shut(value=0))
+
+
+@dataclass
+class Tapped:
+    """A running tap, and a destination that waits for its connections."""
+
+    process: subprocess.Popen[str]
+    listen: str
+    listener: socket.socket
+    recording: Path
+
+    def connect(self) -> tuple[socket.socket, socket.socket]:
+        """A source, and the destination's side of its connection."""
+        source = connected(self.listen)
+        destination, _ = self.listener.accept()
+        destination.settimeout(TIMEOUT_S)
+        return source, destination
+
+    def end(self) -> tuple[int, str]:
+        """Its exit code, and what it said after it began."""
+        said = self.process.communicate(timeout=TIMEOUT_S)[1]
+        return self.process.returncode, said
+
+    def read(self) -> Recording:
+        return Recording(self.recording).read()
+
+
+def connected(uri: str) -> socket.socket:
+    scheme, _, rest = uri.partition(":")
+    if scheme == "unix":
+        peer = socket.socket(socket.AF_UNIX)
+        peer.settimeout(TIMEOUT_S)
+        try:
+            peer.connect(rest)
+        except OSError:
+            peer.close()
+            raise
+        return peer
+    host, _, port = rest.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
+
+
+def limited(length: int) -> Callable[[], None]:
+    """No file of the child may grow beyond this."""
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (length, length))
+
+
+@contextmanager
+def tapped(
+    folder: Path,
+    *more: str,
+    kind: str = "unix",
+    recording: Path | None = None,
+    before: Callable[[], None] | None = None,
+) -> Iterator[Tapped]:
+    recording = recording or folder / "a.tap"
+    with ExitStack() as stack:
+        if kind == "unix":
+            listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+            listener.bind(str(folder / "destination"))
+            listener.listen()
+            listen, forward = f"unix:{folder / 'tap'}", f"unix:{folder / 'destination'}"
+        else:
+            listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            listen, forward = "tcp:127.0.0.1:0", f"tcp:127.0.0.1:{listener.getsockname()[1]}"
+        listener.settimeout(TIMEOUT_S)
+        command = [sys.executable, "-m", "qmigrate", "tap", listen, forward, "-o", str(recording), *more]
+        process = stack.enter_context(
+            subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=before)  # noqa: PLW1509 - no thread of ours is running then
+        )
+        stack.callback(process.kill)
+        assert process.stderr is not None
+        began = process.stderr.readline()
+        assert began.startswith("qmigrate: listening at "), began
+        yield Tapped(process, began.removeprefix("qmigrate: listening at ").partition(",")[0], listener, recording)
+
+
+def received(peer: socket.socket, length: int) -> bytes:
+    """So many bytes."""
+    parts = bytearray()
+    while len(parts) < length and (part := peer.recv(length - len(parts))):
+        parts += part
+    return bytes(parts)
+
+
+def bytes_of(recording: Recording, number: int, direction: Direction) -> bytes:
+    return recording.stream(number, direction).read_at(0, 1 << 30)
+
+
+@pytest.mark.parametrize("kind", ["unix", "tcp"])
+def test_both_directions_arrive_and_are_recorded(kind: str, tmp_path: Path) -> None:
+    stream = HEAD + os.urandom(3 * MIB)
+    with tapped(tmp_path, kind=kind) as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            sender = threading.Thread(target=source.sendall, args=(stream,))
+            sender.start()
+            assert received(destination, len(stream)) == stream
+            sender.join()
+            destination.sendall(SHUT)
+            assert received(source, len(SHUT)) == SHUT
+        tap.process.send_signal(signal.SIGINT)
+        assert tap.end()[0] == 0
+        with tap.read() as recording:
+            assert recording.fault is None
+            assert bytes_of(recording, 0, Direction.FORWARD) == stream
+            assert bytes_of(recording, 0, Direction.RETURN) == SHUT
+            opened, closed = recording.connections[0].opened, recording.connections[0].closed
+            assert (opened.listen, opened.peer.partition(":")[0]) == (tap.listen, "tcp" if kind == "tcp" else "")
+            assert closed is not None
+            assert (closed.forward_bytes, closed.return_bytes, closed.error) == (len(stream), len(SHUT), "")
+
+
+def test_killed_while_it_relays_all_that_was_passed_on_is_readable(tmp_path: Path) -> None:
+    block = os.urandom(MIB)
+    with tapped(tmp_path) as tap:
+        source, destination = tap.connect()
+
+        def send() -> None:
+            with suppress(OSError):
+                while True:
+                    source.sendall(block)
+
+        with source, destination:
+            sender = threading.Thread(target=send)
+            sender.start()
+            got = received(destination, 20 * MIB + 12345)
+            tap.process.kill()
+            with suppress(ConnectionError):
+                while part := destination.recv(MIB):
+                    got += part
+            tap.process.wait(TIMEOUT_S)
+            sender.join()
+        with tap.read() as recording:
+            assert recording.fault is not None
+            recorded = bytes_of(recording, 0, Direction.FORWARD)
+            assert len(recorded) >= len(got)
+            assert recorded.startswith(got)
+            assert recorded == (block * (len(recorded) // MIB + 1))[: len(recorded)]
+
+
+def assert_goes_on_without_its_recording(tap: Tapped, reason: str) -> None:
+    stream = os.urandom(6 * MIB)
+    source, destination = tap.connect()
+    with source, destination:
+        sender = threading.Thread(target=source.sendall, args=(stream,))
+        sender.start()
+        assert received(destination, len(stream)) == stream
+        sender.join()
+        destination.sendall(PONG)
+        assert received(source, len(PONG)) == PONG
+    tap.process.send_signal(signal.SIGTERM)
+    code, said = tap.end()
+    assert code == 1
+    assert said.count(f"qmigrate: the recording stopped, the migration goes on: {reason}\n") == 1
+    with tap.read() as recording:
+        assert recording.stopped is not None
+        assert recording.stopped.reason == reason
+        assert recording.fault is None
+        recorded = bytes_of(recording, 0, Direction.FORWARD)
+        assert 0 < len(recorded) < MIB
+        assert stream.startswith(recorded)
+
+
+def test_a_file_that_may_not_grow_stops_the_recording_and_not_the_migration(tmp_path: Path) -> None:
+    with tapped(tmp_path, before=limited(MIB)) as tap:
+        assert_goes_on_without_its_recording(tap, "File too large")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a small file system")
+def test_a_full_disk_stops_the_recording_and_not_the_migration(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(small)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"no tmpfs can be mounted: {mounted.stderr.strip()}")
+    try:
+        with tapped(tmp_path, recording=small / "a.tap") as tap:
+            assert_goes_on_without_its_recording(tap, "No space left on device")
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_source_that_has_said_all_still_hears_the_answer(tmp_path: Path) -> None:
+    with tapped(tmp_path) as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            source.sendall(HEAD)
+            source.shutdown(socket.SHUT_WR)
+            assert received(destination, 100) == HEAD  # and then the end
+            destination.sendall(SHUT)
+            destination.close()
+            assert received(source, 100) == SHUT
+
+
+def test_a_destination_that_dies_ends_a_source_that_says_nothing(tmp_path: Path) -> None:
+    """Hazard 9: a QEMU whose peer has died does not notice while a relay keeps its side open."""
+    with tapped(tmp_path) as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            source.sendall(HEAD)
+            assert received(destination, len(HEAD)) == HEAD
+            destination.close()
+            assert source.recv(1) == b""
+            with pytest.raises(OSError, match="Broken pipe"):
+                source.sendall(HEAD)
+
+
+def test_a_destination_that_does_not_read_holds_the_source_back(tmp_path: Path) -> None:
+    """What is on its way is in the kernel's buffers and one piece of ours, however much the source would send."""
+    with tapped(tmp_path) as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            source.setblocking(False)
+            sent = 0
+            while select.select([], [source], [], 1.0)[1]:  # a second in which nothing moves: it is held back
+                sent += source.send(bytes(MIB))
+                assert sent < 16 * MIB
+            assert tap.recording.stat().st_size < 16 * MIB
+            peak = Path(f"/proc/{tap.process.pid}/status").read_text().partition("VmHWM:")[2].split()[0]
+            assert int(peak) < 64 << 10  # KiB
+
+
+def test_once_ends_with_the_migration(tmp_path: Path) -> None:
+    with tapped(tmp_path, "--once") as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            source.sendall(HEAD)
+            assert received(destination, len(HEAD)) == HEAD
+            destination.sendall(PONG + SHUT)
+            assert received(source, len(PONG + SHUT)) == PONG + SHUT
+        code, said = tap.end()
+        assert code == 0
+        assert "connection 0 closed, 8 bytes forward, 16 bytes back\n" in said
+        with tap.read() as recording:
+            assert recording.ended
+
+
+def test_once_waits_for_the_recovery_of_a_postcopy_that_broke(tmp_path: Path) -> None:
+    with tapped(tmp_path, "--once") as tap:
+        for answer in (PONG, SHUT):
+            source, destination = tap.connect()
+            with source, destination:
+                source.sendall(HEAD)
+                assert received(destination, len(HEAD)) == HEAD
+                destination.sendall(answer)
+                assert received(source, len(answer)) == answer
+        code, said = tap.end()
+        assert code == 0
+        assert "connection 0 closed, 8 bytes forward, 8 bytes back; its return path has no end" in said
+
+
+def test_the_first_interrupt_waits_for_open_connections_and_the_second_cuts_them(tmp_path: Path) -> None:
+    with tapped(tmp_path) as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            source.sendall(HEAD)
+            assert received(destination, len(HEAD)) == HEAD
+            tap.process.send_signal(signal.SIGINT)
+            wait_for_line(tap, "ending when 1 open connections have closed; Ctrl-C again cuts them")
+            source.sendall(HEAD)
+            assert received(destination, len(HEAD)) == HEAD
+            with pytest.raises(OSError, match="No such file"):
+                connected(tap.listen)
+            tap.process.send_signal(signal.SIGINT)
+            assert (source.recv(1), destination.recv(1)) == (b"", b"")
+        code, _ = tap.end()
+        assert code == 130
+        with tap.read() as recording:
+            assert (recording.fault, recording.ended) == (None, True)
+
+
+def wait_for_line(tap: Tapped, what: str) -> None:
+    assert tap.process.stderr is not None
+    for line in tap.process.stderr:
+        if what in line:
+            return
+    pytest.fail(f"it never said {what!r}")
+
+
+def test_a_destination_that_does_not_listen_closes_the_source(tmp_path: Path) -> None:
+    with tapped(tmp_path) as tap:
+        tap.listener.close()
+        with connected(tap.listen) as source:
+            assert source.recv(1) == b""
+        tap.process.send_signal(signal.SIGINT)
+        code, said = tap.end()
+        assert code == 0
+        assert "connection 0 refused: unix:" in said
+        with tap.read() as recording:
+            closed = recording.connections[0].closed
+            assert closed is not None
+            assert closed.error.endswith(": Connection refused")
+
+
+def test_a_socket_that_a_dead_tap_left_behind_is_replaced_and_one_that_serves_is_not(tmp_path: Path) -> None:
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(str(tmp_path / "tap"))
+    stale.close()
+    with tapped(tmp_path) as tap:
+        command = [sys.executable, "-m", "qmigrate", "tap", tap.listen, "unix:/nowhere", "-o", str(tmp_path / "b.tap")]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        assert (ran.returncode, ran.stderr) == (2, f"qmigrate: {tap.listen}: Address already in use\n")
+        assert not (tmp_path / "b.tap").exists()
+        source, destination = tap.connect()
+        source.close()
+        destination.close()
+
+
+def test_quietly_it_says_nothing_and_leaves_nothing_but_the_recording(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qmigrate", "tap", f"unix:{tmp_path / 'tap'}", "unix:/nowhere"]
+    command += ["-q", "-o", str(tmp_path / "a.tap")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + TIMEOUT_S
+            while not (tmp_path / "tap").exists():
+                assert time.monotonic() < deadline
+                select.select([], [], [], 0.02)
+            process.send_signal(signal.SIGINT)
+            said = process.communicate(timeout=TIMEOUT_S)[1]
+        finally:
+            process.kill()
+    assert (process.returncode, said) == (0, "")
+    assert [each.name for each in tmp_path.iterdir()] == ["a.tap"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wrong"),
+    [
+        (["udp:1:2", "unix:/b"], "'udp:1:2' is no socket: expected unix:PATH or tcp:HOST:PORT"),
+        (["unix:/a", "b"], "'b' is no socket: expected unix:PATH or tcp:HOST:PORT"),
+    ],
+)
+def test_what_is_no_socket_is_a_usage_error(arguments: list[str], wrong: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "qmigrate", "tap", *arguments, "-o", str(tmp_path / "a.tap")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    assert (ran.returncode, ran.stderr.splitlines()[-1]) == (2, f"qmigrate tap: error: {wrong}")
+    assert not (tmp_path / "a.tap").exists()
+
+
+def test_a_recording_is_followed_while_it_grows(tmp_path: Path) -> None:
+    with tapped(tmp_path) as tap:
+        source, destination = tap.connect()
+        command = [sys.executable, "-m", "qmigrate", "dissect", "--live", str(tap.recording)]
+        with (
+            source,
+            destination,
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as follower,
+        ):
+            try:
+                assert follower.stdout is not None
+                source.sendall(HEAD)
+                seen = [follower.stdout.readline() for _ in range(3)]
+                assert seen[0].endswith("0   opened\n")
+                assert seen[1].endswith("0 → is  main, by bytes: it begins with QEVM\n")
+                assert seen[2].endswith("0 → HEADER\n")
+                destination.sendall(PONG)
+                seen = [follower.stdout.readline() for _ in range(2)]
+                assert seen[1].endswith("0 ← PONG  token 0x1\n")
+                tap.process.kill()  # nobody writes it any more: the follower ends too
+                rest, wrong = follower.communicate(timeout=TIMEOUT_S)
+            finally:
+                follower.kill()
+        assert follower.returncode == 1
+        assert "a recording without an end, 1 connection" in rest
+        assert wrong.startswith(f"qmigrate: {tap.recording}: ")
+        assert wrong.endswith(": the recording has no end: the tap was killed, or still runs\n")
