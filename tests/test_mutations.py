@@ -145,6 +145,9 @@ def test_a_stream_that_is_cut_at_a_boundary_is_said_to_be_cut(name: str) -> None
         for cut in sorted(cut for cut in cuts if cut >= 8):  # less is no stream
             checked = answer(stream[:cut])
             assert checked is not None
+            if contents.footers is None and checked.gathering.contents.complete:
+                assert stream[cut - 1] == SectionType.EOF  # where nothing tells a section's end, it may be the stream's
+                continue
             (error,) = checked.gathering.contents.errors
             assert isinstance(error, StreamError)
             assert not checked.gathering.contents.complete
@@ -165,7 +168,9 @@ def test_a_device_that_is_cut_at_a_field_is_said_to_be_cut(name: str) -> None:
         begin = section.offset + HEADER_BYTES + len(section.name)
         data = corpus(name)[begin : section.offset + section.length - FOOTER_BYTES * bool(contents.footers)]
         assert decode_state(body.body, data, offset=begin) == (section.state, len(data))
-        ends = {0, *(leaf.offset + leaf.length - begin for leaf in section.state.leaves())}
+        ends = sorted({0, *(leaf.offset + leaf.length - begin for leaf in section.state.leaves())})
+        # All of nearly every device; of one with thousands of fields some.
+        ends = random.Random(name).sample(ends, min(len(ends), max(2, 9000 // len(ends))))
         for cut in sorted({end + step for end in ends for step in (-1, 0, 1)} & set(range(len(data)))):
             try:
                 _, used = decode_state(body.body, data[:cut], offset=begin)

@@ -21,8 +21,9 @@ from qmigrate.errors import StreamError, TruncatedError
 from qmigrate.format.command import OpenReturnPath, Packaged, PageSizes, Ping, PostcopyAdvise, SwitchoverStart
 from qmigrate.format.entry import Configuration, DeviceState, Entry, Undecoded, VmDescription
 from qmigrate.format.feed import Feed
-from qmigrate.format.ram import RamBlock
+from qmigrate.format.ram import Pages, RamBlock
 from qmigrate.format.stream import Footer, SectionHeader, SectionType, VmDescriptionHeader
+from qmigrate.format.stretch import intervals_of
 from qmigrate.format.walk import Limits, walk
 from qmigrate.format.write import encode
 from tests import streams
@@ -40,6 +41,7 @@ NO_FOOTERS: Final = "Sections have no footers (machine types up to 2.3, or send-
 NO_DESCRIPTION: Final = (
     "There is no description of the devices (suppress-vmdesc=on, or it was cut off): they can't be decoded."
 )
+POSTCOPY: Final = "There is no description of the devices (postcopy sends none): they can't be decoded."
 NO_END: Final = "The ram section has no END: a background snapshot."
 ADVISED: Final = "Postcopy was advised, but the migration completed as precopy."
 SWITCHOVER: Final = "SWITCHOVER_START was sent: QEMUs before 10.0 refuse it."
@@ -75,6 +77,7 @@ RECORDED: Final = {
     "arm-virt-11.1": ["2 RAM blocks have the same length, 64 MiB: virt.flash0, virt.flash1.", SWITCHOVER],
     "pc-bare-7.2": [NO_CONFIGURATION, NO_FOOTERS, NO_DESCRIPTION],
     "pc-huge-11.1": [HUGE, ADVISED, SWITCHOVER],
+    "pc-huge-postcopy-11.1": [POSTCOPY, HUGE, SWITCHOVER],
     "pc-huge-savevm-5.2": [HUGE, SAVEVM],
     "pc-mapped-10.0": [MAPPED, SWITCHOVER],
     "pc-mapped-11.1": [MAPPED, SWITCHOVER],
@@ -99,7 +102,7 @@ def test_a_recorded_stream_is_whole_and_says_what_is_odd(name: str) -> None:
     assert said(data) == RECORDED[name]
     contents = InMemory(data).contents
     undecoded = [s.key for s in contents.sections if s.kind == SectionType.FULL and s.state is None]
-    assert bool(undecoded) == name.startswith("pc-bare")
+    assert bool(undecoded) == name.startswith(("pc-bare", "pc-huge-postcopy"))
 
 
 @pytest.mark.parametrize("name", RECORDED)
@@ -121,6 +124,19 @@ def test_addresses_and_page_sizes_are_those_of_the_block_list() -> None:
         blocks = InMemory(corpus(f"odd/{name}")).blocks
         assert [block.name for block in blocks.values() if block.page_size] == ["ram0"]
         assert blocks["ram0"].page_size == 2 * MIB
+
+
+def test_after_the_switch_all_pages_of_a_huge_one_come_together() -> None:
+    sent: list[int] = []
+    switched = False
+    for entry in entries(corpus("odd/pc-huge-postcopy-11.1")):
+        switched = switched or isinstance(entry.record, Packaged)
+        if switched and isinstance(entry.record, Pages) and entry.record.block == "ram0":
+            sent += [start for begin, end in intervals_of(entry.record.runs, PAGE) for start in range(begin, end, PAGE)]
+    assert len(sent) == 4 * 512
+    for at in range(0, len(sent), 512):
+        first = sent[at] & -(2 * MIB)
+        assert sorted(sent[at : at + 512]) == list(range(first, first + 2 * MIB, PAGE))
 
 
 # -- a real stream with records left out

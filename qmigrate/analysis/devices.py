@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from enum import IntEnum
+from itertools import islice
 from typing import Any, TypeAlias
 
 from qmigrate.capture.migration import Contents, Section
@@ -129,21 +130,18 @@ def find_field(contents: Contents, path: str) -> list[tuple[Section, str, Plain]
     for section in contents.sections:
         if section.state is None:
             continue
-        tree = plain(section.state)
-        for name in dict.fromkeys((section.key, section.name, *short_names(section))):
-            rest = _after(path, name)
-            if rest is None:
-                continue
-            for value in _descend(tree, rest):
-                found.append((section, rest, value))
+        names = dict.fromkeys((section.key, section.name, *short_names(section)))
+        rests = [rest for name in names if (rest := _after(path, name)) is not None]
+        tree = plain(section.state) if rests else None
+        for rest in rests:
+            if first := list(islice(_descend(tree, rest), 1)):
+                found.append((section, rest, first[0]))
                 break
-            else:
-                continue
-            break
     return found
 
 
 def short_names(section: Section) -> tuple[str, ...]:
+    """What a device is called without its bus path: with its instance, and without."""
     short = section.name.rpartition("/")[2]
     return (f"{short}/{section.instance_id}", short)
 

@@ -85,7 +85,11 @@ def summarize_file(
 
 
 def _answer(migration: Migration) -> dict[str, Any]:
-    return summarize(migration.contents)
+    if migration.source.recording is None:
+        return summarize(migration.contents)
+    from qmigrate.analysis.described import describe_recording, read_story  # few inputs are recordings
+
+    return summarize(migration.contents) | describe_recording(read_story(migration.source.recording))
 
 
 def target_page_bits(contents: Contents) -> int:

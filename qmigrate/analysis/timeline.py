@@ -1,9 +1,6 @@
 """A migration as it went, on one time axis: what each side was when, and the numbers on the way.
 
 Made from events alone, whoever reports them: a driver, or a relay that listens in.
-
-Two hosts have two clocks.  QEMU stamps its events by its own; we know when they came.  An event comes late, never
-early, so the one that came soonest after its stamp tells best how far that clock is from ours.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Final
 
+from qmigrate.analysis.clock import Clock, clock_of
 from qmigrate.analysis.latency import Latency, latency_in, number
 from qmigrate.events import (
     Began,
@@ -24,28 +22,10 @@ from qmigrate.events import (
     StatusChanged,
 )
 
-__all__ = ["Clock", "Moment", "Pass", "Phase", "Rate", "Sample", "SideLine", "Stop", "Stretch", "Timeline", "timeline"]
-
-DELAY_US: Final = 20_000
-"""An event may come so late on a busy host.  A clock that is no further away than this is taken to be ours."""
-
-EARLY_US: Final = 2_000
-"""An event may seem to come so early where clocks are the same, or kept so by NTP."""
+__all__ = ["Moment", "Pass", "Phase", "Rate", "Sample", "SideLine", "Stop", "Stretch", "Timeline", "timeline"]
 
 SHORTEST_RATE_US: Final = 100_000
 """QEMU limits its rate in steps of a tenth of a second: what it sends in less says little."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Clock:
-    """A side's clock.  ``offset_us`` was added to its stamps to make them ours; it may be wrong by ``error_us``.
-
-    ``stamp_count`` 0: QEMU stamped nothing, all times are those at which we heard of it.
-    """
-
-    offset_us: int = 0
-    error_us: int = 0
-    stamp_count: int = 0
 
 
 @dataclass(frozen=True)
@@ -186,7 +166,7 @@ def timeline(events: Iterable[LiveEvent]) -> Timeline:
     began = next((each for each in events if isinstance(each, Began)), None)
     finished = next((each for each in reversed(events) if isinstance(each, Finished)), None)
     zero_us = began.time_us if began else min((each.time_us for each in events), default=0)
-    clocks = {side: _clock(side, events) for side in Side}
+    clocks = {side: clock_of(side, events) for side in Side}
     moments = list(_placed(events, clocks, zero_us))
     length_us = max([each.at_us for each in moments], default=0)
     sides = {side: _side_line(side, moments, clocks[side], length_us, began) for side in Side}
@@ -204,23 +184,7 @@ def timeline(events: Iterable[LiveEvent]) -> Timeline:
     )
 
 
-# ---- clocks ----
-
-
-def _clock(side: Side, events: Sequence[LiveEvent]) -> Clock:
-    late = [each.time_us - each.qemu_us for each in events if each.side is side and each.qemu_us is not None]
-    if not late:
-        return Clock()
-    asked = [each for each in events if isinstance(each, Progressed) and each.side is side]
-    round_trips = [each.round_trip_us for each in asked if each.round_trip_us is not None]
-    round_trip_us = min(round_trips, default=0)
-    soonest_us = min(late)
-    if -EARLY_US <= soonest_us <= round_trip_us + DELAY_US:
-        return Clock(error_us=abs(soonest_us), stamp_count=len(late))
-    # One way takes somewhat between nothing and the whole of the round trip.
-    half_us = round_trip_us // 2
-    error_us = half_us if round_trips else DELAY_US
-    return Clock(offset_us=soonest_us - half_us, error_us=error_us, stamp_count=len(late))
+# ---- placing ----
 
 
 def _placed(events: Sequence[LiveEvent], clocks: Mapping[Side, Clock], zero_us: int) -> Iterator[Moment]:

@@ -3,6 +3,7 @@
 A recorder never raises for a file that can't be written on: what it records goes on without it.
 """
 
+import ctypes
 import errno
 import fcntl
 import os
@@ -30,6 +31,9 @@ from qmigrate.format._record import Record
 __all__ = ["Recorder"]
 
 _LONGEST_TEXT: Final = 255  # bytes
+_KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE, which os.posix_fallocate() lacks
+_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
+_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 class Recorder:
@@ -38,6 +42,7 @@ class Recorder:
     Each call has written what it was given when it returns; it was handed to the system, which keeps it when this
     process is killed.  Where that fails (a full disk) the frame at hand is taken back, ``stopped`` says why, all
     further calls do nothing, and ``on_stop`` is called once, in the thread that met it.
+    ``reserve`` bytes of the disk are set aside at once: what goes there can't meet a full disk, and costs less.
     Raises ``OSError`` where the file can't be made, ``RefusedError`` where it is there and not empty, unless
     ``overwrite``, or is no regular file.
     """
@@ -47,6 +52,7 @@ class Recorder:
         path: str | os.PathLike[str],
         *,
         overwrite: bool = False,
+        reserve: int = 0,
         on_stop: Callable[[OSError], None] | None = None,
     ) -> None:
         self.stopped: OSError | None = None
@@ -56,12 +62,12 @@ class Recorder:
         self._splices = True
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            self._begin(os.fspath(path), overwrite=overwrite)
+            self._begin(os.fspath(path), overwrite=overwrite, reserve=reserve)
         except BaseException:
             os.close(self._descriptor)
             raise
 
-    def _begin(self, path: str, *, overwrite: bool) -> None:
+    def _begin(self, path: str, *, overwrite: bool, reserve: int) -> None:
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise RefusedError(f"{path} is no regular file: a recording is read by offsets")
@@ -74,6 +80,8 @@ class Recorder:
         os.ftruncate(self._descriptor, 0)
         try:
             self._write(build_header(**_now()))
+            if reserve:
+                _reserve(self._descriptor, reserve)
         except OSError as exc:
             exc.filename = path
             raise
@@ -122,6 +130,8 @@ class Recorder:
         if self.stopped is not None:
             with suppress(OSError):
                 self._write(build_frame(End(), connection=0, **_now()))
+        with suppress(OSError):
+            os.ftruncate(self._descriptor, self._position)  # what was reserved and not used is given back
         os.close(self._descriptor)
         self._descriptor = -1
 
@@ -174,6 +184,13 @@ class Recorder:
         part = os.read(pipe, count)
         self._write(part)
         return len(part)
+
+
+def _reserve(descriptor: int, length: int) -> None:
+    """Have the file system set room aside; the file's size, by which it is read, stays.  Raises ``OSError``."""
+    if _fallocate(descriptor, _KEEP_SIZE, 0, length):
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def _now() -> dict[str, int]:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 from qmigrate.cli.tell import tell, tell_faults
 from qmigrate.errors import NoStreamError, StreamError
-from qmigrate.format.channel import ChannelKind
 
 if TYPE_CHECKING:
     from qmigrate.analysis.recording import Moment, RecordingStory
@@ -20,32 +19,27 @@ _EVERY_S: Final = 0.1
 
 
 def write_recorded(args: argparse.Namespace, migration: "Migration", recording: "Recording", out: TextIO) -> int:
-    """The story of all channels, then main's stream as any other."""
-    from qmigrate.analysis.recording import RecordingStory
-    from qmigrate.capture.recording import Recording
+    """The story of all channels in the order of time, then what they hold, joined, as of any stream."""
+    from qmigrate.analysis.described import describe_recording, read_story
 
-    with Recording(recording.path, name=recording.name) as again:
-        story = RecordingStory(again).read()
-        contents = _main(migration)
-        if args.json:
-            from qmigrate.analysis.summary import summarize
-            from qmigrate.report.json import write_json
-            from qmigrate.report.recording import describe_recording
+    story, contents = read_story(recording), _joined(migration)
+    if args.json:
+        from qmigrate.analysis.summary import summarize
+        from qmigrate.report.json import write_json
 
-            write_json(summarize(contents) | describe_recording(story), out)
-        else:
-            from qmigrate.report.paper import Paper
-            from qmigrate.report.recording import write_recording
-            from qmigrate.report.text import write_story
+        write_json(summarize(contents) | describe_recording(story), out)
+    else:
+        from qmigrate.report.paper import Paper
+        from qmigrate.report.recording import write_recording
+        from qmigrate.report.text import write_story
 
-            paper = Paper(out)
-            write_recording(story, migration.source.name, paper)
-            if contents.length:
-                paper.line()
-                write_story(contents, f"{migration.source.name}: main, forward", paper)
+        paper = Paper(out)
+        write_recording(story, migration.source.name, paper)
+        if contents.length:
+            paper.line()
+            write_story(contents, f"{migration.source.name}: its channels, joined", paper)
     out.flush()
-    faults = [] if _was_taken_up(story) else list(contents.errors)
-    return max(tell_faults(migration.source.name, faults), _tell_recording(migration.source.name, story))
+    return max(tell_faults(migration.source.name, contents.errors), _tell_recording(migration.source.name, story))
 
 
 def write_moments(recording: "Recording", out: TextIO, *, file: str | None) -> int:
@@ -101,19 +95,14 @@ def _moments(story: "RecordingStory") -> "Iterator[Moment]":
     yield from story.finish()
 
 
-def _main(migration: "Migration") -> "Contents":
-    """What main holds; nothing where there is no main channel."""
+def _joined(migration: "Migration") -> "Contents":
+    """What the channels hold; nothing where there is no main channel."""
     from qmigrate.capture.migration import Contents
 
     try:
         return migration.contents
     except NoStreamError as exc:
         return Contents(errors=[StreamError(str(exc))])
-
-
-def _was_taken_up(story: "RecordingStory") -> bool:
-    """Did a recovery go on where main was broken off?"""
-    return any(channel.forward.kind is ChannelKind.RESUMED for channel in story.channels)
 
 
 def _tell_recording(name: str, story: "RecordingStory") -> int:
@@ -124,9 +113,4 @@ def _tell_recording(name: str, story: "RecordingStory") -> int:
     if recording.fault is not None:
         tell(name, str(recording.fault))
         status = 1
-    last = next((channel for channel in reversed(story.channels) if channel.is_main), None)
-    if last is not None and _was_taken_up(story):
-        for fault in last.faults:
-            tell(name, f"connection {last.number}: {fault}")
-            status = 1
     return status

@@ -8,11 +8,11 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
 
-from qmigrate.cli.newfile import NewFile
 from qmigrate.cli.tell import tell
 from qmigrate.errors import RefusedError
 
 if TYPE_CHECKING:
+    from qmigrate.cli.newfile import NewFile
     from qmigrate.events import LiveEvent
 
 __all__ = ["Seen", "add_seen", "looks_closely"]
@@ -60,6 +60,8 @@ class Seen:
     def __init__(self, args: argparse.Namespace, out: TextIO) -> None:
         if args.json == STANDARD_OUTPUT and args.ndjson:
             raise RefusedError("--json and --ndjson both want standard output: say --json FILE")
+        from qmigrate.cli.newfile import NewFile
+
         self._out = out
         self._on_stdout = args.json == STANDARD_OUTPUT
         with ExitStack() as stack:  # one that can't be made takes the other with it
@@ -96,7 +98,7 @@ class Seen:
                 self._out.write(text)
 
 
-def _finish(file: NewFile, text: str) -> None:
+def _finish(file: "NewFile", text: str) -> None:
     try:
         file.finish(text)
     except OSError as exc:

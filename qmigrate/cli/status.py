@@ -38,7 +38,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         return list(await asyncio.gather(*(ask_at(each, timeout_s=args.answer_timeout) for each in addresses)))
 
     views = asyncio.run(ask_all())
-    guest = locate(*views) if len(views) == 2 else None
+    in_order = views[::-1] if len(views) == 2 and views[0].receives and not views[1].receives else views
+    guest = locate(*in_order) if len(views) == 2 else None
     if args.json:
         import json
 
@@ -50,6 +51,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
         for where, view in zip(addresses, views, strict=True):
             out.write(clean(f"{where}: {_line(view)}") + "\n")
+        if in_order is not views:
+            out.write("The first is the destination, the second the source.\n")
         for each in (guest.sentence, guest.advice) if guest is not None else ():
             if each:
                 out.write(clean(each) + "\n")

@@ -7,6 +7,7 @@ from collections.abc import Awaitable
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
+from qmigrate.cli.sizes import size
 from qmigrate.cli.tell import tell
 
 if TYPE_CHECKING:
@@ -42,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("listen", metavar="LISTEN", help="where the source connects to: unix:PATH or tcp:HOST:PORT")
     parser.add_argument("forward", metavar="FORWARD", help="where the destination listens, spelled the same way")
     parser.add_argument("-o", "--output", metavar="FILE", required=True, help="the recording, a new file")
+    parser.add_argument(
+        "--reserve",
+        metavar="SIZE",
+        type=size,
+        default=0,
+        help="set so much of the disk aside before it begins: then recording costs about half of its time, and can't "
+        "meet a full disk before that; what is not used is given back at the end",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a FILE that is there")
     parser.add_argument(
         "--once",
@@ -65,7 +74,7 @@ def run(args: argparse.Namespace, _out: TextIO) -> int:
     except ValueError as exc:
         args.usage_error(str(exc))
     _allow_many_files()
-    with Recorder(args.output, overwrite=args.overwrite, on_stop=_stopped) as recorder:
+    with Recorder(args.output, overwrite=args.overwrite, reserve=args.reserve, on_stop=_stopped) as recorder:
         try:
             return asyncio.run(_tap(args, recorder))
         except OSError:  # it can't listen
@@ -165,7 +174,7 @@ class _Screen:
     def take(self, event: "LiveEvent") -> None:
         """Tell of one event."""
         from qmigrate.operations import tap
-        from qmigrate.report.units import size
+        from qmigrate.report import units
 
         match event:
             case tap.ConnectionOpened():
@@ -176,7 +185,7 @@ class _Screen:
             case tap.ConnectionRefused():
                 tell(f"connection {event.number} refused", event.error)
             case tap.ConnectionClosed():
-                passed = f"{size(event.forward_bytes)} forward, {size(event.return_bytes)} back"
+                passed = f"{units.size(event.forward_bytes)} forward, {units.size(event.return_bytes)} back"
                 why = f", {event.error}" if event.error else ""
                 open_end = "; its return path has no end: it may be recovered" if event.unfinished else ""
                 self.line(f"connection {event.number} closed, {passed}{why}{open_end}")
@@ -185,26 +194,27 @@ class _Screen:
         """How far it has come, on a terminal, until it is cancelled."""
         import asyncio
 
-        from qmigrate.report.units import plural, size
+        from qmigrate.report import units
 
         before, at = 0, time.monotonic()
         while self._shows:
             await asyncio.sleep(_EVERY_S)
             passed, now = _passed(tap), time.monotonic()
             if tap.open_count:
-                speed = size(int((passed - before) / (now - at)))
-                recorded = "recording stopped" if recorder.stopped else f"{size(recorder.size)} recorded"
-                shown = f"{plural(tap.open_count, 'connection')}, {size(passed)} passed on, {speed}/s, {recorded}"
-                sys.stderr.write(_ERASE + shown)
+                speed = units.size(int((passed - before) / (now - at)))
+                recorded = "recording stopped" if recorder.stopped else f"{units.size(recorder.size)} recorded"
+                count = units.plural(tap.open_count, "connection")
+                sys.stderr.write(f"{_ERASE}{count}, {units.size(passed)} passed on, {speed}/s, {recorded}")
                 sys.stderr.flush()
             before, at = passed, now
 
     def end(self, tap: "Tap", recorder: "Recorder", path: str) -> None:
         """What came of it."""
-        from qmigrate.report.units import plural, size
+        from qmigrate.report import units
 
-        count = plural(len(tap.connections), "connection")
-        self.line(f"{count}, {size(_passed(tap))} passed on, {size(recorder.size)} recorded: qmigrate dissect {path}")
+        count = units.plural(len(tap.connections), "connection")
+        sizes = f"{units.size(_passed(tap))} passed on, {units.size(recorder.size)} recorded"
+        self.line(f"{count}, {sizes}: qmigrate dissect {path}")
 
 
 def _passed(tap: "Tap") -> int:

@@ -48,6 +48,9 @@ class Pager:
         )
         self.counts = Counts()
         self.placer = Placer(self.ram, self.queue.userfaultfd, addresses, self.counts)
+        # Another one: the first may have half a host page of the preempt channel; and what is found to be here
+        # already, when a fault is answered, did not come twice.
+        self.zeros = Placer(self.ram, self.queue.userfaultfd, addresses, Counts())
         self.requested = 0
         self.preempt: PreemptChannel | None = None
         self.faults = 0
@@ -62,7 +65,7 @@ class Pager:
     def _serve(self, missing: Missing) -> None:
         block, start, _ = missing
         if self.ram.pages.is_received(block, start):
-            self.placer.zero(block, start)
+            self.zeros.zero(block, start)
         elif self.ram.pages.request(block, start):
             self._ask(block, start)
 

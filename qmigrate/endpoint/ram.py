@@ -268,7 +268,7 @@ class Placer:
             self._copy(number, start, length)
 
     def zero(self, number: int, start: int) -> None:
-        """One host page of zeros, where nothing of the stream is needed for it."""
+        """One host page of zeros if it is a hole; in any case its sleepers are woken."""
         self._zero(number, start, self._ram.block(number).page_size)
 
     def _zero(self, number: int, start: int, length: int) -> None:

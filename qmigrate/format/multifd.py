@@ -91,6 +91,7 @@ class Compression(IntEnum):
     QATZIP = 0x20  # since 9.2
 
 
+_SYNC: Final = int(MultifdFlag.SYNC)  # an IntFlag's own `&` is ten times slower
 COMPRESSION_MASK: Final = 0x3E  # until 9.0 it was 0x0e: the others were not used
 METHODS: Final = {int(method): method for method in Compression}
 
@@ -150,7 +151,7 @@ class PageHeader(Record):
     @property
     def is_sync(self) -> bool:
         """Does it close an epoch of its channel?"""
-        return bool(self.flags & MultifdFlag.SYNC)
+        return bool(self.flags & _SYNC)
 
     @property
     def compression(self) -> Compression:

@@ -106,6 +106,7 @@ class _Channel:
         self.blocks = blocks
         self.most_device_state = most_device_state
         self.header_length = header_length(page_size)
+        self.capacity = page_capacity(page_size)
         self.trail = _TRAIL
         self.method: Compression | None = None
         self.epoch = 0
@@ -116,12 +117,12 @@ class _Channel:
         return self._entry(record, length, length)
 
     def packet(self) -> Generator[None, None, ChannelEntry]:
-        yield from self.feed.need(_HEAD_BYTES, self.trail)
+        if len(self.feed) < _HEAD_BYTES:
+            yield from self.feed.need(_HEAD_BYTES, self.trail)
         magic, version, flags = _HEAD.unpack(self.feed.view(_HEAD_BYTES))
         if (magic, version) != _GOOD_HEAD:
-            PacketHead.read(
-                self.feed.view(_HEAD_BYTES), offset=self.feed.offset, trail=self.trail
-            )  # says what is wrong
+            # It says what is wrong.
+            PacketHead.read(self.feed.view(_HEAD_BYTES), offset=self.feed.offset, trail=self.trail)
         self._check_flags(flags)
         if flags & _DEVICE_STATE:
             return (yield from self._device_state())
@@ -138,7 +139,8 @@ class _Channel:
             raise self._wrong(f"DEVICE_STATE comes with the flags {flags & ~_DEVICE_STATE:#x}", 8)
 
     def _pages(self) -> Generator[None, None, ChannelEntry]:
-        yield from self.feed.need(self.header_length, self.trail)
+        if len(self.feed) < self.header_length:
+            yield from self.feed.need(self.header_length, self.trail)
         header = read_header(self.feed.view(self.header_length), page_size=self.page_size)
         self._check_counts(header)
         if header.normal_pages:
@@ -146,13 +148,15 @@ class _Channel:
         record = PagePacket(header, self.page_size)
         if self.blocks is not None and header.normal_pages + header.zero_pages:
             self._check_block(record, self.blocks)
-        yield from self.feed.need(self.header_length + header.data_length, self.trail)
-        entry = self._entry(record, self.header_length + header.data_length, self.header_length)
+        length = self.header_length + header.data_length
+        if len(self.feed) < length:
+            yield from self.feed.need(length, self.trail)
+        entry = self._entry(record, length, self.header_length)
         self.epoch += header.is_sync
         return entry
 
     def _check_counts(self, header: PageHeader) -> None:
-        capacity = page_capacity(self.page_size)
+        capacity = self.capacity
         if header.pages_alloc > capacity:
             raise self._wrong(f"pages_alloc is {header.pages_alloc}, a packet holds {capacity} pages", 12)
         if header.normal_pages > header.pages_alloc:
@@ -179,7 +183,11 @@ class _Channel:
         length = blocks.get(header.block)
         if length is None:
             raise self._wrong(f"pages of the block {header.block!r}, which the block list does not have", 64)
-        if all(start + count * self.page_size <= length for _, _, start, count in packet.runs):
+        page_size = self.page_size
+        for _, _, start, count in packet.runs:
+            if start + count * page_size > length:
+                break
+        else:
             return
         starts = unpack_offsets(header.offsets[: 8 * (header.normal_pages + header.zero_pages)])
         index = next(index for index, start in enumerate(starts) if start + self.page_size > length)

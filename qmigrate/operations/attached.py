@@ -154,7 +154,7 @@ async def _source(source: Session, timeout_s: float) -> View:
     if state.get("status") == INCOMING:
         raise RefusedError("this QEMU waits for a guest: it is the destination, and this is told to the source")
     view = await ask(source, timeout_s=timeout_s)
-    if "socket-address" in (view.info or {}) and "ram" not in (view.info or {}):
+    if view.receives:
         raise RefusedError("this QEMU receives the guest: it is the destination, and this is told to the source")
     return view
 

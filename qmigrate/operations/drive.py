@@ -22,6 +22,7 @@ from qmigrate.operations.prepare import prepare
 from qmigrate.operations.recover import heard
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.switchover import Switchover
+from qmigrate.operations.whereabouts import receives
 from qmigrate.qmp.features import Features
 from qmigrate.qmp.postcopy import PAUSED, is_postcopy
 from qmigrate.qmp.session import Session
@@ -64,6 +65,8 @@ class Driver:
             Features.of(source.session, timeout_s=source.answer_timeout_s), source.ask(), self._ask_patiently()
         )
         course.features = {Side.SOURCE: features}
+        if receives(source.run_state, source.status, source.info):
+            raise RefusedError("source: it receives the guest itself; the source comes first, then the destination")
         if source.status != "completed" and not is_postcopy(source.status):
             raise RefusedError(f"source: there is no postcopy to bring back (status: {source.status})")
         if not destination.took_over and not destination.silence:

@@ -21,7 +21,7 @@ from qmigrate.format.write import encode
 
 __all__ = ["Parts", "write_raw", "write_stream"]
 
-_PIECE: Final = 1 << 24
+_PIECE: Final = 1 << 20
 _PAGES_AT_ONCE: Final = 256
 _PAGE: Final = int(RamFlag.PAGE)
 _ZERO: Final = int(RamFlag.ZERO)
@@ -78,7 +78,6 @@ def _write_block(path: Path, descriptor: int, length: int) -> None:
     try:
         os.ftruncate(out, length)
         for start, end in data_ranges(descriptor, length):
-            os.lseek(out, start, os.SEEK_SET)
             _copy(descriptor, out, start, end)
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, str(path)) from exc
@@ -87,8 +86,10 @@ def _write_block(path: Path, descriptor: int, length: int) -> None:
 
 
 def _copy(descriptor: int, out: int, at: int, end: int) -> None:
+    """Not by sendfile(), which refuses memory on huge pages."""
     while at < end:
-        at += os.sendfile(out, descriptor, at, min(end - at, _PIECE))
+        piece = os.pread(descriptor, min(end - at, _PIECE), at)
+        at += os.pwrite(out, piece, at)
 
 
 def data_ranges(descriptor: int, length: int) -> Iterator[tuple[int, int]]:

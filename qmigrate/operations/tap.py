@@ -148,9 +148,8 @@ class Tap:
         while True:
             try:
                 peer, address = await self._loop.sock_accept(listener)
-            except OSError as exc:  # no more files, or the peer has gone
-                if exc.errno in (errno.EMFILE, errno.ENFILE):
-                    await asyncio.sleep(_BUSY_S)
+            except OSError:  # no more files; the peer has gone
+                await asyncio.sleep(_BUSY_S)
                 continue
             await self._join(peer, _uri(address))
 

@@ -15,7 +15,7 @@ from qmigrate.qmp.migration import FINAL_STATUSES, query
 from qmigrate.qmp.postcopy import PAUSED, is_postcopy
 from qmigrate.qmp.session import Address, Session
 
-__all__ = ["Place", "Reach", "View", "Whereabouts", "ask", "locate"]
+__all__ = ["Place", "Reach", "View", "Whereabouts", "ask", "locate", "receives"]
 
 INCOMING: Final = "inmigrate"
 """The run state of a QEMU that has not taken over yet."""
@@ -78,6 +78,11 @@ class View:
         """Has a destination the guest's devices, so that it runs or could?"""
         return self.answers and self.run_state not in (INCOMING, "")
 
+    @property
+    def receives(self) -> bool:
+        """Is it, as it says, a destination whose migration is not over?"""
+        return self.answers and receives(self.run_state, self.status, self.info or {})
+
     def __str__(self) -> str:
         if not self.answers:
             return f"{'is gone' if self.dead else 'does not answer'} ({self.error})"
@@ -92,6 +97,12 @@ class Whereabouts:
     running: bool | None
     sentence: str
     advice: str = ""
+
+
+def receives(run_state: str, status: str, info: Mapping[str, Any]) -> bool:
+    """Is this a destination?  One that has taken over tells of no memory, but where it listens."""
+    under_way = status not in (*FINAL_STATUSES, "none")
+    return run_state == INCOMING or (under_way and "socket-address" in info and "ram" not in info)
 
 
 async def ask(session: Session, *, timeout_s: float) -> View:
@@ -165,6 +176,13 @@ def locate(source: View, destination: View) -> Whereabouts:
     if source.running:
         if source.status in (*FINAL_STATUSES, "none"):
             return Whereabouts(Place.SOURCE, True, "The guest runs on the source.")
+        if is_postcopy(source.status):  # 5.2 and 7.2 say so before they stop the guest
+            return Whereabouts(
+                Place.SOURCE,
+                True,
+                f"The guest runs on the source, and is about to leave it ({source.status}).",
+                "Look again: `qmigrate status SRC DST`.",
+            )
         return Whereabouts(
             Place.SOURCE,
             True,

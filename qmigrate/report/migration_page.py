@@ -4,11 +4,12 @@ from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from qmigrate.analysis.timeline import Clock, Sample, SideLine, Stop, Timeline
-from qmigrate.events import Began, CommandSent, Progressed, QemuSaid, Troubled
+from qmigrate.analysis.timeline import Sample, SideLine, Stop, Timeline
+from qmigrate.events import Progressed
 from qmigrate.report.chart import Axis, Band, Series, axis_row, lane, plot, stacked
 from qmigrate.report.latency import latency_section
-from qmigrate.report.page import data, document, escaped, facts, section, table, tiles
+from qmigrate.report.migration_words import happened, setting, troubles
+from qmigrate.report.page import data, document, escaped, section, table, tiles
 from qmigrate.report.units import count, duration, plural, size
 from qmigrate.report.wording import wording
 
@@ -40,8 +41,6 @@ KINDS: Final = {
     "cancelling": "cancelled",
     "cancelled": "cancelled",
 }
-_RATES: Final = ("bandwidth", "postcopy_bandwidth")
-_LATEST_ROWS: Final = 300
 _MOST_BANDS: Final = 500
 _MOST_RATES: Final = 160  # more of them are a thicket
 
@@ -56,9 +55,9 @@ def migration_page(timeline: Timeline) -> str:
             _course(timeline),
             *(_switchover(timeline, stop) for stop in timeline.stops if stop.resumed_on is not None),
             latency_section(timeline.latency),
-            _troubles(timeline),
-            _happened(timeline),
-            _setting(timeline),
+            troubles(timeline),
+            happened(timeline),
+            setting(timeline),
         ],
     )
 
@@ -68,6 +67,8 @@ def _title(timeline: Timeline) -> str:
     if finished is None:
         return "Migration without an end"
     title = TITLES.get(finished.outcome, f"Migration {finished.outcome}")
+    if finished.outcome == "completed" and timeline.began is not None and timeline.began.operation == "recover":
+        return "Postcopy brought back"
     if finished.outcome == "completed":
         title += " with postcopy" if finished.switched else " by precopy"
     return title
@@ -192,7 +193,7 @@ def _plots(timeline: Timeline, axis: Axis) -> Iterator[str]:
     both = [_series("sent", "sent", sent, _rate, shape="steps")]
     if any(value for _, value in dirty):
         both.append(_series("dirtied", "dirty", dirty, _rate, shape="steps"))
-    yield plot("Sent against dirtied", both, axis, _rate)
+    yield plot("Sent against dirtied" if len(both) > 1 else "Sent", both, axis, _rate)
     if timeline.last is not None and timeline.last.page_requests:
         asked = [(each.at_us, _float(each.page_requests)) for each in samples]
         yield plot("Pages requested, in all", [_series("requests", "asked", asked, count)], axis, _count, binary=False)
@@ -261,92 +262,3 @@ def _switchover(timeline: Timeline, stop: Stop) -> str:
         lead += f" The clocks of two hosts are compared: this may be wrong by {duration(error_us)}."
     drawing = stacked([*_lanes(timeline, axis), axis_row(axis)], axis, [(stop.begin_us, stop.end_us, "stop")])
     return section("The guest moves", drawing, table(["time", "side", "what"], rows[:60], kind="events"), lead=lead)
-
-
-# ---- words ----
-
-
-def _troubles(timeline: Timeline) -> str:
-    rows = [
-        [_time(each.at_us), str(each.event.side or ""), each.event.message]
-        for each in timeline.moments
-        if isinstance(each.event, Troubled)
-    ]
-    for side, line in timeline.sides.items():
-        if line.statistics.get("error-desc"):
-            rows.append(["at the end", str(side), f"QEMU says: {line.statistics['error-desc']}"])
-    if not rows:
-        return ""
-    cancelled = timeline.finished is not None and timeline.finished.outcome == "cancelled"
-    lead = "To a destination, a source that cancels is a stream that breaks off." if cancelled else ""
-    title = "What was said of it" if cancelled else "What went wrong"
-    return section(title, table(["time", "side", "what"], rows[:100], kind="events"), lead=lead)
-
-
-def _happened(timeline: Timeline) -> str:
-    rows = [
-        [_time(each.at_us), str(each.event.side or ""), wording(each.event)]
-        for each in timeline.moments
-        if not isinstance(each.event, Progressed)
-    ]
-    if not rows:
-        return ""
-    said = f"The last {count(_LATEST_ROWS)} of {count(len(rows))} events." if len(rows) > _LATEST_ROWS else ""
-    events = table(["time", "side", "what"], rows[-_LATEST_ROWS:], kind="events")
-    return section(
-        "Every event", f"<details><summary>{plural(len(rows), 'event')}</summary>{events}</details>", lead=said
-    )
-
-
-def _setting(timeline: Timeline) -> str:
-    began = timeline.began
-    rows = []
-    for side, line in timeline.sides.items():
-        if line.version or line.address:
-            rows.append((side.title(), f"QEMU {line.version or 'of unknown version'}, at {line.address}"))
-        rows.append((f"Clock of the {side}", _clock(line.clock)))
-    plan = facts([("Operation", began.operation), ("Through", began.uri), *_plan(began)]) if began else ""
-    told = [
-        [str(each.event.side), each.event.command] for each in timeline.moments if isinstance(each.event, CommandSent)
-    ]
-    said = sum(isinstance(each.event, QemuSaid) for each in timeline.moments)
-    rows.append(("Commands sent", count(len(told)) + (f"; other events of QEMU: {count(said)}" if said else "")))
-    return section("The setting", plan, facts(rows))
-
-
-def _time(at_us: int) -> str:
-    """On the axis: to a millisecond at least, since much happens within one."""
-    return duration(at_us) if abs(at_us) < 1_000_000 else f"{at_us / 1e6:,.3f} s"
-
-
-def _plan(began: Began) -> list[tuple[str, str]]:
-    """What is not as by default, but for what is said elsewhere."""
-    return [
-        (name.replace("_", " "), _rate(value) if name in _RATES and isinstance(value, int) else _spelled(value))
-        for name, value in began.plan.items()
-        if name not in ("uri", "closely")
-    ]
-
-
-def _spelled(value: Any) -> str:
-    if value is True:
-        return "yes"
-    if isinstance(value, dict) and "policy" in value:
-        return " ".join(str(each) for each in value.values())
-    if isinstance(value, dict):
-        return ", ".join(f"{name}={_spelled(each)}" for name, each in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_spelled, value))
-    return str(value)
-
-
-def _clock(clock: Clock) -> str:
-    if not clock.stamp_count:
-        return "QEMU gave no times: those at which we heard of it"
-    if not clock.offset_us:
-        return f"taken to be ours: what it said came at least {duration(clock.error_us)} after its own time for it"
-    direction = "behind" if clock.offset_us > 0 else "ahead of"
-    return (
-        f"{duration(abs(clock.offset_us))} {direction} ours, to within {duration(clock.error_us)}: found by when its "
-        "events came, and half the time that a question took; corrected on this page"
-    )

@@ -1,4 +1,4 @@
-"""The story of a recording, as a person reads it and as programs do."""
+"""The story of a recording, as a person reads it."""
 
 from collections.abc import Iterator
 from itertools import groupby
@@ -6,6 +6,7 @@ from typing import Any, Final
 
 from rich.text import Text
 
+from qmigrate.analysis.described import in_order
 from qmigrate.analysis.latency import Bucket, Latency
 from qmigrate.analysis.recording import ChannelStory, Moment, RecordingStory
 from qmigrate.errors import TruncatedError
@@ -13,88 +14,12 @@ from qmigrate.report.names import clean
 from qmigrate.report.paper import BAD, DIM, GOOD, HEAD, KIND, ODD, Paper, text
 from qmigrate.report.units import count, duration, plural, share, size
 
-__all__ = ["describe_recording", "moment_line", "write_ending", "write_recording"]
+__all__ = ["moment_line", "write_ending", "write_recording"]
 
 _MOST_LINES: Final = 60
 _MANY: Final = 5
 _BAR: Final = 40  # columns
 _ARROWS: Final = {"forward": "→", "return": "←", "": " "}
-
-
-# -- for programs
-
-
-def describe_recording(story: RecordingStory) -> dict[str, Any]:
-    """Under the names of ``dissect.schema.json``; times in nanoseconds from the recording's start."""
-    recording, requests = story.recording, story.requests
-    return {
-        "recording": {
-            "time_ns": recording.header.time_ns,
-            "length_ns": story.last_ns,
-            "bytes": story.bytes,
-            "ended": recording.ended,
-            "stopped": None if recording.stopped is None else recording.stopped.reason,
-            "fault": None if recording.fault is None else str(recording.fault),
-        },
-        "channels": [_describe_channel(channel) for channel in story.channels],
-        "phases": [{"name": phase.name, "begin_ns": phase.begin_ns, "end_ns": phase.end_ns} for phase in story.phases],
-        "timeline": [moment.plain() for moment in _in_order(story)],
-        "page_requests": {
-            "count": requests.count,
-            "answered": requests.answered,
-            "on_way": requests.on_way,
-            "unanswered": requests.unanswered,
-            "histogram": [
-                {"begin_us": bucket.begin_us, "end_us": bucket.end_us, "count": bucket.count}
-                for bucket in requests.histogram
-            ],
-            "requests": [
-                {
-                    "block": request.block,
-                    "start": request.start,
-                    "length": request.length,
-                    "asked_ns": request.asked_ns,
-                    "connection": request.connection,
-                    "answered_ns": request.answered_ns,
-                    "answered_on": request.answered_on,
-                    "on_way": request.on_way,
-                }
-                for request in story.asked
-            ],
-        },
-        "left_out": story.left_out,
-    }
-
-
-def _describe_channel(channel: ChannelStory) -> dict[str, Any]:
-    ways = {"forward": channel.forward} | ({} if channel.back is None else {"return": channel.back})
-    return {
-        "connection": channel.number,
-        "peer": channel.peer,
-        "opened_ns": channel.opened_ns,
-        "closed_ns": channel.closed_ns,
-        "error": channel.error,
-        "faults": channel.faults,
-        "directions": {
-            name: {
-                "kind": way.kind.value,
-                "known_by": way.known_by.value,
-                "reason": way.reason,
-                "bytes": channel.forward_bytes if name == "forward" else channel.return_bytes,
-                **({} if way.channel_id is None else {"channel_id": way.channel_id}),
-                **({} if way.uuid is None else {"uuid": way.uuid.hex()}),
-            }
-            for name, way in ways.items()
-        },
-    }
-
-
-def _in_order(story: RecordingStory) -> list[Moment]:
-    """What was told together comes late, and begins earlier."""
-    return sorted(story.timeline, key=lambda moment: moment.time_ns)
-
-
-# -- for people
 
 
 def write_recording(story: RecordingStory, name: str, paper: Paper) -> None:
@@ -171,7 +96,7 @@ def _phases(story: RecordingStory, paper: Paper) -> None:
 
 def _timeline(story: RecordingStory, paper: Paper) -> None:
     paper.heading("Timeline", ("seconds from the recording's start; → forward, ← return", DIM))
-    groups = list(_folded(_in_order(story)))
+    groups = list(_folded(in_order(story)))
     for same in groups[:_MOST_LINES]:
         said = _said(same[0]) if len(same) == 1 else text((same[0].name, KIND), f" ×{len(same):,}")
         paper.line(said, lead=_lead(same[0]))

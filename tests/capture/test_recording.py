@@ -357,3 +357,13 @@ def test_a_recording_that_stops_says_so_and_keeps_what_it_has(tmp_path: Path) ->
         assert recording.stopped == Stopped(reason="File too large")
         assert recording.connections[0].forward.length == 11 * 9_000
         assert recording.connections[0].closed is None
+
+
+def test_what_is_reserved_and_not_used_is_given_back(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "a.tap", reserve=8 << 20) as recorder:
+        assert (tmp_path / "a.tap").stat().st_blocks * 512 >= 8 << 20
+        assert (tmp_path / "a.tap").stat().st_size == HEADER.size
+        opened(recorder, 0)
+    with Recording(tmp_path / "a.tap").read() as recording:
+        assert (recording.fault, len(recording.connections)) == (None, 1)
+    assert (tmp_path / "a.tap").stat().st_blocks * 512 < 1 << 20

@@ -4,11 +4,13 @@ import asyncio
 import json
 import os
 import shlex
-from collections.abc import AsyncGenerator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import pytest
 
 from qmigrate.events import LiveEvent
 from qmigrate.operations.receive import Listening, Receiver, ReceiveResult
@@ -165,6 +167,23 @@ def _assert_same(ours: bytes, theirs: bytes, block: str, start: int) -> None:
     assert len(ours) == len(theirs) > 0, f"{block}: {len(ours)} bytes at {start:#x}, QEMU has {len(theirs)}"
     differ = [start + at for at in range(0, len(ours), PAGE) if ours[at : at + PAGE] != theirs[at : at + PAGE]]
     assert not differ, f"{block}: {len(differ)} pages differ, the first at {differ[0]:#x}"
+
+
+@contextmanager
+def huge_pages(count: int) -> Iterator[None]:
+    """So many of 2 MiB are free; skips where they can't be had."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    try:
+        before = int(setting.read_text())
+        setting.write_text(f"{before + count}")
+    except OSError:
+        pytest.skip("no huge pages: nr_hugepages can't be set")
+    try:
+        if int(setting.read_text()) < before + count:
+            pytest.skip(f"no {count} huge pages")
+        yield
+    finally:
+        setting.write_text(f"{before}")
 
 
 @asynccontextmanager

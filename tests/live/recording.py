@@ -213,6 +213,16 @@ ODD: Final[Mapping[str, Kind]] = {
         through_relay=True,
         kept=("11.1",),
     ),
+    "pc-huge-postcopy": Kind(
+        "RAM on huge pages through a switch to postcopy: all pages of a huge one go together",
+        machine="pc,memory-backend=ram0",
+        devices=extra("-object memory-backend-memfd,id=ram0,size=8M,hugetlb=on,hugetlbsize=2M"),
+        capabilities={"postcopy-ram": True},
+        through_relay=True,
+        postcopy=True,
+        passes=0,
+        kept=("11.1",),
+    ),
     "pc-shared": paused(
         "x-ignore-shared: the block list has addresses, shared RAM is left out",
         machine="pc,memory-backend=ram0",

@@ -76,6 +76,10 @@ async def test_pause_and_recover(qemu: Qemu, tmp_path: Path) -> None:
         )
         code, out, _ = await qmigrate("status", source, destination)
         assert (code, "The migration is paused: the guest is on the destination" in out) == (0, True)
+        code, out, _ = await qmigrate("status", destination, source)
+        assert "The first is the destination, the second the source.\nThe migration is paused" in out
+        code, _, err = await qmigrate("recover", destination, source, "--uri", f"unix:{tmp_path / 'again'}")
+        assert (code, "source: it receives the guest itself; the source comes first" in err) == (2, True)
         code, _, err = await qmigrate("cancel", source)
         assert (code, "cancelling would lose it" in err) == (2, True)
         await two.hurry()

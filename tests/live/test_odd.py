@@ -43,6 +43,10 @@ SAID: Final = {
     ],
     "pc-huge": ["Some RAM lies on larger pages of the host: ram0 (2 MiB).", "Postcopy was advised, but"],
     "pc-huge-savevm": ["Some RAM lies on larger pages of the host: ram0 (2 MiB).", "The guest was running"],
+    "pc-huge-postcopy": [
+        "Some RAM lies on larger pages of the host: ram0 (2 MiB).",
+        "There is no description of the devices (postcopy sends none)",
+    ],
     "pc-shared": ["The block list has addresses: x-ignore-shared leaves shared RAM out, and none of ram0 is"],
     "pc-mapped": ["Each page has its place in the file (mapped-ram)"],
     "pc-cancelled": ["The stream ends while RAM is sent: the migration was cancelled, or it failed."],

@@ -1,6 +1,10 @@
 """``receive``: real sources of each version migrate into our stand-in, and find nothing wrong with it."""
 
+import asyncio
+import shlex
+import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
 
@@ -9,10 +13,20 @@ from qmigrate.capture.migration import Migration
 from qmigrate.endpoint.destination import Workload
 from qmigrate.events import StatusChanged
 from qmigrate.operations.control import ask
-from qmigrate.operations.receive import Latency, Paused
+from qmigrate.operations.receive import BlocksCame, Latency, Paused
 from qmigrate.qmp import migration
 from tests.guests import console
-from tests.live.receiving import SLOW, TIMEOUT_S, assert_same_ram, loading, migrate, receiving, source_of, start
+from tests.live.receiving import (
+    SLOW,
+    TIMEOUT_S,
+    assert_same_ram,
+    huge_pages,
+    loading,
+    migrate,
+    receiving,
+    source_of,
+    start,
+)
 from tests.live.versions import Qemu, installed, newest
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
@@ -130,3 +144,65 @@ async def test_a_broken_postcopy_is_recovered_and_nothing_is_lost(qemu: Qemu, tm
         assert [phase for phase, _ in result.phases][-5:] == ["running", "paused", "recovering", "running", "ended"]
         assert result.numbers["duplicates"] == 0
         assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+
+
+HUGE: Final = ("-object", "memory-backend-memfd,id=ram0,size=16M,hugetlb=on,hugetlbsize=2M")
+
+
+@every_qemu
+async def test_a_source_on_huge_pages_finds_huge_pages(qemu: Qemu, tmp_path: Path) -> None:
+    raw = tmp_path / "ram"
+    machine = "pc,memory-backend=ram0"
+    with huge_pages(16):
+        async with (
+            source_of(qemu, tmp_path, paused=loses_writes(qemu), more=HUGE, machine=machine) as source,
+            receiving(tmp_path, raw=raw, workloads=[Workload(seed=1)]) as receiver,
+        ):
+            await migrate(source, receiver.uri, postcopy=True)
+            result = await receiver.result()
+            assert result.exit_code == 0
+            (blocks,) = [event.blocks for event in receiver.events if isinstance(event, BlocksCame)]
+            assert {name: size for name, _, size in blocks}["ram0"] == 2 << 20
+            assert result.numbers["duplicates"] == 0
+            assert {"ram0", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+
+
+@pytest.mark.parametrize("qemu", [qemu for qemu in installed() if qemu.number >= (10,)], ids=lambda qemu: qemu.name)
+async def test_a_source_whose_stream_cannot_be_saved_goes_on(qemu: Qemu, tmp_path: Path) -> None:
+    async with (
+        source_of(qemu, tmp_path) as source,
+        receiving(tmp_path, save=tmp_path / "no such folder" / "x.mig") as receiver,
+    ):
+        await start(source, receiver.uri, postcopy=False)
+        await migration.wait_until(source.session, "failed", timeout_s=TIMEOUT_S)
+        assert (await receiver.result()).exit_code == 3
+        await console.assert_goes_on(tmp_path / "source-console")
+
+
+@pytest.mark.parametrize("scheme", ["tcp", "exec", "file", "fd", "-"])
+async def test_a_migration_comes_in_by_every_kind_of_uri(scheme: str, tmp_path: Path) -> None:
+    """The command itself, as a shell starts it."""
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    stream = tmp_path / "stream.mig"
+    async with source_of(qemu, tmp_path) as source:
+        if scheme == "tcp":
+            async with receiving(tmp_path, "tcp:127.0.0.1:0") as receiver:
+                await migrate(source, receiver.uri, postcopy=True)
+                assert (await receiver.result()).exit_code == 0
+            return
+        await migration.start(source.session, f"exec:cat > {shlex.quote(str(stream))}")
+        await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
+        uris = {"exec": f"exec:cat {shlex.quote(str(stream))}", "file": f"file:{stream}", "fd": "fd:0", "-": "-"}
+        with stream.open("rb") as file:
+            command = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "qmigrate", "receive", uris[scheme], "--raw", str(tmp_path / "ram")),
+                *("--control", str(tmp_path / "control")),
+                stdin=file,
+                stdout=asyncio.subprocess.PIPE,
+            )
+        async with asyncio.timeout(TIMEOUT_S):
+            said, _ = await command.communicate()
+        assert (command.returncode, said.splitlines()[0]) == (0, b"the migration was received")
+        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, tmp_path / "ram", tmp_path / "memory")

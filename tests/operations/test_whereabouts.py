@@ -1,6 +1,7 @@
 """Where the guest is, from what both sides say: row by row, and over all that they can say."""
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -87,3 +88,29 @@ def test_nothing_is_claimed_that_nobody_said(source: View, destination: View) ->
         assert source.running
     if not source.answers and not destination.answers:
         assert found.place in (Place.LOST, Place.UNKNOWN)
+
+
+def test_nobody_is_told_to_cancel_a_postcopy() -> None:
+    told = [source for source, there in itertools.product(ALL, ALL) if "cancel" in locate(source, there).advice]
+    assert {source.status for source in told} == {"active", "of-2031"}
+    assert locate(says("running", "postcopy-active"), WAITS).sentence.endswith("about to leave it (postcopy-active).")
+
+
+@pytest.mark.parametrize(
+    ("run_state", "status", "info", "is_destination"),
+    [
+        ("inmigrate", "none", {}, True),
+        ("inmigrate", "active", {"socket-address": []}, True),
+        ("running", "postcopy-active", {"socket-address": []}, True),
+        ("running", "postcopy-paused", {"socket-address": []}, True),
+        # 5.2 tells where it once listened for ever, also when it is a source next.
+        ("running", "completed", {"socket-address": []}, False),
+        ("finish-migrate", "postcopy-paused", {"socket-address": [], "ram": {}}, False),
+        ("finish-migrate", "postcopy-paused", {"ram": {}}, False),
+        ("running", "none", {}, False),
+    ],
+)
+def test_a_destination_is_known_by_what_it_says(
+    run_state: str, status: str, info: dict[str, Any], is_destination: bool
+) -> None:
+    assert View(Reach.ANSWERS, run_state, run_state == "running", status, info=info).receives == is_destination

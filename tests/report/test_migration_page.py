@@ -179,6 +179,14 @@ def test_a_failure_says_what_and_where_the_guest_is() -> None:
     assert "source QEMU says: No such device" in text
 
 
+def test_a_recovery_is_called_one() -> None:
+    story = Story()
+    story.begins({"recoveries": 1}, operation="recover")
+    story.status(1, SOURCE, "postcopy-active")
+    story.ends(9, switched=True, recoveries=1)
+    assert "Postcopy brought back" in read(story.events).text
+
+
 def test_two_clocks_are_told_of() -> None:
     text = read(stories.precopy(off_us={DESTINATION: -5_000_000}).events).text
     assert "5 s behind ours, to within 200 µs" in text

@@ -1,0 +1,209 @@
+"""``qmigrate diff``."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import qmigrate.report
+from qmigrate.cli.main import main
+from tests import streams
+
+Output = pytest.CaptureFixture[str]
+SCHEMA = json.loads((Path(qmigrate.report.__file__).parent / "diff.schema.json").read_text())
+
+
+def another() -> bytes:
+    """The machine of ``minimal()`` a moment later."""
+    timer = streams.device("timer", b"\0" * 7 + b"\x09" + streams.TIMER_STATE[8:], section_id=0, version_id=2)
+    serial = bytearray(streams.SERIAL_STATE)
+    serial[20] ^= 0xFF
+    ram = streams.ram().replace(streams.page(5 * streams.PAGE), streams.page(5 * streams.PAGE, b"x" * streams.PAGE))
+    return b"".join(
+        (
+            *(streams.header(), streams.configuration(), streams.ram_start(), ram, timer),
+            streams.device("0000:00:04.0/serial", bytes(serial), section_id=7, instance_id=1, version_id=3),
+            *(streams.eof(), streams.devices_described()),
+        )
+    )
+
+
+@pytest.fixture
+def a(tmp_path: Path) -> str:
+    path = tmp_path / "a.mig"
+    path.write_bytes(streams.minimal())
+    return str(path)
+
+
+@pytest.fixture
+def b(tmp_path: Path) -> str:
+    path = tmp_path / "b.mig"
+    path.write_bytes(another())
+    return str(path)
+
+
+def test_the_same_is_0_and_one_line(a: str, capsys: Output) -> None:
+    assert main(["diff", a, a]) == 0
+    assert capsys.readouterr() == (
+        f"""\
+A  {a}  pc-q35-10.0, complete
+B  {a}  pc-q35-10.0, complete
+
+same; 12 fields compared
+""",
+        "",
+    )
+
+
+def test_what_differs_is_1_and_told_the_first_first(a: str, b: str, capsys: Output) -> None:
+    assert main(["diff", a, b]) == 1
+    assert capsys.readouterr() == (
+        f"""\
+A  {a}  pc-q35-10.0, complete
+B  {b}  pc-q35-10.0, complete
+
+differ: 2 fields, 1 page; 12 fields compared
+
+Devices  2 fields of 2 devices, the first first
+  timer/0.cpu_ticks_offset  -5  against  9
+  0000:00:04.0/serial/1.id  73 65 72 69 61 6c 00 01 02 03 04 05  against  73 65 8d 69 61 6c 00 01 02 03 04 05
+
+RAM  1 of 2 blocks
+  block   pages  differ  ranges
+  pc.ram     16       1       1
+
+  pc.ram  0x5000–0x6000  1 page
+""",
+        "",
+    )
+
+
+def test_what_is_ignored_is_counted(a: str, b: str, capsys: Output) -> None:
+    assert main(["diff", "--devices-only", "--ignore", "timer", "--ignore", "*.id", a, b]) == 0
+    assert "same; 12 fields compared, 2 differences ignored, RAM not compared" in capsys.readouterr().out
+
+
+def test_the_answer_is_json_too(a: str, b: str, capsys: Output) -> None:
+    assert main(["diff", "--json", a, b]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    jsonschema.validate(answer, SCHEMA)
+    assert (answer["same"], answer["complete"], answer["a"]["file"]) == (False, True, a)
+    assert answer["fields"][0] == {"path": "timer/0.cpu_ticks_offset", "a": -5, "b": 9}
+    assert answer["ram_blocks"][0]["ranges"] == [{"start": 0x5000, "length": 0x1000}]
+
+
+def test_an_input_that_is_not_whole_is_1_though_all_there_is_is_the_same(
+    a: str, tmp_path: Path, capsys: Output
+) -> None:
+    cut = tmp_path / "cut.mig"
+    cut.write_bytes(streams.minimal()[:0x20B7])
+    assert main(["diff", a, str(cut)]) == 1
+    captured = capsys.readouterr()
+    assert (
+        f"B  {cut}  pc-q35-10.0, not complete\n\nsame; 0 fields compared, as far as both inputs reach\n" in captured.out
+    )
+    assert captured.err.startswith(f"qmigrate: {cut}: 0x20b7: ")
+
+
+def test_what_can_not_be_read_is_2_and_named(a: str, tmp_path: Path, capsys: Output) -> None:
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"\x7fELF and more")
+    for path, said in ((str(junk), "no migration stream"), (str(tmp_path / "none"), "No such file or directory")):
+        for files in ((path, a), (a, path)):
+            assert main(["diff", *files]) == 2
+            captured = capsys.readouterr()
+            assert captured.out == ""
+            assert captured.err.startswith(f"qmigrate: {path}: {said}")
+
+
+def run(*arguments: str, stdin: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "qmigrate", "diff", *arguments],
+        input=stdin,
+        capture_output=True,
+        env=os.environ | environment,
+        timeout=60,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("order", [("-", "FILE"), ("FILE", "-")])
+def test_one_of_the_two_may_be_a_pipe(order: tuple[str, str], a: str) -> None:
+    ran = run(*(a if word == "FILE" else word for word in order), stdin=streams.minimal())
+    assert (ran.returncode, ran.stderr) == (0, b"")
+    assert b"  standard input  pc-q35-10.0, complete" in ran.stdout
+
+
+def test_both_can_not_be_standard_input(capsys: Output) -> None:
+    assert main(["diff", "-", "-"]) == 2
+    assert capsys.readouterr().err.endswith("qmigrate diff: error: standard input can be one of the two only\n")
+
+
+def test_nothing_is_left_in_the_folder_for_temporary_files(a: str, b: str, tmp_path: Path) -> None:
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    assert run(a, b, TMPDIR=str(folder)).returncode == 1
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no /dev/full")
+def test_a_full_folder_is_one_line(a: str, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    # Files in it are /dev/full: whatever is written there has no room, and it can't be made longer.
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))  # noqa: PTH123
+    monkeypatch.setattr("os.ftruncate", lambda *_: None)
+    assert main(["diff", a, a]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "No space left on device: RAM of both inputs is put there (TMPDIR names another folder)" in captured.err
+
+
+def test_hostile_names_are_shown_escaped(tmp_path: Path, capsys: Output) -> None:
+    name = "[bold]\x1b[31m\x07"
+    known = streams.description(streams.described(name, streams.field(name, "uint8", 1)))
+    paths = []
+    for value in (b"\1", b"\2"):
+        path = tmp_path / value.hex()
+        paths.append(str(path))
+        path.write_bytes(
+            streams.header()
+            + streams.configuration(name)
+            + streams.ram_start({name: streams.PAGE})
+            + streams.ram_part(streams.page(0, value * streams.PAGE, block=name))
+            + streams.ram_end()
+            + streams.device(name, value, section_id=3)
+            + streams.eof()
+            + known
+        )
+    assert main(["diff", *paths]) == 1
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "\x07" not in out
+    assert r"  [bold]\x1b[31m\x07/0.[bold]\x1b[31m\x07  1  against  2" in out
+
+
+def test_of_much_the_first_is_shown_unless_all_is_asked_for(tmp_path: Path, capsys: Output) -> None:
+    known = streams.description(streams.described("a", streams.field("x", "uint8", 1, array_len=50)))
+    paths = []
+    for value in (b"\1", b"\2"):
+        path = tmp_path / value.hex()
+        paths.append(str(path))
+        pages = [streams.page(2 * at * streams.PAGE, value * streams.PAGE) for at in range(30)]
+        path.write_bytes(
+            streams.header() + streams.configuration() + streams.ram_start({"a": 64 * streams.PAGE})
+            + streams.ram_part(streams.zero(streams.PAGE, block="a"), *pages) + streams.ram_end()
+            + streams.device("a", value * 50, section_id=3) + streams.eof() + known
+        )  # fmt: skip
+    assert main(["diff", *paths]) == 1
+    some = capsys.readouterr().out
+    assert "a/0.x[19]" in some
+    assert "a/0.x[20]" not in some
+    assert ("… and 30 more: --all" in some, "… and 10 more: --all" in some) == (True, True)
+    assert main(["diff", "--all", *paths]) == 1
+    everything = capsys.readouterr().out
+    assert "a/0.x[49]" in everything
+    assert "0x3a000–0x3b000  1 page" in everything
+    assert "more" not in everything

@@ -1,0 +1,157 @@
+"""``qmigrate dissect`` of what ``qmigrate tap`` recorded."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import qmigrate
+from qmigrate.capture.frames import Direction
+from qmigrate.capture.recorder import Recorder
+from qmigrate.cli.main import main
+from qmigrate.format.command import PostcopyResume, RecvBitmap, encode_command
+from qmigrate.format.ram import RamFlag
+from qmigrate.format.return_path import Pong, RequestPagesId, ResumeAck, ResumeAckValue, Shut, encode_message
+from tests import streams
+
+Output = pytest.CaptureFixture[str]
+FORWARD, RETURN = Direction.FORWARD, Direction.RETURN
+SCHEMA = json.loads((Path(qmigrate.__file__).parent / "report" / "dissect.schema.json").read_text())
+
+
+def zero_page(start: int) -> bytes:
+    return (start | RamFlag.ZERO).to_bytes(8) + b"\x06pc.ram\0"
+
+
+def request(start: int) -> bytes:
+    return encode_message(RequestPagesId(start=start, length=4096, block="pc.ram"))
+
+
+def opened(recorder: Recorder, number: int) -> None:
+    recorder.opened(number, peer="tcp:10.0.0.1:50000", listen="tcp:0.0.0.0:4444", forward="unix:/b")
+
+
+@pytest.fixture
+def recording(tmp_path: Path) -> str:
+    """A postcopy, a request that preempt answers, one that nobody does, a cut and its recovery."""
+    path = tmp_path / "a.tap"
+    stream = streams.postcopy()
+    with Recorder(path) as recorder:
+        opened(recorder, 0)
+        recorder.data(0, FORWARD, stream[:-1])  # without EOF
+        opened(recorder, 1)
+        recorder.data(0, RETURN, encode_message(Pong(token=1)) + request(0x3000) + request(0x4000))
+        recorder.data(1, FORWARD, zero_page(0x3000))
+        for number in (1, 0):
+            recorder.closed(number, forward_bytes=1, return_bytes=2, error="Connection reset by peer")
+        opened(recorder, 2)
+        recorder.data(2, FORWARD, encode_command(RecvBitmap(block="pc.ram")) + encode_command(PostcopyResume()))
+        recorder.data(2, RETURN, encode_message(ResumeAck(value=ResumeAckValue.RESUME_ACK_VALUE)))
+        recorder.data(2, FORWARD, b"\0")
+        recorder.data(2, RETURN, encode_message(Shut(value=0)))
+        recorder.closed(2, forward_bytes=1, return_bytes=2)
+    return str(path)
+
+
+def test_the_story_is_told_in_the_order_of_time(recording: str, capsys: Output) -> None:
+    assert main(["dissect", recording]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    lines = said.out.splitlines()
+    assert lines[0].startswith(f"{recording}  a recording, complete, 3 connections, ")
+    assert "  2 →  main, resumed, by bytes: it begins with RECV_BITMAP of pc.ram, without a header" in lines
+    phases = [line.split()[0] for line in lines[lines.index("Phases") + 2 :][:7]]
+    assert phases == ["precopy", "switchover", "postcopy", "paused", "recovery", "postcopy", "ending"]
+    told = [line.split(" s ", 1)[1].strip() for line in lines if line.startswith("    0.")]
+    assert told[0] == "0   opened  peer tcp:10.0.0.1:50000"
+    for before, after in (
+        ("0 → PACKAGED", "0 ← REQ_PAGES"),
+        ("0 ← REQ_PAGES", "1 → PAGES"),
+        ("1   closed", "2   opened"),
+    ):
+        places = [next(at for at, line in enumerate(told) if line.startswith(each)) for each in (before, after)]
+        assert places == sorted(places), (before, after)
+    assert "Page requests  2, 1 answered, 1 not answered" in lines
+    assert f"{recording}: its channels, joined  complete, " in said.out
+
+
+def test_for_programs_it_is_by_the_schema(recording: str, tmp_path: Path, capsys: Output) -> None:
+    assert main(["dissect", "--json", recording]) == 0
+    answer: dict[str, Any] = json.loads(capsys.readouterr().out)
+    jsonschema.Draft202012Validator(SCHEMA).validate(answer)
+    assert [channel["directions"]["forward"]["kind"] for channel in answer["channels"]] == [
+        "main",
+        "preempt",
+        "main, resumed",
+    ]
+    first, second = answer["page_requests"]["requests"]
+    assert (first["start"], first["answered_on"], second["answered_ns"]) == (0x3000, 1, None)
+    times = [moment["time_ns"] for moment in answer["timeline"]]
+    assert times == sorted(times)
+    (tmp_path / "b.mig").write_bytes(streams.minimal())
+    assert main(["dissect", "--json", recording, str(tmp_path / "b.mig")]) == 0
+    both = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert ["channels" in each for each in both] == [True, False]
+
+
+def test_each_moment_is_a_line_with_each_request_and_each_answer(recording: str, capsys: Output) -> None:
+    assert main(["dissect", "--ndjson", recording]) == 0
+    moments = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    asked = [moment for moment in moments if moment["name"] == "REQ_PAGES_ID"]
+    (answered,) = [moment for moment in moments if moment["name"] == "answer"]
+    assert [moment["start"] for moment in asked] == [0x3000, 0x4000]
+    assert (answered["start"], answered["connection"]) == (0x3000, 1)
+    assert answered["delay_ns"] == answered["time_ns"] - asked[0]["time_ns"]
+
+
+def test_the_recording_of_a_killed_tap_is_told_as_far_as_it_goes(recording: str, capsys: Output) -> None:
+    whole = Path(recording).read_bytes()
+    Path(recording).write_bytes(whole[:-50])
+    assert main(["dissect", recording]) == 1
+    said = capsys.readouterr()
+    assert "a recording without an end, 3 connections" in said.out
+    assert "of a frame that was not whole when the tap was killed; they were not passed on" in said.err
+
+
+def test_a_recording_that_stopped_says_so(tmp_path: Path, capsys: Output) -> None:
+    from qmigrate.capture.frames import Stopped, build_frame, build_header
+
+    when = {"monotonic_ns": 1, "time_ns": 2}
+    stopped = build_frame(Stopped(reason="No space left on device"), connection=0, **when)
+    (tmp_path / "a.tap").write_bytes(build_header(**when) + stopped)
+    assert main(["dissect", str(tmp_path / "a.tap")]) == 1
+    said = capsys.readouterr()
+    assert "a recording that stopped: No space left on device, 0 connections" in said.out
+    assert "the recording stopped before the migration ended: No space left on device" in said.err
+
+
+def test_names_in_a_recording_are_data(tmp_path: Path, capsys: Output) -> None:
+    with Recorder(tmp_path / "a.tap") as recorder:
+        recorder.opened(0, peer="\x1b[31mred[bold]", listen="", forward="")
+        recorder.data(0, FORWARD, encode_command(RecvBitmap(block="\x1b[2J")))
+        recorder.closed(0, forward_bytes=1, return_bytes=0, error="\x07")
+    assert main(["dissect", str(tmp_path / "a.tap")]) == 1
+    said = capsys.readouterr()
+    assert "\x1b" not in said.out + said.err
+    assert "\\x1b[31mred[bold]" in said.out
+
+
+@pytest.mark.parametrize("view", ["--json", "--structure", "--ram"])
+def test_live_goes_with_ndjson_alone(view: str, recording: str, capsys: Output) -> None:
+    assert main(["dissect", "--live", view, recording]) == 2
+    assert "--live goes with --ndjson, or alone" in capsys.readouterr().err
+
+
+def test_what_has_ended_is_followed_to_its_end(recording: str, capsys: Output) -> None:
+    assert main(["dissect", "--live", "--ndjson", recording]) == 0
+    live = capsys.readouterr().out
+    assert main(["dissect", "--ndjson", recording]) == 0
+    assert capsys.readouterr().out == live
+
+
+def test_live_wants_a_recording(tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "b.mig").write_bytes(streams.minimal())
+    assert main(["dissect", "--live", str(tmp_path / "b.mig")]) == 2
+    assert "no recording of qmigrate tap: it does not begin with its magic" in capsys.readouterr().err
