@@ -34,12 +34,37 @@ from qmigrate.format.stream import EndOfFile, FileHeader, SectionHeader, Section
 from qmigrate.format.stretch import intervals_of
 from qmigrate.format.walk import Walker
 
-__all__ = ["ChannelStory", "Moment", "Phase", "RecordingStory"]
+__all__ = ["ChannelStory", "Flow", "Moment", "Phase", "RecordingStory"]
 
 MOST_KEPT: Final = 100_000
 """Moments, and requests, that are kept; a hostile recording may have any number."""
 
 _PIECE: Final = 1 << 16
+_MOST_SAMPLES: Final = 2000
+
+
+class Flow:
+    """How many bytes had passed by when: (time in ns, forward, return), a few thousand samples at most."""
+
+    def __init__(self) -> None:
+        self.samples: list[tuple[int, int, int]] = []
+        self.forward = self.back = 0
+        self._every_ns = 1_000_000
+
+    def add(self, time_ns: int, length: int, *, is_forward: bool) -> None:
+        """So many bytes more.  Times may not go back."""
+        if is_forward:
+            self.forward += length
+        else:
+            self.back += length
+        sample = (time_ns, self.forward, self.back)
+        if len(self.samples) > 1 and time_ns - self.samples[-2][0] < self._every_ns:
+            self.samples[-1] = sample
+            return
+        self.samples.append(sample)
+        if len(self.samples) > _MOST_SAMPLES:
+            self._every_ns *= 2
+            self.samples = [*self.samples[::2], *self.samples[-1:]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +145,7 @@ class RecordingStory:
         self.asked: list[PageRequest] = []
         self.left_out = 0
         """How many moments and requests were not kept."""
-        self.bytes = 0
+        self.flow = Flow()
         self.last_ns = 0
         self._streams: list[tuple[_Stream, _Stream]] = []
         self._walker: Walker | None = None
@@ -193,7 +218,7 @@ class RecordingStory:
     def _data(self, frame: Frame) -> None:
         is_forward = frame.direction is Direction.FORWARD
         stream = self._streams[frame.connection][0 if is_forward else 1]
-        self.bytes += frame.length
+        self.flow.add(self._now, frame.length, is_forward=is_forward)
         if is_forward:
             stream.story.forward_bytes += frame.length
         else:
@@ -397,6 +422,11 @@ class RecordingStory:
         self._tell(Moment(self._now, number, "return", message.name, _plain_request(request)), kept=False)
 
     # -- phases and moments
+
+    @property
+    def bytes(self) -> int:
+        """How much was recorded, of both directions."""
+        return self.flow.forward + self.flow.back
 
     @property
     def _phase_name(self) -> str:

@@ -36,6 +36,7 @@ _ZERO_RECORD: Final = struct.Struct(">QB")
 _KIND_BITS: Final = 3
 _KIND_MASK: Final = (1 << _KIND_BITS) - 1
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
+_LAZILY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap names since 3.13
 
 
 class Kind:
@@ -95,9 +96,9 @@ class PageIndex:
         match entry.record:
             case BlockList(blocks=blocks):
                 for block in blocks:
-                    self._add(block, entry.offset)
+                    self._add(block)
             case MappedBlock(block=block):
-                self._add(block, entry.offset)
+                self._add(block)
             case Pages() as pages:
                 self.page_size = pages.page_size
                 self._pages(pages, entry)
@@ -110,19 +111,25 @@ class PageIndex:
             case _ if entry.channel:
                 self._of_channel(entry)
 
-    def _add(self, block: RamBlock, offset: int) -> None:
-        """The smallest page has 256 bytes: its index would have the most entries."""
+    def _add(self, block: RamBlock) -> None:
         self.blocks[block.name] = block
-        try:
-            memory = mmap.mmap(-1, 8 * max(block.used_length >> 10, 1) if False else 8 * max(block.used_length >> 8, 1))
-        except (OSError, OverflowError, ValueError) as exc:
-            raise UnsupportedError(
-                f"{block.used_length:#x} bytes are more than can be indexed here", offset=offset, trail=("ram", block.name)
-            ) from exc
-        self._entries[block.name] = memoryview(memory).cast("Q")
+
+    def _of(self, block: str) -> memoryview:
+        """The entries of a block; made at its first page, when it is known how long that is.  Raises ``StreamError``."""
+        entries = self._entries.get(block)
+        if entries is None:
+            length = self.blocks[block].used_length
+            try:
+                memory = mmap.mmap(-1, 8 * -(-length // self.page_size), flags=_LAZILY)
+            except (OSError, OverflowError, ValueError) as exc:
+                raise UnsupportedError(
+                    f"its {length:#x} bytes are more than can be indexed here", trail=("ram", block)
+                ) from exc
+            entries = self._entries[block] = memoryview(memory).cast("Q")
+        return entries
 
     def _pages(self, pages: Pages, entry: Entry) -> None:
-        entries, page_size = self._entries[pages.block], pages.page_size
+        entries, page_size = self._of(pages.block), pages.page_size
         if pages.fill:
             self._filled(pages)
         elif not self._stays_there(entry):
@@ -161,7 +168,7 @@ class PageIndex:
         return self._descriptor is not None and not entry.channel
 
     def _mapped(self, pages: MappedPages, entry: Entry) -> None:
-        entries, page_size = self._entries[pages.block], pages.page_size
+        entries, page_size = self._of(pages.block), pages.page_size
         for offset, flag, start, count in pages.runs:
             first = start // page_size
             if flag != _PAGE:
@@ -180,7 +187,7 @@ class PageIndex:
             self._spill_pages(pages.block, start // pages.page_size, memoryview(contents))
 
     def _spill_records(self, pages: Pages, entry: Entry) -> None:
-        page_size, entries = pages.page_size, self._entries[pages.block]
+        page_size, entries = pages.page_size, self._of(pages.block)
         at = 1 + len(pages.block.encode("utf-8", "surrogateescape")) if pages.named else 0
         for _, flag, start, count in pages.runs:
             for page in range(start // page_size, start // page_size + count):
@@ -210,7 +217,8 @@ class PageIndex:
             return
         decoder = self._decoders.setdefault(entry.channel, PageDecoder())
         contents = memoryview(decoder.contents(packet_entry(entry, packet)))
-        self.page_size, entries = packet.page_size, self._entries[packet.header.block]
+        self.page_size = packet.page_size
+        entries = self._of(packet.header.block)
         for at, flag, start, count in packet.runs:
             first = start // packet.page_size
             if flag == _PAGE:
@@ -222,7 +230,7 @@ class PageIndex:
         """Append them; a page whose earlier copy is there too takes its place again."""
         if self._spill is None:
             self._spill = tempfile.TemporaryFile(prefix="qmigrate-")  # noqa: SIM115 - closed by close()
-        entries, page_size = self._entries[block], self.page_size
+        entries, page_size = self._of(block), self.page_size
         count = len(contents) // page_size
         if count == 1 and entries[first] & _KIND_MASK == Kind.SPILLED:
             _write_all(self._spill.fileno(), contents, entries[first] >> _KIND_BITS)
@@ -235,7 +243,7 @@ class PageIndex:
 
     def runs(self, block: str, first: int, count: int) -> Iterator[Placed]:
         """Where these pages are, in their order."""
-        entries = self._entries[block]
+        entries = self._of(block)
         page, end = first, first + count
         while page < end:
             entry = entries[page]

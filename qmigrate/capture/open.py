@@ -218,6 +218,14 @@ class Source(Readable):
             return None
         return 0 if self._latest is None else self._latest.position - self._start
 
+    @property
+    def in_place(self) -> tuple[int, int] | None:
+        """Its descriptor, and where in that the stream begins; None where its bytes don't stand in a file as they are."""
+        if not self.can_rewind or self.recording is not None:
+            return None
+        self.open_reader()  # finds out whether it is packed
+        return None if self.compression is not None else (self._file.fileno(), self._start)
+
     def open_reader(self) -> Reader:
         if self.recording is not None:
             return self.recording.main().open_reader()

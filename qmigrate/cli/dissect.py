@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, TextIO
 from qmigrate.cli.files import Headings, answer_lines, each_file, in_lines
 from qmigrate.cli.input import add_input, open_input, reading_options
 from qmigrate.cli.tell import tell, tell_faults
+from qmigrate.errors import NoStreamError
 
 if TYPE_CHECKING:
     from qmigrate.analysis.devices import Plain
@@ -45,12 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     recordings.add_argument(
         "--live", action="store_true", help="follow a recording that is still being written, until the tap ends"
     )
+    recordings.add_argument(
+        "--report", metavar="PAGE", help="write a page for a browser, too: channels on one axis of time"
+    )
     add_input(parser)
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.live:
         return _live(args, out)
+    if args.report is not None and (len(args.files) > 1 or args.jobs or _view_of(args) is not _story):
+        args.usage_error("--report is about one recording, and goes with no other view")
     if args.structure and args.json:
         args.usage_error("--structure goes with --ndjson: there is a record a line")
     if args.ndjson and (args.device or args.field or args.ram):
@@ -74,7 +80,7 @@ def _live(args: argparse.Namespace, out: TextIO) -> int:
 
     if len(args.files) != 1 or args.files == ["-"]:
         args.usage_error("--live follows one recording, which is a file")
-    if args.json or args.jobs or args.structure or args.ram or args.device or args.field:
+    if args.json or args.jobs or args.structure or args.ram or args.device or args.field or args.report:
         args.usage_error("--live goes with --ndjson, or alone")
     return follow(args, out)
 
@@ -141,6 +147,8 @@ def _story(args: argparse.Namespace, migration: "Migration", headings: Headings,
 
         headings.begin()
         return write_recorded(args, migration, migration.source.recording, out)
+    if args.report is not None:
+        raise NoStreamError("no recording of qmigrate tap, which --report is about")
     contents = migration.contents
     if args.json:
         from qmigrate.analysis.summary import summarize

@@ -23,6 +23,8 @@ def write_recorded(args: argparse.Namespace, migration: "Migration", recording: 
     from qmigrate.analysis.described import describe_recording, read_story
 
     story, contents = read_story(recording), _joined(migration)
+    if args.report is not None:
+        _write_page(args.report, story, migration.source.name)
     if args.json:
         from qmigrate.analysis.summary import summarize
         from qmigrate.report.json import write_json
@@ -93,6 +95,14 @@ def _moments(story: "RecordingStory") -> "Iterator[Moment]":
         time.sleep(_EVERY_S)
     story.recording.finish()
     yield from story.finish()
+
+
+def _write_page(path: str, story: "RecordingStory", name: str) -> None:
+    from qmigrate.cli.newfile import NewFile
+    from qmigrate.report.recording_page import recording_page
+
+    with NewFile(path) as file:
+        file.finish(recording_page(story, name))
 
 
 def _joined(migration: "Migration") -> "Contents":

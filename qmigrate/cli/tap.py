@@ -29,8 +29,7 @@ DESCRIPTION = (
 )
 EXAMPLES = (
     "qmigrate tap unix:/run/tap.sock unix:/run/incoming.sock -o migration.tap",
-    "qmigrate tap tcp:0.0.0.0:4444 tcp:host2:4444 -o migration.tap --once",
-    "qmigrate dissect migration.tap",
+    "qmigrate tap tcp:0.0.0.0:4444 tcp:host2:4444 -o migration.tap --once --reserve 8G",
 )
 
 INTERRUPTED: Final = 130

@@ -3,7 +3,7 @@
 ``ram.py`` declares the same records; a property test holds the two equal.  What is not a plain continuing
 page (a name, a marker, a delta, a fill that is not zero) is left to it.
 
-Long runs are found by one possessive regular expression, and shown to be runs by comparing two bytes a record: a
+Long runs are found by one regular expression, and shown to be runs by comparing two bytes a record: a
 few microseconds a run.  Where runs are short, the words of all records are gathered and kept as they are.  The
 plain loop that does the same is kept, to hold both to it.
 """
@@ -26,12 +26,6 @@ _SHORT_RUN: Final = 6  # pages; below, the words of all records are gathered
 _WORD: Final = struct.Struct(">Q")
 
 
-# !! FOUNDER'S NOTE to the helper who edits this file (remove it when done): Debian 12 has Python 3.11.2, in which a
-# possessive group whose body fails BEHIND A REPEAT (`.{6}`, `.{4096}` followed by something, a branch, an inner `*`)
-# ends in the wrong place (fixed in 3.11.5): it crashed there ("tuple index out of range").  `......` instead of `.{6}`
-# and plain greedy `{0,N}` (or lookaheads) were right.  Whatever you do must pass under it:
-#   rm -rf /var/tmp/bare-bookworm/tmp/q; mkdir /var/tmp/bare-bookworm/tmp/q; cp -r qmigrate tests pyproject.toml README.md /var/tmp/bare-bookworm/tmp/q/
-#   chroot /var/tmp/bare-bookworm bash -c 'cd /tmp/q; PYTHONPATH=/tmp/q /srv/qmigrate/.venv/bin/python -m pytest -q -p no:cacheprovider tests/format/test_pages.py tests/format/test_walk.py tests/test_corpus.py'
 @lru_cache(maxsize=16)
 def _pattern(page_size: int) -> re.Pattern[bytes]:
     """Normal pages as group 1, then zero pages as group 3, either of them empty.
@@ -41,9 +35,9 @@ def _pattern(page_size: int) -> re.Pattern[bytes]:
     low = _low_bits(page_size)
     normal = b"(?s:.)%b\\x28(?s:.{%d})" % (low, page_size)
     zero = b"(?s:.)%b\\x22\\x00" % low
-    return re.compile(
-        b"((?:((?s:.{5}))%b(?:\\2%b)*+)?+)((?:((?s:.{5}))%b(?:\\4%b)*+)?+)" % (normal, normal, zero, zero)
-    )
+    # Nothing behind a repeat can fail, so none goes back.  Possessive ones, which would say so, end in wrong places
+    # up to Python 3.11.4 where something behind a repeat inside of them fails (gh-106052).
+    return re.compile(b"((?:((?s:.{5}))%b(?:\\2%b)*)?)((?:((?s:.{5}))%b(?:\\4%b)*)?)" % (normal, normal, zero, zero))
 
 
 def _low_bits(page_size: int) -> bytes:

@@ -14,7 +14,7 @@ from qmigrate.report.names import clean
 from qmigrate.report.paper import BAD, DIM, GOOD, HEAD, KIND, ODD, Paper, text
 from qmigrate.report.units import count, duration, plural, share, size
 
-__all__ = ["moment_line", "write_ending", "write_recording"]
+__all__ = ["moment_line", "moment_words", "write_ending", "write_recording"]
 
 _MOST_LINES: Final = 60
 _MANY: Final = 5
@@ -128,14 +128,19 @@ def moment_line(moment: Moment) -> str:
 
 
 def _said(moment: Moment) -> Text:
+    words = moment_words(moment)
+    return text((moment.name, KIND), f"  {words}" if words else "")
+
+
+def moment_words(moment: Moment) -> str:
+    """What a moment says beyond its name; often nothing."""
     details = dict(moment.details)
     if moment.name == "is":
-        said = f"{details['channel']}, by {details['known_by']}: {clean(details['reason'])}"
-        return text(("is", KIND), f"  {said}")
+        return f"{details['channel']}, by {details['known_by']}: {clean(details['reason'])}"
     until = details.pop("until_ns", None)
     parts = [_in_words(name, value) for name, value in details.items() if value not in (None, "")]
     took = "" if until is None or until <= moment.time_ns else f", in {duration((until - moment.time_ns) / 1000)}"
-    return text((moment.name, KIND), f"  {'  '.join(parts)}{took}" if parts or took else "")
+    return "  ".join(parts) + took
 
 
 def _in_words(name: str, value: Any) -> str:

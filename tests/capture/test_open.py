@@ -164,7 +164,7 @@ def test_a_file_that_fails_midway_is_an_error_with_its_place(tmp_path: Path, mon
     path = tmp_path / "stream"
     path.write_bytes(STREAM)
     with Source(path) as source:
-        monkeypatch.setattr(source, "_open", Failing)
+        monkeypatch.setattr(source, "open_reader", Failing)
         with pytest.raises(StreamError) as caught:
             list(source.entries())
     assert str(caught.value) == "0x0: the input can't be read on: Input/output error"

@@ -153,7 +153,7 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(a: str, b: str, tmp_p
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no /dev/full")
 def test_a_full_folder_is_one_line(a: str, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
     # Files in it are /dev/full: whatever is written there has no room, and it can't be made longer.
-    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))  # noqa: PTH123
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **_: open("/dev/full", "r+b", buffering=0))  # noqa: PTH123, SIM115
     monkeypatch.setattr("os.ftruncate", lambda *_: None)
     assert main(["diff", a, a]) == 2
     captured = capsys.readouterr()

@@ -8,6 +8,7 @@ import jsonschema
 import pytest
 
 import qmigrate
+from qmigrate.analysis.recording import Flow
 from qmigrate.capture.frames import Direction
 from qmigrate.capture.recorder import Recorder
 from qmigrate.cli.main import main
@@ -155,3 +156,48 @@ def test_live_wants_a_recording(tmp_path: Path, capsys: Output) -> None:
     (tmp_path / "b.mig").write_bytes(streams.minimal())
     assert main(["dissect", "--live", str(tmp_path / "b.mig")]) == 2
     assert "no recording of qmigrate tap: it does not begin with its magic" in capsys.readouterr().err
+
+
+def test_a_page_shows_the_channels_on_one_axis(recording: str, tmp_path: Path, capsys: Output) -> None:
+    page = tmp_path / "page.html"
+    assert main(["dissect", "--report", str(page), recording]) == 0
+    assert capsys.readouterr().err == ""
+    said = page.read_text()
+    assert "default-src 'none'" in said
+    for each in ("<b>phases</b>", "<b>connection 2</b>", ">main, resumed</span>", "Waiting for pages", "RECV_BITMAP"):
+        assert each in said
+    assert not (set("\x00\x07\x1b") & set(said))
+
+
+def test_names_on_the_page_are_data(tmp_path: Path, capsys: Output) -> None:
+    page = tmp_path / "page.html"
+    with Recorder(tmp_path / "a.tap") as recorder:
+        recorder.opened(0, peer="<script>\x1b", listen="", forward="")
+        recorder.data(0, FORWARD, encode_command(RecvBitmap(block="<b>\udcff")))
+        recorder.closed(0, forward_bytes=1, return_bytes=0, error="</td>")
+    assert main(["dissect", "--report", str(page), str(tmp_path / "a.tap")]) == 1
+    capsys.readouterr()
+    said = page.read_text()
+    assert "&lt;script&gt;\\x1b" in said
+    assert "<script>\\x1b" not in said
+    assert "&lt;/td&gt;" in said
+
+
+def test_a_page_is_about_a_recording(recording: str, tmp_path: Path, capsys: Output) -> None:
+    (tmp_path / "b.mig").write_bytes(streams.minimal())
+    page = str(tmp_path / "page.html")
+    assert main(["dissect", "--report", page, str(tmp_path / "b.mig")]) == 2
+    assert "no recording of qmigrate tap, which --report is about" in capsys.readouterr().err
+    assert main(["dissect", "--report", page, "--ndjson", recording]) == 2
+    assert "--report is about one recording, and goes with no other view" in capsys.readouterr().err
+    assert not Path(page).exists()
+
+
+def test_however_much_passes_the_samples_of_it_stay_few() -> None:
+    flow = Flow()
+    for number in range(100_000):
+        flow.add(number * 1_000_000, 10, is_forward=number % 3 > 0)
+    assert len(flow.samples) <= 2002
+    times = [sample[0] for sample in flow.samples]
+    assert times == sorted(times)
+    assert flow.samples[-1] == (99_999_000_000, 666_660, 333_340)

@@ -406,3 +406,37 @@ def test_decoys_of_an_end_cost_little() -> None:
     assert time.process_time() - start < 5
     assert list(find_ends(b"\x7e\0\0\0\1\0\6\0\0\0\0" * count, footers=True)) == [5, 16, 27, 38]
     assert list(find_ends(bytes(100) + b"\0\6\0\0\0\0" * count, footers=True)) == []
+
+
+# -- a whole false section in a buffer, as a guest may plant it
+
+
+def planted(*, package: bool) -> tuple[bytes, bytes]:
+    """A tail whose device ``a`` has in its buffer a footer of its own, a whole section, and a header of ``a`` again."""
+    inside = b"1" * 8 + streams.footer(3) + device("false", b"f" * 20, section_id=9) + opening("a", 3) + b"2" * 8
+    data = device("b", b"b", section_id=1) + device("a", inside, section_id=3) + device("d", b"d", section_id=4)
+    return data + (command(PostcopyRun()) if package else streams.eof()), inside
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_a_false_section_in_a_buffer_is_named_and_not_believed(package: bool) -> None:
+    data, inside = planted(package=package)
+    tail = read(data, package=package)
+    check_partition(tail)
+    assert tail.error is None
+    first, span, last = [item for item in tail.items if item.command is None]
+    assert [item.header.idstr if item.header else None for item in (first, span, last)] == ["b", None, "d"]
+    assert (span.begin, span.end) == (first.end, last.begin)
+    assert span.end - span.begin == len(device("a", inside, section_id=3))
+    assert span.reason is not None
+    assert span.reason.startswith("there are two readings: a to ")
+    assert "false to " in span.reason
+
+
+@pytest.mark.parametrize("package", [True, False])
+def test_with_a_description_a_false_section_in_a_buffer_is_bytes(package: bool) -> None:
+    data, inside = planted(package=package)
+    known = description(described("b", BYTE), described("a", field("x", "buffer", len(inside))), described("d", BYTE))
+    tail = read(data, package=package, known=known)
+    assert [name for name, _, _ in spans(tail)] == ["b", "a", "d"]
+    assert all(item.state is not None for item in tail.items if item.header is not None)

@@ -83,6 +83,10 @@ async def receiving(folder: Path, uri: str = "", **wishes: Any) -> AsyncGenerato
             task.result()
         (said,) = [event for event in events if isinstance(event, Listening)]
         yield Receiving(receiver, said.uri, task, events, news)
+    except BaseException:
+        for event in events:  # pytest shows it with the failure
+            print(event.plain())
+        raise
     finally:
         for each in (task, waiting):
             each.cancel()

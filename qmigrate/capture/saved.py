@@ -1,0 +1,186 @@
+"""What a saved migration is restored from: the index of its pages, and all the rest as bytes that go out verbatim.
+
+Only CONFIGURATION and RAM's own framing are made anew: what belongs to the file and not to the guest is dropped
+(mapped-ram and its headers, commands, parts of RAM), so that what is left can be sent over any connection, to any QEMU
+that has the machine.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from types import TracebackType
+from typing import Final, Self
+
+from qmigrate.capture.index import PageIndex
+from qmigrate.capture.migration import Migration
+from qmigrate.errors import RefusedError, StreamError, UnsupportedError
+from qmigrate.format.command import Command
+from qmigrate.format.device import VmState
+from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, VmDescription
+from qmigrate.format.ram import BlockList, BlockListHeader, Pages, RamBlock, RamRecord
+from qmigrate.format.stream import (
+    CapabilityName,
+    ConfigurationCapabilities,
+    EndOfFile,
+    FileHeader,
+    Footer,
+    SectionHeader,
+    SectionPart,
+    SectionType,
+    VmDescriptionHeader,
+)
+from qmigrate.format.write import encode
+
+__all__ = ["Saved", "read_saved"]
+
+_OF_FILE: Final = "mapped-ram"
+_CANT_BE: Final = "x-ignore-shared"
+_BLOCK: Final = "block"  # disks' contents, until 9.0
+
+
+@dataclass
+class Saved:
+    """One saved guest.  Closes its index, not its input.
+
+    ``opening``: FileHeader and CONFIGURATION; ``before`` and ``behind`` are the sections other than RAM that came
+    before its START, and after; ``devices`` the FULL ones after RAM; ``description`` as it came, empty without one.
+    ``page_size`` is the target's, in bytes.  ``was_running`` is None where the stream does not tell.
+    """
+
+    index: PageIndex
+    opening: bytes = b""
+    machine_type: str | None = None
+    before: bytes = b""
+    behind: bytes = b""
+    devices: bytes = b""
+    description: bytes = b""
+    section_id: int = 0
+    footers: bool = False
+    was_running: bool | None = None
+    blocks: list[RamBlock] = field(default_factory=list)
+
+    @property
+    def page_size(self) -> int:
+        return self.index.page_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.index.close()
+
+
+def read_saved(migration: Migration) -> Saved:
+    """All of it, in one pass.  Raises ``StreamError`` where the stream is damaged or ends early, ``RefusedError`` where
+    it is none that a guest can be restored from.
+    """
+    place = migration.source.in_place
+    saved = Saved(PageIndex(*([None] if place is None else [place[0]]), base=place[1] if place else 0))
+    try:
+        _Reading(saved).take_all(migration.entries())
+        _check(saved)
+    except BaseException:
+        saved.index.close()
+        raise
+    return saved
+
+
+def _check(saved: Saved) -> None:
+    if not saved.blocks:
+        raise RefusedError("there is no RAM in it")
+    if not saved.devices:
+        raise RefusedError("there is no device state in it")
+
+
+class _Reading:
+    """What one pass has found."""
+
+    def __init__(self, saved: Saved) -> None:
+        self._saved = saved
+        self._parts: dict[str, list[bytes | bytearray]] = {"before": [], "behind": [], "devices": []}
+        self._names: dict[int, str] = {}
+        self._open = ""  # the section that the next records belong to
+        self._is_device = False
+        self._after_ram = False
+        self._ended = False
+
+    def take_all(self, entries: Iterator[Entry]) -> None:
+        for entry in entries:
+            self._saved.index.take(entry)
+            self._ended |= isinstance(entry.record, EndOfFile)  # of a resumed postcopy on a later channel
+            if not entry.channel:
+                self._take(entry)
+        for name, parts in self._parts.items():
+            setattr(self._saved, name, b"".join(parts))
+        self._saved.blocks = [replace(block, page_size=None) for block in self._saved.index.blocks.values()]
+        if not self._ended:
+            raise StreamError("it has no end: the guest was not saved whole")
+
+    def _take(self, entry: Entry) -> None:  # noqa: PLR0912 - one row a record
+        saved, record = self._saved, entry.record
+        match record:
+            case FileHeader():
+                saved.opening += bytes(entry.view)
+            case Configuration():
+                saved.machine_type = record.machine_type
+                saved.opening += bytes(encode(_configuration(record, entry.offset)))
+            case Command() | RamRecord() | Pages() | BlockList() | BlockListHeader() | EndOfFile() | Trailing():
+                pass
+            case SectionHeader():
+                self._header(record, entry)
+            case SectionPart():
+                self._open = self._names[record.section_id]
+                self._keep(entry)
+            case Footer(section_id=section_id) if self._names.get(section_id) == "ram":
+                saved.footers = True
+            case VmDescriptionHeader() | VmDescription():
+                saved.description += bytes(entry.view)
+            case DeviceState(state=state):
+                self._keep(entry)
+                if self._open == "globalstate":
+                    saved.was_running = _was_running(state)
+            case _:
+                self._keep(entry)
+
+    def _header(self, header: SectionHeader, entry: Entry) -> None:
+        self._names[header.section_id] = self._open = header.idstr
+        if header.idstr == _BLOCK:
+            raise RefusedError("it carries disks (the capability block of QEMU until 9.0), which can't be restored so")
+        if header.idstr == "ram":
+            self._saved.section_id, self._after_ram = header.section_id, True
+        self._is_device = header.kind == SectionType.FULL
+        self._keep(entry)
+
+    def _keep(self, entry: Entry) -> None:
+        if self._open == "ram":
+            return  # its records are the index's
+        where = "devices" if self._is_device else "behind"
+        self._parts[where if self._after_ram else "before"].append(bytes(entry.view))
+
+
+def _configuration(record: Configuration, offset: int) -> Configuration:
+    """Without what is so only of a file; a subsection that then says nothing is left out."""
+    kept = []
+    for subsection in record.subsections:
+        body = subsection.body
+        if isinstance(body, ConfigurationCapabilities):
+            names = [name.name for name in body.names if name.name != _OF_FILE]
+            if _CANT_BE in names:
+                raise UnsupportedError(
+                    f"saved with {_CANT_BE}: RAM that was shared is not in it", offset=offset, trail=("configuration",)
+                )
+            if not names:
+                continue
+            listed = tuple(CapabilityName(name=name) for name in names)
+            subsection = replace(subsection, body=ConfigurationCapabilities(count=len(listed), names=listed))
+        kept.append(subsection)
+    return replace(record, subsections=tuple(kept))
+
+
+def _was_running(state: VmState) -> bool | None:
+    """By the run state's name that the device globalstate carries.  migration/global_state.c"""
+    for each in state.fields:
+        if each.name == "runstate" and isinstance(each.value, bytes):
+            return each.value.split(b"\0")[0] == b"running"
+    return None

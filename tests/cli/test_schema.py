@@ -1,0 +1,160 @@
+"""``qmigrate schema``, and what dissect, check and diff do with what it made."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qmigrate.cli.completion import completion
+from qmigrate.cli.main import build_parser, main
+from qmigrate.cli.man import man_page
+from tests import streams
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("QMIGRATE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "schemas"
+
+
+@pytest.fixture
+def precopy(tmp_path: Path) -> str:
+    path = tmp_path / "precopy.mig"
+    path.write_bytes(streams.minimal())
+    return str(path)
+
+
+@pytest.fixture
+def postcopy(tmp_path: Path) -> str:
+    path = tmp_path / "postcopy.mig"
+    path.write_bytes(streams.postcopy())
+    return str(path)
+
+
+def make(capsys: Output, *files: str) -> dict[str, object]:
+    assert main(["schema", "make", "--json", *files]) == 0
+    made: dict[str, object] = json.loads(capsys.readouterr().out)
+    return made
+
+
+def test_what_is_made_is_listed_and_shown(precopy: str, folder: Path, capsys: Output) -> None:
+    made = make(capsys, precopy)
+    assert made["path"] == str(folder / f"{made['id']}.schema")
+    assert main(["schema", "list"]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split() == ["id", "machine", "QEMU", "made", "at", "sections", "made", "from"]
+    assert row.split()[:3] == [made["id"], "pc-q35-10.0", "-"]
+    assert row.split()[-2:] == ["2", precopy]
+    assert main(["schema", "list", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out) == [{key: value for key, value in made.items() if key != "path"}]
+    assert main(["schema", "show", str(made["id"])[:5]]) == 0
+    shown = capsys.readouterr().out
+    assert f"Made from  {precopy}\n" in shown
+    assert shown.endswith("  timer/0                      2\n  0000:00:04.0/serial/1        3\n")
+    assert main(["schema", "show", "--json", str(made["id"])]) == 0
+    assert json.loads(capsys.readouterr().out)["devices"][0] == {"name": "timer", "instance_id": 0, "version_id": 2}
+
+
+def test_streams_without_a_description_are_decoded_by_themselves(precopy: str, postcopy: str, capsys: Output) -> None:
+    assert main(["check", "--strict", postcopy]) == 1
+    capsys.readouterr()
+    made = make(capsys, precopy)
+    assert main(["dissect", "--field", "timer.cpu_ticks_offset", postcopy]) == 0
+    assert capsys.readouterr().out == "-5\n"
+    assert main(["check", "--strict", postcopy]) == 0
+    assert main(["dissect", postcopy]) == 0
+    assert f"they are decoded by schema {made['id']}, made from {precopy}." in capsys.readouterr().out
+    assert main(["check", "--strict", "--no-schemas", postcopy]) == 1
+    capsys.readouterr()
+    assert main(["dissect", "--json", "--jobs", "2", postcopy, postcopy]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [len(answer["devices"]) for answer in answers] == [2, 2]
+    assert main(["diff", postcopy, postcopy]) == 0
+    assert "same; 12 fields compared" in capsys.readouterr().out
+
+
+def test_a_description_that_is_named_wins(precopy: str, postcopy: str, tmp_path: Path, capsys: Output) -> None:
+    make(capsys, precopy)
+    other = tmp_path / "other.mig"
+    known = streams.description(streams.described("timer", streams.field("all", "buffer", 17)))
+    head = streams.header() + streams.configuration() + streams.ram_start() + streams.ram() + streams.devices()
+    other.write_bytes(head + streams.eof() + known)
+    assert main(["dissect", "--field", "timer.all", "--description", str(other), postcopy]) == 0
+    assert capsys.readouterr().out == f"{streams.TIMER_STATE.hex()}\n"
+
+
+def test_a_pipe_is_decoded_too(precopy: str, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+    import threading
+
+    make(capsys, precopy)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    thread = threading.Thread(target=lambda: pipe.write_bytes(streams.postcopy()))
+    thread.start()
+    assert main(["dissect", "--field", "timer.cpu_ticks_offset", str(pipe)]) == 0
+    thread.join(timeout=30)
+    assert capsys.readouterr().out == "-5\n"
+
+
+def test_a_damaged_schema_is_told_once_and_not_used(precopy: str, postcopy: str, folder: Path, capsys: Output) -> None:
+    made = make(capsys, precopy)
+    path = folder / f"{made['id']}.schema"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert main(["check", "--strict", postcopy]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.count(f"qmigrate: {path}: not used: its description is not what was written there\n") == 1
+    assert main(["schema", "list"]) == 0
+    assert capsys.readouterr().err.endswith(f"qmigrate: there are no schemas in {folder}\n")
+
+
+def test_what_no_schema_can_be_made_of_is_told(postcopy: str, precopy: str, tmp_path: Path, capsys: Output) -> None:
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"\x7fELF and more")
+    assert main(["schema", "make", postcopy, precopy]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == f"qmigrate: {postcopy}: this stream has no description of its devices\n"
+    assert captured.out.splitlines()[-1].endswith(precopy)
+    assert main(["schema", "make", str(junk)]) == 2
+    assert main(["schema", "make", str(tmp_path / "none")]) == 2
+    capsys.readouterr()
+    assert main(["schema", "show", "0123"]) == 2
+    assert "begin with 0123" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["make"], "make takes STREAMs, or -- and a command line"),
+        (["make", "--"], "make takes STREAMs, or -- and a command line"),
+        (["make", "x.mig", "--", "qemu"], "make takes STREAMs, or -- and a command line"),
+        (["list", "--", "qemu"], "only make takes a command line"),
+        (["make", "--timeout", "0", "x.mig"], "argument --timeout: '0' is no number of seconds"),
+        ([], "the following arguments are required: ACTION"),
+    ],
+)
+def test_usage(arguments: list[str], message: str, capsys: Output) -> None:
+    assert main(["schema", *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["-incoming", "--daemonize", "-preconfig"])
+def test_a_command_line_without_a_guest_to_migrate_is_refused(word: str, capsys: Output) -> None:
+    assert main(["schema", "make", "--", "qemu-system-x86_64", word]) == 2
+    assert capsys.readouterr().err == (
+        f"qmigrate: {word} can't be in the command line: the machine is started to be migrated from\n"
+    )
+
+
+def test_a_qemu_that_is_not_there_is_one_line(capsys: Output) -> None:
+    assert main(["schema", "make", "--", "no-such-qemu", "-m", "8"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert err.startswith("qmigrate: no-such-qemu: it did not start: ")
+
+
+def test_its_actions_are_completed_and_in_the_manual() -> None:
+    assert "make" in completion(build_parser(), "bash")
+    assert "qmigrate schema make" in man_page(build_parser(), "1").replace("\\-", "-")
