@@ -130,11 +130,12 @@ def read_side(migration: Migration, name: str, stack: ExitStack, *, ram: bool = 
             try:
                 side.spool.take(entry, contents.blocks)
             except StreamError as exc:  # in what a page's data decodes to: the others are good
-                faults.append(exc)
+                if len(faults) < _MOST_FAULTS:
+                    faults.append(exc)
         if isinstance(entry.record, Undecoded) and not entry.channel:
             side.keep(entry.offset, entry.record.data)
     if faults:
-        contents.errors += faults[:_MOST_FAULTS]
+        contents.errors += faults
         contents.complete = False
     return side
 
@@ -143,7 +144,7 @@ def read_side(migration: Migration, name: str, stack: ExitStack, *, ram: bool = 
 
 
 def diff(a: Side, b: Side, *, ignore: Iterable[str] = ()) -> Diff:
-    """What differs between both sides, but for the fields that ``ignore`` names: globs of DEVICE.FIELD."""
+    """What differs between both sides, but for what ``ignore`` names of devices: globs of DEVICE.FIELD."""
     found = Diff(a, b)
     _decode_by_the_other(a, b.contents.description)
     _decode_by_the_other(b, a.contents.description)
@@ -201,9 +202,10 @@ def _devices(found: Diff, ignored: Ignored) -> None:
         if key in theirs:
             _device(found, ignored, index, theirs[key])
         elif b.complete:
-            found.structure.append(_lone(a.contents.sections[index], "a"))
-    if a.complete:
-        found.structure += [_lone(b.contents.sections[index], "b") for key, index in theirs.items() if key not in ours]
+            _lone(found, ignored, a.contents.sections[index], "a")
+    for key, index in theirs.items():
+        if key not in ours and a.complete:
+            _lone(found, ignored, b.contents.sections[index], "b")
     if a.spans != b.spans and found.complete:
         length, its = (sum(map(len, side.spans)) for side in (a, b))
         found.structure.append(StructureDifference("undecoded", "sections that can't be told apart", length, its))
@@ -222,16 +224,24 @@ def _sections(side: Side) -> dict[tuple[str, int, bool], int]:
     return places
 
 
-def _lone(section: Section, side: str) -> StructureDifference:
+def _lone(found: Diff, ignored: Ignored, section: Section, side: str) -> None:
     what = "device" if section.kind == SectionType.FULL else "live section"
     a, b = (section.version_id, None) if side == "a" else (None, section.version_id)
-    return StructureDifference(what, section.key, a, b)
+    _structure(found, ignored, section, StructureDifference(what, section.key, a, b))
+
+
+def _structure(found: Diff, ignored: Ignored, section: Section, difference: StructureDifference) -> None:
+    """Of a device: its name is a path."""
+    if ignored.matches(section, difference.name):
+        found.ignored += 1
+    else:
+        found.structure.append(difference)
 
 
 def _device(found: Diff, ignored: Ignored, one: int, other: int) -> None:
     a, b = found.a.contents.sections[one], found.b.contents.sections[other]
     if a.version_id != b.version_id:
-        found.structure.append(StructureDifference("device", a.key, a.version_id, b.version_id))
+        _structure(found, ignored, a, StructureDifference("device", a.key, a.version_id, b.version_id))
     if a.kind == SectionType.START:
         found.not_compared.append(a.key)
         return
@@ -239,8 +249,7 @@ def _device(found: Diff, ignored: Ignored, one: int, other: int) -> None:
         _bytes_of_device(found, ignored, a, _bytes(found.a, one), _bytes(found.b, other))
         return
     for path, version, its in unequal_subsections(a.key, a.state, b.state):
-        if not ignored.matches(a, path):
-            found.structure.append(StructureDifference("subsection", path, version, its))
+        _structure(found, ignored, a, StructureDifference("subsection", path, version, its))
     for each in unequal_fields(a.key, a.state, b.state):
         _take(found, ignored, a, each)
     found.compared += sum(1 for _ in a.state.leaves())

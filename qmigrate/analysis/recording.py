@@ -14,7 +14,15 @@ from qmigrate.capture.frames import Closed, Direction, Frame, Opened, Stopped
 from qmigrate.capture.recording import Recording
 from qmigrate.errors import NoStreamError, StreamError, TruncatedError
 from qmigrate.format.channel import Channel, ChannelKind, How, by_order, classify
-from qmigrate.format.command import Command, Packaged, PostcopyRamDiscard, PostcopyRun, RecvBitmap, SwitchoverStart
+from qmigrate.format.command import (
+    Command,
+    OpenReturnPath,
+    Packaged,
+    PostcopyRamDiscard,
+    PostcopyRun,
+    RecvBitmap,
+    SwitchoverStart,
+)
 from qmigrate.format.entry import Configuration, Entry, RamPage
 from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList, Pages
@@ -129,6 +137,7 @@ class _Stream:
     feed: Feed = field(default_factory=lambda: Feed(window=_PIECE))
     parser: _Parser | None = None
     ended: bool = False
+    in_end: bool = False
     group: Moment | None = None
     """Things that come by the thousand, which are told together."""
 
@@ -151,6 +160,7 @@ class RecordingStory:
         self._walker: Walker | None = None
         self._switched = False
         self._main: int | None = None
+        self._answering: set[int] = set()  # connections that have a return path, whether or not it is used
         self._now = 0
         self._told: list[Moment] = []
 
@@ -264,7 +274,8 @@ class RecordingStory:
         story = stream.story
         before = [each.forward for each in self.channels[: story.number]]
         others = before if stream.is_forward else [story.forward]
-        channel = by_order(channel, is_forward=stream.is_forward, others=others)
+        if stream.is_forward or story.number in self._answering:
+            channel = by_order(channel, is_forward=stream.is_forward, others=others)
         if not channel.is_silent:
             self._classified(stream, channel)
         yield from self._read(stream, channel)
@@ -294,6 +305,7 @@ class RecordingStory:
                 yield from self._walker.run()
             case ChannelKind.RESUMED if self._walker is not None:
                 self._main = stream.story.number
+                self._answering.add(stream.story.number)
                 self._phase("recovery")
                 self.requests.resumed()
                 self._walker = ResumedWalker(feed, self._walker)
@@ -361,6 +373,7 @@ class RecordingStory:
             self._grouped(stream, "PART", sections=1)
             return
         assert self._walker is not None
+        stream.in_end = record.kind is SectionType.END
         header = self._walker.sections.get(record.section_id)
         name = record.idstr if isinstance(record, SectionHeader) else header.idstr if header else ""
         self._say(stream, record.kind.name, {"section": name})
@@ -373,12 +386,15 @@ class RecordingStory:
                 self._phase("switchover")
             case PostcopyRun():
                 self._phase("postcopy")
+            case OpenReturnPath() if self._main is not None:
+                self._answering.add(self._main)
         if isinstance(command, Packaged):
             self._switched = True
 
     def _pages(self, stream: _Stream, block: str, intervals: list[tuple[int, int]], page_size: int) -> None:
         count = sum(end - start for start, end in intervals) // page_size
-        self._grouped(stream, "PAGES" if stream.story.forward.kind is ChannelKind.PREEMPT else "PART", pages=count)
+        alone = stream.in_end or stream.story.forward.kind is ChannelKind.PREEMPT
+        self._grouped(stream, "PAGES" if alone else "PART", pages=count)
         if not self._switched:
             return
         number = stream.story.number

@@ -12,12 +12,13 @@ import os
 import struct
 import tempfile
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Final, NamedTuple, Self
 
 from qmigrate.errors import StreamError, UnsupportedError
+from qmigrate.format.command import DiscardRange, PostcopyRamDiscard
 from qmigrate.format.entry import Entry, RamPage
 from qmigrate.format.mapped_ram import MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, Pages, RamBlock, RamFlag
@@ -36,6 +37,7 @@ _ZERO_RECORD: Final = struct.Struct(">QB")
 _KIND_BITS: Final = 3
 _KIND_MASK: Final = (1 << _KIND_BITS) - 1
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
+_COUNTED_AT_ONCE: Final = 1 << 14
 _LAZILY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap names since 3.13
 
 
@@ -54,7 +56,7 @@ class Placed(NamedTuple):
 
     kind: int
     page: int
-    count: int
+    page_count: int
     offset: int
 
 
@@ -108,6 +110,8 @@ class PageIndex:
             case RamPage() as page:
                 self.page_size = page.page_size
                 self._encoded(page, entry)
+            case PostcopyRamDiscard(block=name, ranges=ranges):
+                self._discard(name, ranges)
             case _ if entry.channel:
                 self._of_channel(entry)
 
@@ -115,7 +119,7 @@ class PageIndex:
         self.blocks[block.name] = block
 
     def _of(self, block: str) -> memoryview:
-        """The entries of a block; made at its first page, when it is known how long that is.  Raises ``StreamError``."""
+        """The entries of a block; made at its first page, whose length is known then.  Raises ``StreamError``."""
         entries = self._entries.get(block)
         if entries is None:
             length = self.blocks[block].used_length
@@ -149,7 +153,9 @@ class PageIndex:
     def _place(self, entries: memoryview, placed: Placed, stride: int) -> None:
         begin = (placed.offset + (0 if placed.kind == Kind.SPILLED else self._base)) << _KIND_BITS | placed.kind
         step = stride << _KIND_BITS
-        entries[placed.page : placed.page + placed.count] = array("Q", range(begin, begin + step * placed.count, step))
+        entries[placed.page : placed.page + placed.page_count] = array(
+            "Q", range(begin, begin + step * placed.page_count, step)
+        )
 
     def _stretch(self, stretch: Stretch, entries: memoryview) -> None:
         page_size, normal = stretch.page_size, _PAGE | _CONTINUE
@@ -199,6 +205,16 @@ class PageIndex:
                     entries[page] = Kind.ZERO
                     at += 1
 
+    def _discard(self, name: str, ranges: Sequence[DiscardRange]) -> None:
+        """What was sent before the switch is stale.  It comes again, but maybe on a channel that we lack."""
+        if name not in self._entries:  # none of its pages has come
+            return
+        entries, page_size = self._of(name), self.page_size
+        for each in ranges:
+            first = min(each.start // page_size, len(entries))
+            count = min(-(-each.length // page_size), len(entries) - first)
+            entries[first : first + count] = array("Q", [Kind.ABSENT]) * count
+
     def _encoded(self, page: RamPage, entry: Entry) -> None:
         from qmigrate.format.encoded import page_after  # few streams have such pages
 
@@ -241,6 +257,14 @@ class PageIndex:
 
     # -- asking it
 
+    def absent(self, block: str) -> int:
+        """How many of its pages have not come."""
+        entries = self._of(block)
+        return sum(
+            entries[at : at + _COUNTED_AT_ONCE].tolist().count(Kind.ABSENT)
+            for at in range(0, len(entries), _COUNTED_AT_ONCE)
+        )
+
     def runs(self, block: str, first: int, count: int) -> Iterator[Placed]:
         """Where these pages are, in their order."""
         entries = self._of(block)
@@ -274,10 +298,10 @@ class PageIndex:
         """
         self._check_stamp()
         runs = list(self.runs(block, first, count))
-        out = bytearray(sum(run.count * self._record_bytes(run.kind) for run in runs))
+        out = bytearray(sum(run.page_count * self._record_bytes(run.kind) for run in runs))
         view, at = memoryview(out), 0
         for run in runs:
-            length = run.count * self._record_bytes(run.kind)
+            length = run.page_count * self._record_bytes(run.kind)
             self._read(block, run, view[at : at + length])
             at += length
         return out
@@ -290,7 +314,7 @@ class PageIndex:
         start = run.page * page_size
         if run.kind in (Kind.ABSENT, Kind.ZERO):
             pack = _ZERO_RECORD.pack_into
-            for index in range(run.count):
+            for index in range(run.page_count):
                 pack(into, 9 * index, start + index * page_size | _ZERO | _CONTINUE, 0)
             return
         if run.kind == Kind.RECORD:
@@ -298,23 +322,23 @@ class PageIndex:
             return
         descriptor = self._spill.fileno() if run.kind == Kind.SPILLED and self._spill else self._descriptor
         stride = 8 + page_size
-        for begin in range(0, run.count, _MOST_BUFFERS):
-            pages = range(begin, min(begin + _MOST_BUFFERS, run.count))
+        for begin in range(0, run.page_count, _MOST_BUFFERS):
+            pages = range(begin, min(begin + _MOST_BUFFERS, run.page_count))
             buffers = [into[at * stride + 8 : (at + 1) * stride] for at in pages]
             self._read_exactly(descriptor, buffers, run.offset + begin * page_size, block)
-        for index in range(run.count):
+        for index in range(run.page_count):
             _HEAD.pack_into(into, index * stride, start + index * page_size | _PAGE | _CONTINUE)
 
     def _read_records(self, block: str, run: Placed, into: memoryview) -> None:
         """They stand in the input as they go out; only the first may have another head, with the block's name."""
         page_size, start = self.page_size, run.page * self.page_size
         self._read_exactly(self._descriptor, [into], run.offset - 8, block)
-        words = _words(page_size, run.count).unpack(into)
+        words = _words(page_size, run.page_count).unpack(into)
         expected = start | _PAGE | _CONTINUE
         if words[0] != expected:
             self._check_named(block, run, expected & ~_CONTINUE)
             _HEAD.pack_into(into, 0, expected)
-        if words[1:] != tuple(range(expected + page_size, expected + page_size * run.count, page_size)):
+        if words[1:] != tuple(range(expected + page_size, expected + page_size * run.page_count, page_size)):
             raise StreamError("the pages are no longer where they were", offset=run.offset, trail=("ram", block))
 
     def _check_named(self, block: str, run: Placed, word: int) -> None:

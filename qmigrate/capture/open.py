@@ -220,7 +220,7 @@ class Source(Readable):
 
     @property
     def in_place(self) -> tuple[int, int] | None:
-        """Its descriptor, and where in that the stream begins; None where its bytes don't stand in a file as they are."""
+        """Its descriptor and where in it the stream begins; None where its bytes stand in no file as they are."""
         if not self.can_rewind or self.recording is not None:
             return None
         self.open_reader()  # finds out whether it is packed

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from qmigrate.capture.frames import (
+    HEADER,
     Closed,
     Direction,
     End,
@@ -98,6 +99,11 @@ class Recorder:
     def size(self) -> int:
         """Of the file, in bytes."""
         return self._position
+
+    @property
+    def is_empty(self) -> bool:
+        """Is there nothing in it yet?"""
+        return self._position <= HEADER.size
 
     def opened(self, connection: int, *, peer: str, listen: str, forward: str) -> None:
         """A connection was made, the next number."""

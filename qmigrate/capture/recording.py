@@ -306,7 +306,7 @@ class Recording:
     def channels(self) -> "list[RecordedChannel]":
         """What each direction of each connection is, connections in their order, forward before return.
 
-        A way back on which nothing came is left out, unless it is main's.
+        A way back on which nothing came is left out.
         """
         found: list[RecordedChannel] = []
         forward: list[Channel] = []
@@ -319,9 +319,8 @@ class Recording:
             forward.append(channel)
             found.append(RecordedChannel(channel, Direction.FORWARD, stream))
             back = self.stream(connection.number, Direction.RETURN)
-            answer = by_order(back.classify(blocks), is_forward=False, others=[channel])
-            if not answer.is_silent:
-                found.append(RecordedChannel(answer, Direction.RETURN, back))
+            if back.size:
+                found.append(RecordedChannel(back.classify(blocks), Direction.RETURN, back))
         return found
 
     def main(self) -> "RecordedStream":

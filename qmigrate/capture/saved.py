@@ -44,6 +44,7 @@ class Saved:
     ``opening``: FileHeader and CONFIGURATION; ``before`` and ``behind`` are the sections other than RAM that came
     before its START, and after; ``devices`` the FULL ones after RAM; ``description`` as it came, empty without one.
     ``page_size`` is the target's, in bytes.  ``was_running`` is None where the stream does not tell.
+    ``absent``: target pages that were never sent, as the guest does not use them; they are zero.
     """
 
     index: PageIndex
@@ -56,6 +57,8 @@ class Saved:
     section_id: int = 0
     footers: bool = False
     was_running: bool | None = None
+    has_balloon: bool = False
+    absent: int = 0
     blocks: list[RamBlock] = field(default_factory=list)
 
     @property
@@ -75,8 +78,8 @@ def read_saved(migration: Migration) -> Saved:
     """All of it, in one pass.  Raises ``StreamError`` where the stream is damaged or ends early, ``RefusedError`` where
     it is none that a guest can be restored from.
     """
-    place = migration.source.in_place
-    saved = Saved(PageIndex(*([None] if place is None else [place[0]]), base=place[1] if place else 0))
+    descriptor, base = migration.source.in_place or (None, 0)
+    saved = Saved(PageIndex(descriptor, base=base))
     try:
         _Reading(saved).take_all(migration.entries())
         _check(saved)
@@ -87,10 +90,23 @@ def read_saved(migration: Migration) -> Saved:
 
 
 def _check(saved: Saved) -> None:
+    """Raises ``RefusedError`` where a guest restored from it would not be the one that was saved."""
     if not saved.blocks:
         raise RefusedError("there is no RAM in it")
     if not saved.devices:
         raise RefusedError("there is no device state in it")
+    for block in saved.blocks:
+        page_count = block.used_length // saved.page_size
+        absent = saved.index.absent(block.name)
+        if not absent:
+            continue
+        # A guest with a balloon may tell which pages it does not use (free-page-hint): these alone are never sent.
+        if absent == page_count or not saved.has_balloon:
+            raise RefusedError(
+                f"{absent} of {page_count} pages of {block.name} are not in it: are there further channels "
+                "(multifd, preempt), or was it begun as postcopy elsewhere?"
+            )
+        saved.absent += absent
 
 
 class _Reading:
@@ -117,7 +133,7 @@ class _Reading:
         if not self._ended:
             raise StreamError("it has no end: the guest was not saved whole")
 
-    def _take(self, entry: Entry) -> None:  # noqa: PLR0912 - one row a record
+    def _take(self, entry: Entry) -> None:
         saved, record = self._saved, entry.record
         match record:
             case FileHeader():
@@ -150,6 +166,7 @@ class _Reading:
         if header.idstr == "ram":
             self._saved.section_id, self._after_ram = header.section_id, True
         self._is_device = header.kind == SectionType.FULL
+        self._saved.has_balloon |= header.idstr.endswith("virtio-balloon")
         self._keep(entry)
 
     def _keep(self, entry: Entry) -> None:
@@ -173,8 +190,8 @@ def _configuration(record: Configuration, offset: int) -> Configuration:
             if not names:
                 continue
             listed = tuple(CapabilityName(name=name) for name in names)
-            subsection = replace(subsection, body=ConfigurationCapabilities(count=len(listed), names=listed))
-        kept.append(subsection)
+            body = ConfigurationCapabilities(count=len(listed), names=listed)
+        kept.append(replace(subsection, body=body))
     return replace(record, subsections=tuple(kept))
 
 

@@ -9,7 +9,16 @@ __all__ = ["SHELLS", "PrintCompletion", "completion"]
 SHELLS: Final = ("bash", "zsh", "fish")
 
 # What an argument's metavar stands for, where a shell can complete it.
-_COMPLETES: Final = {"FILE": "file", "DIR": "directory", "SRC": "file", "DST": "file", "ADDRESS": "file"}
+_COMPLETES: Final = {
+    "FILE": "file",
+    "A": "file",
+    "B": "file",
+    "STREAM": "file",
+    "DIR": "directory",
+    "SRC": "file",
+    "DST": "file",
+    "ADDRESS": "file",
+}
 
 
 class PrintCompletion(argparse.Action):

@@ -43,6 +43,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--devices-only", action="store_true", help="leave the contents of RAM out")
     parser.add_argument("--all", action="store_true", help="each field and each range of pages, however many")
     parser.add_argument("--json", action="store_true", help="the answer as JSON, with all of them")
+    channels = parser.add_argument_group("a migration over several connections, each in a file of its own")
+    for name in ("A", "B"):
+        channels.add_argument(
+            f"--{name.lower()}-channel",
+            metavar="FILE",
+            action="append",
+            default=[],
+            help=f"a further connection of {name}: multifd, preempt, or main resumed; may be repeated, in any order",
+        )
     add_reading(parser)
 
 
@@ -53,9 +62,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         args.usage_error("standard input can be one of the two only")
     with ExitStack() as stack, answering():
         sides: list[Side] = []
-        for file in (args.a, args.b):
+        for file, channels in ((args.a, args.a_channel), (args.b, args.b_channel)):
             try:
-                sides.append(_read(args, file, out, stack))
+                sides.append(_read(args, file, channels, out, stack))
             except FAILURES as failure:
                 return failed(failure, input_name(file), out)
         found = diff(*sides, ignore=args.ignore)
@@ -72,10 +81,11 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return max(0 if found.same else 1, _tell(found))
 
 
-def _read(args: argparse.Namespace, file: str, out: TextIO, stack: ExitStack) -> "Side":
+def _read(args: argparse.Namespace, file: str, channels: list[str], out: TextIO, stack: ExitStack) -> "Side":
     from qmigrate.analysis.diff import read_side
 
-    with open_input(args, file, out) as migration:
+    own = argparse.Namespace(**vars(args), files=[file], channel=channels)
+    with open_input(own, file, out) as migration:
         return read_side(migration, migration.source.name, stack, ram=not args.devices_only)
 
 

@@ -22,6 +22,7 @@ from qmigrate.cli import (
     pause,
     receive,
     recover,
+    restore,
     schema,
     start_postcopy,
     status,
@@ -124,6 +125,7 @@ def build_parser() -> argparse.ArgumentParser:
         cancel,
         status,
         receive,
+        restore,
     ):
         command = commands.add_parser(
             module.__name__.rpartition(".")[2].replace("_", "-"),

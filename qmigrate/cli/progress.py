@@ -9,7 +9,7 @@ from typing import Any, Final
 from qmigrate.capture.migration import Migration
 from qmigrate.cli.tell import tell
 from qmigrate.format.command import PostcopyAdvise
-from qmigrate.format.entry import Configuration, Entry, RamPage, VmDescription
+from qmigrate.format.entry import Configuration, DeviceState, Entry, RamPage, VmDescription
 from qmigrate.format.mapped_ram import MappedPages
 from qmigrate.format.ram import Pages
 from qmigrate.format.stream import ConfigurationTargetPageBits, Footer, SectionHeader, SectionPart
@@ -89,6 +89,8 @@ class WatchedMigration(Migration):
             tell(name, f"target pages of {size(place.page_size)}: {place.announced or self._told}")
         if place.sections:
             described = "no description" if place.described is None else f"a description of {size(place.described)}"
+            if place.schema is not None:
+                described += f": {place.schema}"
             tell(name, f"sections {'with' if place.footers else 'without'} footers, {described}")
         speed = f", {size(int(place.end / seconds))}/s" if seconds > 0 else ""
         tell(name, f"{plural(place.end, 'byte')} of stream read in {seconds:.3f} s{speed}")
@@ -102,6 +104,7 @@ class _Place:
         self.sections = 0
         self.footers = False
         self.described: int | None = None
+        self.schema: str | None = None
         self.page_size = 0
         self.announced = ""
         self._names: dict[int, str] = {}
@@ -133,5 +136,7 @@ class _Place:
                     self.announced = "CONFIGURATION says so"
             case PostcopyAdvise(sizes=sizes) if sizes is not None:
                 self.announced = self.announced or "POSTCOPY_ADVISE says so"
+            case DeviceState(schema=str() as schema):
+                self.schema = schema
             case VmDescription():
                 self.described, self._section = len(record.text), ""

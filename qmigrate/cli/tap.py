@@ -4,6 +4,7 @@ import argparse
 import sys
 import time
 from collections.abc import Awaitable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
@@ -76,8 +77,9 @@ def run(args: argparse.Namespace, _out: TextIO) -> int:
     with Recorder(args.output, overwrite=args.overwrite, reserve=args.reserve, on_stop=_stopped) as recorder:
         try:
             return asyncio.run(_tap(args, recorder))
-        except OSError:  # it can't listen
-            Path(args.output).unlink(missing_ok=True)
+        except OSError:
+            if recorder.is_empty:  # it could not even listen
+                Path(args.output).unlink(missing_ok=True)
             raise
 
 
@@ -91,14 +93,12 @@ async def _tap(args: argparse.Namespace, recorder: "Recorder") -> int:
 
     from qmigrate.operations.tap import Tap
 
-    screen = _Screen(args)
+    screen, interrupted, again = _Screen(args), asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, lambda: (again if interrupted.is_set() else interrupted).set())
     async with Tap(args.listen, args.forward, recorder=recorder, on_event=screen.take) as tap:
         screen.line(f"listening at {tap.address}, forwarding to {tap.forward}, recording to {args.output}")
-        interrupted = asyncio.Event()
-        again = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, lambda: (again if interrupted.is_set() else interrupted).set())
         showing = asyncio.create_task(screen.show(tap, recorder))
         try:
             was_cut = await _until_over(tap, interrupted, again, screen, once=args.once)
@@ -106,8 +106,6 @@ async def _tap(args: argparse.Namespace, recorder: "Recorder") -> int:
             showing.cancel()
             await asyncio.gather(showing, return_exceptions=True)
             screen.erase()
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
     screen.end(tap, recorder, args.output)
     if was_cut:
         return INTERRUPTED
@@ -166,9 +164,13 @@ class _Screen:
 
     def erase(self) -> None:
         """Take the progress away."""
+        self._show("")
+
+    def _show(self, said: str) -> None:
         if self._shows:
-            sys.stderr.write(_ERASE)
-            sys.stderr.flush()
+            with suppress(OSError):  # the terminal may go; the migration stays
+                sys.stderr.write(_ERASE + said)
+                sys.stderr.flush()
 
     def take(self, event: "LiveEvent") -> None:
         """Tell of one event."""
@@ -203,8 +205,7 @@ class _Screen:
                 speed = units.size(int((passed - before) / (now - at)))
                 recorded = "recording stopped" if recorder.stopped else f"{units.size(recorder.size)} recorded"
                 count = units.plural(tap.open_count, "connection")
-                sys.stderr.write(f"{_ERASE}{count}, {units.size(passed)} passed on, {speed}/s, {recorded}")
-                sys.stderr.flush()
+                self._show(f"{count}, {units.size(passed)} passed on, {speed}/s, {recorded}")
             before, at = passed, now
 
     def end(self, tap: "Tap", recorder: "Recorder", path: str) -> None:

@@ -26,6 +26,7 @@ from qmigrate.uffd.toucher import Histogram
 from qmigrate.uffd.userfault import Userfaultfd
 
 PROGRESS_S: Final = 0.25
+QUIET_S: Final = 0.5  # after which a tail that could be whole is taken to be
 GUEST_TIMEOUT_S: Final = 30.0  # to load a package of which all has come
 
 
@@ -111,6 +112,10 @@ class Listener:
             self._tell_progress()
             if core.phase is Phase.LISTENING:
                 self._hear_guest(channel)
+            if core.may_be_over and not _is_readable(channel.descriptor, QUIET_S):
+                core.quiet()
+                if core.feed.ended:
+                    continue
             count = channel.read_into(core.space())
             self.received_bytes += count
             if count:
@@ -349,6 +354,12 @@ class Listener:
         if time.monotonic() >= self._told + PROGRESS_S:
             self._told = time.monotonic()
             self._tell("progress", **self._numbers())
+
+
+def _is_readable(descriptor: int, timeout_s: float) -> bool:
+    poll = select.poll()
+    poll.register(descriptor, select.POLLIN)
+    return bool(poll.poll(timeout_s * 1000))
 
 
 def _in_memory(name: str, data: bytes | bytearray) -> int:

@@ -207,13 +207,12 @@ OPTIONAL: Final[Mapping[str, StructDescription]] = dict(
     (
         _small("cpu/msr_smi_count", ("env.msr_smi_count", "uint64", 8)),
         _small("cpu/poll_control_msr", ("env.poll_control_msr", "uint64", 8)),
-        _small("apic_sipi", ("sipi_vector", "int32", 4), ("wait_for_sipi", "int32", 4)),
     )
 )
 """Subsections that a machine has or has not from one moment to the next, as x86 QEMUs of 5.2 to 11.1 describe them.
 
 So a machine whose guest has not begun does not describe those that its firmware makes it have.
-target/i386/machine.c, hw/intc/apic_common.c
+target/i386/machine.c
 """
 
 

@@ -11,11 +11,12 @@ loads it while the stream goes on being read.
 migration/savevm.c: qemu_loadvm_state(), loadvm_process_command()
 """
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from qmigrate.errors import SequenceError, StreamError, TruncatedError, UnsupportedError
+from qmigrate.errors import QmigrateError, SequenceError, StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import (
     Command,
     DiscardRange,
@@ -194,7 +195,25 @@ class Kept:
 
 
 class _Stream(Walker):
-    """The walk, but for a package's inside."""
+    """The walk, but for a package's inside; and with a copy of the tail, to see whether it could be over."""
+
+    tail: bytearray | None = None
+    _tail_offset = 0
+
+    def _tail(self) -> Step:
+        self.tail, self._tail_offset = bytearray(self.feed.view()), self.feed.offset
+        yield from super()._tail()
+
+    def tail_is_whole(self) -> bool:
+        """Do all bytes of the tail make sections and EOF, alone or with a description?"""
+        data = bytes(self.tail or b"")
+        if not data:
+            return False
+        tail, _ = self._best_tail(data, self._tail_offset)
+        if tail.error is not None:
+            return False
+        rest = data[tail.end + 1 :]
+        return not rest or (rest[:1] == b"\x06" and len(rest) == 5 + int.from_bytes(rest[1:5]))
 
     def _package(self, command: Packaged) -> Step:
         if command.length > self.limits.package:
@@ -223,6 +242,8 @@ class Destination:
         self._stream = _Stream(self.feed, limits=limits)
         self._steps: Iterator[Entry | None] = self._stream.run()
         self._outgoing = bytearray()
+        self._is_loaded = False
+        self._is_over = False
 
     # -- bytes in
 
@@ -232,11 +253,31 @@ class Destination:
 
     def received(self, count: int) -> None:
         """So many bytes were written to ``space()``."""
+        if self._stream.tail is not None:
+            self._stream.tail += self.feed.space()[:count]
         self.feed.received(count)
 
     def receive_data(self, data: bytes) -> None:
         """Take in ``data``."""
-        self.feed.receive(data)
+        while data:
+            space = self.space()
+            space[: len(data)] = data[: len(space)]
+            self.received(min(len(data), len(space)))
+            data = data[len(space) :]
+
+    @property
+    def may_be_over(self) -> bool:
+        """Has the tail begun?  Where no description closes it, only silence tells its end: see ``quiet``."""
+        return self._stream.tail is not None
+
+    def quiet(self) -> None:
+        """Nothing came for a while, though the source is there: it waits for SHUT, if the tail is whole.
+
+        With suppress-vmdesc=on, with an empty description, and where a device's data does not fit its description,
+        no bytes say that the stream is over.  QEMU, which decodes every device, need not ask.
+        """
+        if self._stream.tail_is_whole():
+            self.feed.end()
 
     def receive_eof(self) -> None:
         """The peer says no more."""
@@ -286,9 +327,7 @@ class Destination:
 
     def events(self) -> Iterator[Event]:
         """What the bytes at hand say, in order; ends where more are needed, and after ``Loaded``."""
-        for entry in self._steps:
-            if entry is None:
-                return
+        while (entry := self._next_entry()) is not None:
             if self.kept is not None and not entry.depth:
                 self.kept.take(entry)
             event = self._event(entry)
@@ -296,6 +335,22 @@ class Destination:
                 yield event
             if isinstance(event, Loaded):
                 self._steps = iter(())
+                return
+        if self._is_over and not self._is_loaded:
+            # Only the lack of a description kept that from being told above.
+            self._is_loaded = True
+            yield Loaded(is_postcopy=False)
+
+    def _next_entry(self) -> Entry | None:
+        """None where bytes are missing, and where the walk is over.  After a fault nothing more can be read."""
+        try:
+            return next(self._steps)
+        except StopIteration:
+            self._is_over = self.feed.ended
+            return None
+        except QmigrateError:
+            self._steps = itertools.repeat(None)
+            raise
 
     def _event(self, entry: Entry) -> Event | None:
         match entry.record:
@@ -319,13 +374,12 @@ class Destination:
                     trail=("ram", block),
                 )
             case EndOfFile() if self._stream.switched:
-                return self._loaded(is_postcopy=True)
+                self._is_loaded = True
+                return Loaded(is_postcopy=True)
             case VmDescription():
-                return self._loaded(is_postcopy=False)
+                self._is_loaded = True
+                return Loaded(is_postcopy=False)
         return None
-
-    def _loaded(self, *, is_postcopy: bool) -> Loaded:
-        return Loaded(is_postcopy)
 
     def finished(self) -> None:
         """All that ``Loaded`` asked for is done."""

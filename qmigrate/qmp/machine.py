@@ -56,7 +56,8 @@ class Machine:
 
     ``executable`` may be several words, such as a dynamic loader and the program that it loads.  Give
     ``-display none`` yourself.  stdin and stdout are /dev/null; the end of stderr is kept.  File descriptors
-    in ``pass_fds`` are inherited under the same numbers, and stay open here.
+    in ``pass_fds`` are inherited under the same numbers, and stay open here.  ``own_group``: a Ctrl-C on our
+    terminal does not reach it.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Machine:
         name: str = "",
         pass_fds: Sequence[int] = (),
         environment: Mapping[str, str] | None = None,
+        own_group: bool = False,
         start_timeout_s: float = START_TIMEOUT_S,
         quit_timeout_s: float = QUIT_TIMEOUT_S,
     ) -> None:
@@ -75,6 +77,7 @@ class Machine:
         self.name = name or os.path.basename(self._command[len(words) - 1])  # noqa: PTH119 - it is a string
         self._pass_fds = tuple(pass_fds)
         self._environment = environment
+        self._own_group = own_group
         self._start_timeout_s = start_timeout_s
         self._quit_timeout_s = quit_timeout_s
         self._process: subprocess.Popen[bytes] | None = None
@@ -163,6 +166,7 @@ class Machine:
                 stderr=stderr_of_qemu,
                 pass_fds=(*self._pass_fds, qmp_fd),
                 env=self._environment,
+                process_group=0 if self._own_group else None,
             )
             self._pidfd = os.pidfd_open(self._process.pid)
         finally:

@@ -114,7 +114,7 @@ def _plots(story: RecordingStory, axis: Axis) -> Iterator[str]:
             forward.append((begin_ns // 1000, (sent_after - sent) / seconds))
             back.append((begin_ns // 1000, (answered_after - answered) / seconds))
     yield plot("Forward", [Series("bytes a second", "sent", forward, "steps")], axis, _rate)
-    yield plot("Back", [Series("bytes a second", "dirtied", back, "steps")], axis, _rate)
+    yield plot("Back", [Series("bytes a second", "asked", back, "steps")], axis, _rate)
 
 
 def _rate(value: float) -> str:

@@ -242,6 +242,13 @@ def test_another_version_and_a_subsection_are_told() -> None:
     assert found.fields == []
 
 
+def test_what_is_ignored_of_devices_may_be_absent_too() -> None:
+    without = HEAD + streams.ram_start() + streams.ram() + timer(-5) + streams.eof() + TIMER
+    for pattern, same in (("serial", True), ("*/serial/1", True), ("serial.id", False)):
+        found = compared(streams.minimal(), without, ignore=(pattern,))
+        assert (found.same, found.ignored) == (same, int(same))
+
+
 def test_blocks_of_other_lengths_are_compared_as_far_as_both_go() -> None:
     both = [
         HEAD + streams.ram_start({"a": length}) + streams.ram_part(streams.page(PAGE, fill, block="a"))

@@ -10,6 +10,8 @@ import jsonschema
 import pytest
 
 import qmigrate.report
+from qmigrate.capture.frames import Direction
+from qmigrate.capture.recorder import Recorder
 from qmigrate.cli.main import main
 from tests import streams
 
@@ -136,6 +138,46 @@ def test_one_of_the_two_may_be_a_pipe(order: tuple[str, str], a: str) -> None:
     ran = run(*(a if word == "FILE" else word for word in order), stdin=streams.minimal())
     assert (ran.returncode, ran.stderr) == (0, b"")
     assert b"  standard input  pc-q35-10.0, complete" in ran.stdout
+
+
+def test_a_recording_of_the_tap_is_the_same_as_the_file(a: str, tmp_path: Path, capsys: Output) -> None:
+    path, stream = tmp_path / "a.tap", streams.minimal()
+    with Recorder(path) as recorder:
+        recorder.opened(0, peer="", listen="unix:/a", forward="unix:/b")
+        for at in range(0, len(stream), 1000):
+            recorder.data(0, Direction.FORWARD, stream[at : at + 1000])
+        recorder.closed(0, forward_bytes=len(stream), return_bytes=0)
+    assert main(["diff", str(path), a]) == 0
+    assert "same; 12 fields compared" in capsys.readouterr().out
+
+
+CHANNELS = Path(__file__).parents[1] / "corpus" / "channels"
+
+
+@pytest.mark.parametrize("name", ["pc-multifd-5.2", "pc-multifd-zlib-7.2", "pc-multifd-11.1"])
+def test_either_may_have_travelled_over_several_connections(name: str, capsys: Output) -> None:
+    main_file, *others = [
+        str(path) for path in sorted(CHANNELS.glob(f"{name}.*"), key=lambda path: ".mig" not in path.name)
+    ]
+    assert len(others) == 2
+    a = [word for other in others for word in ("--a-channel", other)]
+    b = [word for other in reversed(others) for word in ("--b-channel", other)]
+    assert main(["diff", *a, *b, main_file, main_file]) == 0
+    assert "\nsame; " in capsys.readouterr().out
+    # Without them nearly all of RAM is missing.
+    assert main(["diff", "--json", *a, main_file, main_file]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    jsonschema.validate(answer, SCHEMA)
+    assert answer["fields"] == []
+    lacking = {block["name"]: block["pages"] for block in answer["ram_blocks"]}["pc.ram"]
+    assert lacking["sent_by_b"] < lacking["sent_by_a"] == 2048
+
+
+@pytest.mark.parametrize("name", ["pc-xbzrle-11.1", "pc-compress-7.2"])
+def test_pages_that_are_encoded_are_compared_as_they_are_decoded(name: str, capsys: Output) -> None:
+    path = str(CHANNELS / f"{name}.mig.xz")
+    assert main(["diff", path, path]) == 0
+    assert "\nsame; " in capsys.readouterr().out
 
 
 def test_both_can_not_be_standard_input(capsys: Output) -> None:

@@ -1,6 +1,8 @@
 """``qmigrate schema``, and what dissect, check and diff do with what it made."""
 
 import json
+import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,9 @@ def test_streams_without_a_description_are_decoded_by_themselves(precopy: str, p
     made = make(capsys, precopy)
     assert main(["dissect", "--field", "timer.cpu_ticks_offset", postcopy]) == 0
     assert capsys.readouterr().out == "-5\n"
-    assert main(["check", "--strict", postcopy]) == 0
+    assert main(["check", "--strict", "-v", postcopy]) == 0
+    used = f"sections with footers, no description: schema {made['id']}, made from {precopy}\n"
+    assert used in capsys.readouterr().err
     assert main(["dissect", postcopy]) == 0
     assert f"they are decoded by schema {made['id']}, made from {precopy}." in capsys.readouterr().out
     assert main(["check", "--strict", "--no-schemas", postcopy]) == 1
@@ -85,10 +89,7 @@ def test_a_description_that_is_named_wins(precopy: str, postcopy: str, tmp_path:
     assert capsys.readouterr().out == f"{streams.TIMER_STATE.hex()}\n"
 
 
-def test_a_pipe_is_decoded_too(precopy: str, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-    import threading
-
+def test_a_pipe_is_decoded_too(precopy: str, tmp_path: Path, capsys: Output) -> None:
     make(capsys, precopy)
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -46,6 +46,7 @@ def told(data: bytes, *, step: int = 0, blocks: set[str] | None = BLOCKS) -> Cha
     feed = Feed()
     answer = classify(feed, blocks=blocks)
     pieces = [data[at : at + step] for at in range(0, len(data), step)] if step else [data]
+    found: object = None
     try:
         for piece in pieces:
             feed.receive(piece)
@@ -53,10 +54,10 @@ def told(data: bytes, *, step: int = 0, blocks: set[str] | None = BLOCKS) -> Cha
         feed.end()
         next(answer)
     except StopIteration as end:
-        assert feed.offset == 0, "something was consumed"
-        assert isinstance(end.value, Channel)
-        return end.value
-    raise AssertionError("the stream ended, and it still asks for bytes")
+        found = end.value
+    assert feed.offset == 0, "something was consumed"
+    assert isinstance(found, Channel), "the stream ended, and it still asks for bytes"
+    return found
 
 
 MULTIFD = InitialPacket(uuid=UUID, channel_id=3).build()

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from qmigrate.analysis.check import check
-from qmigrate.analysis.extract import Extracted, file_names
+from qmigrate.analysis.extract import Extracted, extract, file_names
 from qmigrate.capture.migration import Gathering, Migration
 from qmigrate.format.multifd import InitialPacket, encode_packet
 from tests.joining import Joined, channel_entries, joined
@@ -28,6 +28,7 @@ async def assert_read_as_loaded(recording: Recording, folder: Path) -> Joined:
     with Migration(recording.stream) as migration:
         gathering = Gathering(migration.entries())
         found = joined(gathering, [channel_entries(each, blocks=blocks) for each in raw])
+    assert_joined_the_same(recording, found, folder / "joined")
     extracted = in_files(found.blocks, gathering, folder / "ram")
     assert recording.destination is not None
     compared = await assert_same_ram(recording.destination, extracted, folder / "memory")
@@ -35,6 +36,17 @@ async def assert_read_as_loaded(recording: Recording, folder: Path) -> Joined:
     if not loses_writes(recording.qemu, recording.kind):
         await assert_same_ram(recording.source, extracted, folder / "memory")
     return found
+
+
+def assert_joined_the_same(recording: Recording, plain: Joined, folder: Path) -> None:
+    """What users get: the channels joined by ``Migration`` are valid, the same again, and RAM is the plain joiner's."""
+    with Migration(recording.stream, channels=recording.channels) as migration:
+        checked = check(migration)
+        extracted = extract(migration, folder)
+    assert (checked.valid, checked.identical) == (True, True)
+    assert len(checked.gathering.contents.channels) == (len(recording.channels) + 1 if recording.channels else 0)
+    for block, file in extracted.files.items():
+        assert (folder / file).read_bytes() == plain.blocks[block], block
 
 
 def again(raw: bytes) -> bytes:

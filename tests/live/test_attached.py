@@ -18,7 +18,7 @@ from qmigrate.qmp import migration
 from tests.live import versions
 from tests.live.command import qmigrate, started
 from tests.live.pair import SLOW, Pair, pair
-from tests.live.some import every_qemu, oldest_and_newest
+from tests.live.some import every_qemu, oldest_and_newest, only_newest
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
@@ -38,7 +38,7 @@ async def under_way(qemu: Qemu, folder: Path, *, postcopy: bool = True) -> Async
         yield two
 
 
-@every_qemu
+@oldest_and_newest
 async def test_start_postcopy(qemu: Qemu, tmp_path: Path) -> None:
     async with under_way(qemu, tmp_path) as two:
         source, _ = two.addresses
@@ -63,7 +63,7 @@ async def test_cancel(qemu: Qemu, tmp_path: Path) -> None:
         await two.assert_guest_stayed()
 
 
-@oldest_and_newest
+@only_newest
 async def test_pause_and_recover(qemu: Qemu, tmp_path: Path) -> None:
     async with under_way(qemu, tmp_path) as two:
         source, destination = two.addresses
@@ -113,7 +113,7 @@ async def test_a_pause_is_refused_while_it_could_lose_the_guest_and_else_can_be_
         await two.assert_guest_goes_on()
 
 
-@oldest_and_newest
+@only_newest
 async def test_status_of_every_kind(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         source, destination = two.addresses
@@ -142,7 +142,7 @@ async def interrupted(two: Pair, *words: str, when: bytes) -> tuple[int, str, st
         return await process.wait(), said.decode(), err.decode()
 
 
-@oldest_and_newest
+@only_newest
 async def test_ctrl_c_in_precopy_leaves_the_guest_on_the_source(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         code, out, err = await interrupted(two, "--bandwidth", "4M", "--downtime-limit", "1", when=b'"pass-began"')

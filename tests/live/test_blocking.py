@@ -15,13 +15,13 @@ from qmigrate.operations.plan import Plan
 from qmigrate.qmp import migration
 from qmigrate.qmp.blocking import Blocking
 from tests.live.pair import AT_ONCE, SLOW, pair
-from tests.live.some import oldest_and_newest, only_newest
+from tests.live.some import only_newest
 from tests.live.versions import Qemu
 
 pytestmark = pytest.mark.live
 
 
-@oldest_and_newest
+@only_newest
 def test_a_migration_without_asyncio(qemu: Qemu, tmp_path: Path) -> None:
     with Blocking() as qmp:
         two = qmp.enter(pair(qemu, tmp_path))

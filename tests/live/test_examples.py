@@ -10,7 +10,7 @@ import pytest
 
 from tests.guests import console
 from tests.live.pair import SMALL, pair
-from tests.live.some import oldest_and_newest, only_newest
+from tests.live.some import only_newest
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
@@ -30,7 +30,7 @@ async def example(name: str, *words: str | Path) -> tuple[int | None, str]:
     return process.returncode, said.decode()
 
 
-@oldest_and_newest
+@only_newest
 async def test_postcopy(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         code, said = await example("postcopy.py", *two.addresses)
@@ -39,7 +39,7 @@ async def test_postcopy(qemu: Qemu, tmp_path: Path) -> None:
         await two.assert_guest_goes_on()
 
 
-@oldest_and_newest
+@only_newest
 async def test_recovery(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         code, said = await example("recovery.py", *two.addresses, two.uri)

@@ -17,7 +17,7 @@ from qmigrate.operations.plan import Plan
 from qmigrate.qmp.session import Session
 from tests.live.command import qmigrate, started
 from tests.live.pair import Pair, pair
-from tests.live.some import oldest_and_newest, only_newest
+from tests.live.some import only_newest
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
@@ -44,7 +44,7 @@ async def address_of(session: Session) -> str:
     return found[1]
 
 
-@oldest_and_newest
+@only_newest
 async def test_a_postcopy_between_two_hosts_is_paused_and_brought_back_through_another_port(
     qemu: Qemu, tmp_path: Path
 ) -> None:

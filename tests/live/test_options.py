@@ -184,7 +184,7 @@ async def test_x_postcopy_ram_by_property(qemu: Qemu, tmp_path: Path) -> None:
         await two.assert_guest_goes_on()
 
 
-@oldest_and_newest
+@only_newest
 async def test_the_schema_is_asked_once_a_session(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         first = await Features.of(two.source.session, timeout_s=15)

@@ -146,6 +146,19 @@ async def test_a_broken_postcopy_is_recovered_and_nothing_is_lost(qemu: Qemu, tm
         assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
 
 
+async def test_a_source_that_sends_no_description_is_not_left_waiting(tmp_path: Path) -> None:
+    """QEMU's own destination, of the same machine, knows that none comes."""
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    async with (
+        source_of(qemu, tmp_path, machine="pc,suppress-vmdesc=on") as source,
+        receiving(tmp_path) as receiver,
+    ):
+        await migrate(source, receiver.uri, postcopy=False)
+        assert (await receiver.result()).exit_code == 0
+
+
 HUGE: Final = ("-object", "memory-backend-memfd,id=ram0,size=16M,hugetlb=on,hugetlbsize=2M")
 
 

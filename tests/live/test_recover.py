@@ -29,7 +29,7 @@ async def test_a_connection_that_breaks_twice_is_brought_back(qemu: Qemu, tmp_pa
         await two.assert_guest_goes_on()
 
 
-@oldest_and_newest
+@only_newest
 async def test_without_recovery_it_stays_paused_until_recover(qemu: Qemu, tmp_path: Path) -> None:
     async with broken_pair(qemu, tmp_path, [MIB]) as (two, cutter):
         result = await migrate(*two.sessions, broken_plan(two, recoveries=0), on_event=cutter.heard)

@@ -122,7 +122,8 @@ async def test_a_postcopy_of_7_2_answers_on_main(tmp_path: Path) -> None:
     assert phases(answer) == ["precopy", "switchover", "postcopy", "ending"]
     assert_requests_were_answered(answer, result)
     names = [moment["name"] for moment in answer["timeline"]]
-    assert names.index("OPEN_RETURN_PATH") < names.index("PONG") < names.index("PACKAGED") < names.index("SHUT")
+    for between in ("PONG", "PACKAGED"):  # whichever comes first
+        assert names.index("OPEN_RETURN_PATH") < names.index(between) < names.index("SHUT")
 
 
 async def test_a_recovery_is_told_as_a_second_main_channel(tmp_path: Path) -> None:

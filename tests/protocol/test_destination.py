@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmigrate.errors import SequenceError, StreamError, TruncatedError, UnsupportedError
+from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import (
     COMMANDS,
     Command,
@@ -330,3 +330,32 @@ def test_a_page_outside_its_block_on_the_preempt_channel_is_refused() -> None:
     channel.feed.receive(streams.page(2 * PAGE, block="pc.ram"))
     with pytest.raises(StreamError, match="page at 0x2000, the block ends at 0x2000"):
         list(channel.events())
+
+
+@pytest.mark.parametrize("closing", [b"", streams.description()[:1] + bytes(4)], ids=["none", "empty"])
+def test_without_a_description_that_says_something_silence_ends_a_whole_tail(closing: bytes) -> None:
+    core = Destination()
+    whole = streams.header() + streams.configuration() + streams.ram_start() + streams.ram() + streams.devices()
+    assert Loaded(is_postcopy=False) not in list(said_by(core, [whole]))
+    core.quiet()  # a device may yet come
+    assert not core.feed.ended
+    assert Loaded(is_postcopy=False) not in list(said_by(core, [streams.eof() + closing]))
+    core.quiet()
+    assert list(core.events())[-1] == Loaded(is_postcopy=False)
+
+
+def test_silence_in_the_middle_of_ram_ends_nothing() -> None:
+    core = Destination()
+    list(said_by(core, [streams.header() + streams.configuration() + streams.ram_start()]))
+    assert not core.may_be_over
+    core.quiet()
+    assert not core.feed.ended
+
+
+def test_after_a_fault_nothing_more_is_said() -> None:
+    core = Destination()
+    core.receive_data(b"nothing that QEMU would send")
+    core.receive_eof()
+    with pytest.raises(NoStreamError):
+        list(core.events())
+    assert list(core.events()) == []

@@ -13,6 +13,7 @@ from typing import Final
 from qmigrate.analysis.summary import summarize
 from qmigrate.errors import StreamError
 from qmigrate.format import tail
+from qmigrate.format.mapped_ram import MappedPages
 from qmigrate.format.ram import Pages
 from qmigrate.format.vmdesc import parse_description
 from tests.soak.migrations import Unit
@@ -78,7 +79,7 @@ def _cut(name: str, seed: str, count: int) -> str:
     places = [
         at
         for entry in entries(stream)
-        if isinstance(entry.record, Pages)
+        if isinstance(entry.record, Pages | MappedPages)
         for run in entry.record.runs[:64]
         for at in (run.offset, run.offset + 8)
     ]

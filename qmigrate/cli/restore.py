@@ -1,0 +1,240 @@
+"""``qmigrate restore``: run a saved guest at once, in any stock QEMU; its pages come as it asks for them."""
+
+import argparse
+import sys
+from typing import TYPE_CHECKING, Final, TextIO
+
+from qmigrate.cli.live import add_patience
+from qmigrate.cli.tell import tell
+from qmigrate.errors import RefusedError
+
+if TYPE_CHECKING:
+    from qmigrate.events import LiveEvent
+    from qmigrate.operations.restore import Restorer, RestoreResult, Served
+
+__all__ = ["add_arguments", "run"]
+
+HELP = "run a saved guest at once, in any stock QEMU: its pages come as it asks for them"
+DESCRIPTION = (
+    "Serve a saved stream over postcopy to a QEMU that waits with -incoming defer: its devices first, then the guest "
+    "runs, and each page comes when it is asked for, the rest in between. The QEMU is one that runs (--qmp), or one "
+    "that is started here and ends with this command (-- QEMU...; its standard streams go nowhere). Ends with 0 when "
+    "all is in, with 2 when nothing began, with 3 when it failed before the guest ran, with 4 to 7 as `migrate` does "
+    "by where the guest is then."
+)
+EXAMPLES = (
+    "qmigrate restore guest.mig --qmp /run/vm/qmp.sock",
+    "qmigrate restore guest.mig -- qemu-system-x86_64 -machine pc -m 1G -display none",
+    "qmigrate restore --eager --paused guest.mig --qmp localhost:4444",
+)
+
+INTERRUPTED: Final = 130
+PROGRESS_EVERY_US: Final = 1_000_000
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("file", metavar="FILE", help="a saved migration, of any kind that `dissect` reads; packed too")
+    parser.add_argument("qemu", metavar="QEMU", nargs="*", help="behind --: a QEMU to start, and its arguments")
+    parser.add_argument(
+        "--qmp", metavar="ADDRESS", help="the QMP of a QEMU that waits: a unix socket's path, HOST:PORT"
+    )
+    parser.add_argument("--uri", help="where it is to listen, as we reach it (default: beside its QMP socket)")
+    parser.add_argument(
+        "--channel",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a further connection of the saved migration (multifd, preempt, resumed); may be repeated",
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--eager", action="store_true", help="by precopy: all pages are there before the guest runs")
+    how.add_argument("--paused", action="store_true", help="the guest is not to run until somebody says `cont`")
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="how it ended as JSON, with all times and latencies")
+    output.add_argument("--ndjson", action="store_true", help="every event as a JSON object on a line of its own")
+    add_patience(parser)
+
+
+def run(args: argparse.Namespace, out: TextIO) -> int:
+    if (args.qmp is None) == (not args.qemu):
+        raise RefusedError("restore into which QEMU? Give --qmp ADDRESS, or behind -- one to start")
+    import asyncio
+
+    from qmigrate.operations.restore import Restorer
+
+    lines = _Lines(args, out)
+    restorer = Restorer(
+        args.file,
+        channels=tuple(args.channel),
+        eager=args.eager,
+        paused=args.paused,
+        answer_timeout_s=args.answer_timeout,
+        on_event=lines.take,
+    )
+    return asyncio.run(_interruptible(args, restorer, lines))
+
+
+async def _interruptible(args: argparse.Namespace, restorer: "Restorer", lines: "_Lines") -> int:
+    import asyncio
+    import signal
+
+    task = asyncio.ensure_future(_into_running(args, restorer, lines) if args.qmp else _started(args, restorer, lines))
+
+    def interrupt() -> None:
+        if not restorer.interrupt() and not lines.warns_of_end():
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    # A terminal that goes away means the same: what depends on us is not left because of it.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(number, interrupt)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        if lines.status is None:
+            tell("interrupted before anything began: the guest is in the file, as it was")
+        return INTERRUPTED
+
+
+async def _into_running(args: argparse.Namespace, restorer: "Restorer", lines: "_Lines") -> int:
+    """A QEMU that somebody else has started."""
+    from qmigrate.qmp.session import Session
+
+    async with Session.connect(args.qmp, timeout_s=min(10.0, args.answer_timeout)) as session:
+        return lines.finish(await restorer.run(session, uri=args.uri))
+
+
+async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "_Lines") -> int:
+    """One of our own, started while the file is read; it ends with us."""
+    import asyncio
+    import tempfile
+
+    from qmigrate.capture.migration import Migration
+    from qmigrate.qmp.machine import Machine
+
+    command = [*args.qemu, *([] if "-incoming" in args.qemu else ["-incoming", "defer"])]
+    if "-daemonize" in command:
+        raise RefusedError("-daemonize: start it yourself, with -incoming defer, and give --qmp")
+    with Migration(args.file, channels=args.channel) as migration, tempfile.TemporaryDirectory("-qmigrate") as folder:
+        async with Machine(command[0], command[1:], own_group=True) as machine:
+            saved = await asyncio.to_thread(restorer.read, migration)
+            with saved:
+                uri = args.uri or f"unix:{folder}/incoming"
+                result = await restorer.run_saved(saved, machine.session, uri=uri)
+            status = lines.finish(result)
+            if result.exit_code in (0, 4):
+                lines.ends_with_us = True
+                await machine.wait()
+            return status
+
+
+class _Lines:
+    """Events as lines: for a person on standard error, or, with --ndjson, as data on ``out``."""
+
+    def __init__(self, args: argparse.Namespace, out: TextIO) -> None:
+        self._args = args
+        self._out = out
+        self._began_us: int | None = None
+        self._progress_us = 0
+        self.status: int | None = None
+        self.ends_with_us = False
+
+    def warns_of_end(self) -> bool:
+        """Told to stop while all that runs is a QEMU of ours: once it is said what that means."""
+        warns, self.ends_with_us = self.ends_with_us, False
+        if warns:
+            tell("the guest is all there, in a QEMU that ends with this command: once more ends both")
+        return warns
+
+    def take(self, event: "LiveEvent") -> None:
+        """Tell of one event."""
+        import json
+
+        if self._args.ndjson:
+            self._out.write(json.dumps(event.plain()) + "\n")
+            self._out.flush()
+        elif not self._args.quiet and (said := self._line(event)):
+            self._began_us = event.time_us if self._began_us is None else self._began_us
+            self._say(f"{(event.time_us - self._began_us) / 1e6:8.3f} s  {said}")
+
+    def finish(self, result: "RestoreResult") -> int:
+        """How it ended; the exit code."""
+        import json
+
+        self.status = result.exit_code
+        if not result.ok:
+            tell(result.message)
+        if self._args.ndjson or self._args.json:
+            self._out.write(json.dumps(result.plain()) + "\n")
+        elif result.ok:
+            self._out.write(result.message + "\n")
+            for line in _numbers(result):
+                self._out.write(f"  {line}\n")
+        self._out.flush()
+        return result.exit_code
+
+    def _say(self, line: str) -> None:
+        from contextlib import suppress
+
+        from qmigrate.report.names import clean
+
+        if sys.stderr is not None:
+            with suppress(OSError):  # nobody reads it any more: that ends nothing
+                sys.stderr.write(clean(line) + "\n")
+                sys.stderr.flush()
+
+    def _line(self, event: "LiveEvent") -> str:
+        from qmigrate import events
+        from qmigrate.operations import restore
+        from qmigrate.report.units import size
+
+        match event:
+            case restore.Indexed():
+                machine = event.machine_type or "a machine that it does not name"
+                return f"{size(event.total_bytes)} of RAM in {event.blocks} blocks, for {machine}"
+            case restore.Restored():
+                return event.moment
+            case restore.Served():
+                return self._progress(event)
+            case events.StatusChanged():
+                return f"destination: {event.status}"
+            case events.GuestChanged():
+                return f"destination: the guest {'runs' if event.running else 'stopped'}"
+            case events.Decided():
+                return f"{event.decision}: {event.reason}"
+            case events.Troubled():
+                return event.message
+            case events.CommandSent() if self._args.verbose:
+                return f"destination is told: {event.command} {dict(event.arguments)}"
+        return ""
+
+    def _progress(self, event: "Served") -> str:
+        from qmigrate.report.units import count, size
+
+        if event.time_us - self._progress_us < PROGRESS_EVERY_US or not event.bytes_per_s:
+            return ""
+        self._progress_us = event.time_us
+        share = 100 * event.pages // max(event.total, 1)
+        return (
+            f"{share:3} % in, {count(event.pages)} of {count(event.total)} pages, {count(event.requested)} of them "
+            f"asked for, {size(event.bytes_per_s)}/s"
+        )
+
+
+def _numbers(result: "RestoreResult") -> list[str]:
+    """What a person wants to know of it."""
+    from qmigrate.report.units import count, duration, size
+
+    counts, moments = result.counts, result.moments
+    lines = [
+        f"{count(counts.pages)} pages, {count(counts.requested)} of them asked for, {size(counts.sent_bytes)} sent"
+    ]
+    for name, words in (("loaded", "devices loaded"), ("first_answer", "first page answered"), ("filled", "all sent")):
+        if name in moments:
+            lines.append(f"{words} after {duration(moments[name])}")
+    if answered := sum(result.latency.counts):
+        lines.append(
+            f"a page that was asked for was sent after {duration(result.latency.total_ns / 1000 / answered)} on "
+            f"average, after {duration(result.latency.longest_ns / 1000)} at most"
+        )
+    return lines

@@ -1,0 +1,321 @@
+"""Serves a saved guest over a connection: by postcopy, pages on demand and the rest in between; or all of it at once.
+
+The loop is a blocking one in a thread of its own, over the core of ``protocol.source``: what it sends stands in a file,
+so it holds no more than one piece.  A page that is asked for waits for the piece that is on its way, and for what lies
+in the socket before it: both are kept short.
+"""
+
+import os
+import select
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from enum import Enum
+from types import TracebackType
+from typing import Final, Self
+
+from qmigrate.capture.saved import Saved
+from qmigrate.errors import StreamError
+from qmigrate.format.stream import EndOfFile, VmDescriptionHeader
+from qmigrate.protocol.source import LOADED, HostPages, Ponged, Requested, Resumed, Source, Span, Stopped
+
+__all__ = ["Answered", "Counts", "End", "Ended", "Moment", "Server"]
+
+_UNSENT: Final = 1 << 17  # bytes that TCP holds unsent before it says that it takes no more
+_RECEIVED: Final = 1 << 16
+_NS_A_US: Final = 1000
+
+
+class Moment(Enum):
+    """What is told when it happens."""
+
+    SWITCHED = "the package is sent"
+    LOADED = "the devices are loaded"
+    FIRST_ANSWER = "the first page that was asked for is sent"
+    FILLED = "all pages are sent"
+    RESUMED = "it goes on after a broken connection"
+
+
+class End(Enum):
+    """How serving ended."""
+
+    DONE = "done"
+    BROKEN = "the connection broke"
+    REFUSED = "the destination failed"
+    STOPPED = "told to stop"
+    UNREADABLE = "the input can't be served on"
+
+
+@dataclass(frozen=True)
+class Ended:
+    """``reason`` in words, empty where all went well."""
+
+    end: End
+    reason: str = ""
+
+
+@dataclass
+class Answered:
+    """How long answers took: ``counts[i]`` from 2^i up to 2^(i+1) µs, from REQ_PAGES read to the page sent."""
+
+    counts: list[int] = field(default_factory=lambda: [0] * 32)
+    total_ns: int = 0
+    longest_ns: int = 0
+
+    def add(self, waited_ns: int) -> None:
+        self.counts[min((waited_ns // _NS_A_US or 1).bit_length() - 1, 31)] += 1
+        self.total_ns += waited_ns
+        self.longest_ns = max(self.longest_ns, waited_ns)
+
+
+@dataclass
+class Counts:
+    """How far it is: ``pages`` and ``requested`` are target pages, of ``total``; ``requests`` are messages."""
+
+    total: int = 0
+    pages: int = 0
+    requested: int = 0
+    requests: int = 0
+    sent_bytes: int = 0
+
+
+class Server:
+    """One saved guest, served to one destination.  Closes neither ``saved`` nor a peer that it is given.
+
+    ``page_sizes``: of each block, the destination's host pages in bytes.  ``on_moment`` is called from the thread that
+    serves.
+    """
+
+    def __init__(
+        self, saved: Saved, page_sizes: dict[str, int], *, on_moment: Callable[[Moment], None] | None = None
+    ) -> None:
+        self.saved = saved
+        self.counts = Counts(total=sum(block.used_length // saved.page_size for block in saved.blocks))
+        self.answered = Answered()
+        self.is_switched = False
+        self._core = Source(
+            [
+                HostPages(block.name, block.used_length, max(page_sizes[block.name], saved.page_size))
+                for block in saved.blocks
+            ],
+            page_size=saved.page_size,
+            section_id=saved.section_id,
+            footers=saved.footers,
+        )
+        self._on_moment = on_moment or _nobody
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._out: list[bytes | memoryview] = []
+        self._asked: dict[tuple[str, int], int] = {}
+        self._told: set[Moment] = set()
+        self._span: Span | None = None
+        self._reason: Ended | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        os.close(self._wake)
+
+    def stop(self) -> None:
+        """End it at the next turn; may be called from any thread."""
+        os.eventfd_write(self._wake, 1)
+
+    # -- postcopy
+
+    def serve(self, peer: socket.socket) -> Ended:
+        """By postcopy, from the header to SHUT.  The peer blocks; it is ours until this returns."""
+        core, saved = self._core, self.saved
+        self._out = [saved.opening, core.open(), saved.before, core.start(), saved.behind, core.discards()]
+        self._out.append(core.package(saved.devices))
+        return self._pump(peer, self._pieces())
+
+    def resume(self, peer: socket.socket) -> Ended:
+        """On a new connection, where the old one broke after the switch."""
+        self._out = [self._core.resume()]
+        self._asked.clear()
+        self._span = None
+        return self._pump(peer, self._pieces_after_bitmaps())
+
+    def lose(self) -> None:
+        """The connection broke after the switch."""
+        self._core.lose()
+
+    def _pieces(self) -> Iterator[list[bytes | memoryview]]:
+        """What goes out once that before it has; nothing for the time being where a piece is empty."""
+        if not self.is_switched:
+            self.is_switched = True
+            self._tell(Moment.SWITCHED)
+        while (span := self._core.next_span()) is not None:
+            yield self._part(span)
+        self._finish_span()
+        self._tell(Moment.FILLED)
+        yield [self._core.end()]
+
+    def _pieces_after_bitmaps(self) -> Iterator[list[bytes | memoryview]]:
+        while not (said := self._core.resumed()):
+            yield []
+        yield [said]
+        while Moment.RESUMED not in self._told:
+            yield []
+        yield from self._pieces()
+
+    def _part(self, span: Span) -> list[bytes | memoryview]:
+        self._finish_span()
+        self._span = span
+        records = self.saved.index.records(span.block, span.first, span.count)
+        return self._core.part(span, records)
+
+    def _finish_span(self) -> None:
+        """The latest one has been sent."""
+        span, self._span = self._span, None
+        if span is None:
+            return
+        self.counts.pages += span.count
+        if span.requested:
+            self.counts.requested += span.count
+            asked = self._asked.pop((span.block, span.first * self.saved.page_size), None)
+            if asked is not None:
+                self.answered.add(time.perf_counter_ns() - asked)
+            self._tell(Moment.FIRST_ANSWER)
+
+    # -- the loop
+
+    def _pump(self, peer: socket.socket, pieces: Iterator[list[bytes | memoryview]]) -> Ended:
+        """Send, and hear what is said meanwhile, until one of us has had enough."""
+        _prepare(peer)
+        self._reason = None
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        poller.register(peer, select.POLLIN | select.POLLOUT)
+        waits = False  # for something to be said: there is nothing to send
+        try:
+            while self._reason is None:
+                poller.modify(peer, select.POLLIN if waits else select.POLLIN | select.POLLOUT)
+                ready = dict(poller.poll())
+                if self._wake in ready:
+                    return Ended(End.STOPPED, "it was told to stop")
+                state = ready.get(peer.fileno(), 0)
+                if state & (select.POLLIN | select.POLLHUP | select.POLLERR):
+                    self._hear(peer)
+                    waits = False
+                if state & select.POLLOUT and not self._out:
+                    self._out = next(pieces, [])
+                    waits = not self._out
+                if self._out:
+                    self._send(peer)
+        except StreamError as exc:
+            return Ended(End.UNREADABLE, str(exc))
+        except OSError as exc:
+            return Ended(End.BROKEN, exc.strerror or str(exc))
+        return self._reason
+
+    def _send(self, peer: socket.socket) -> None:
+        try:
+            sent = peer.sendmsg(self._out, [], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return
+        self.counts.sent_bytes += sent
+        while self._out and sent >= len(self._out[0]):
+            sent -= len(self._out.pop(0))
+        if sent:
+            self._out[0] = memoryview(self._out[0])[sent:]
+
+    def _hear(self, peer: socket.socket) -> None:
+        try:
+            data = peer.recv(_RECEIVED, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return
+        if data:
+            self._core.receive_data(data)
+        else:
+            self._core.receive_eof()
+        try:
+            for event in self._core.events():
+                self._heard(event)
+        except StreamError as exc:  # what it says can't be understood: a QEMU source pauses then
+            self._reason = Ended(End.BROKEN, f"the destination says what can't be: {exc}")
+        if not data and self._reason is None:
+            self._reason = Ended(End.BROKEN, "the destination closed the connection")
+
+    def _heard(self, event: object) -> None:
+        match event:
+            case Requested(block=block, start=start, is_new=is_new):
+                self.counts.requests += 1
+                if is_new:
+                    self._asked[block, start] = time.perf_counter_ns()
+            case Ponged(token=token) if token == LOADED:
+                self._tell(Moment.LOADED)
+            case Resumed():
+                self._tell(Moment.RESUMED)
+            case Stopped(value=0) if not self._core.left:
+                self._reason = Ended(End.DONE)
+            case Stopped(value=value):
+                self._reason = Ended(
+                    End.REFUSED, f"the destination ended with {value}, {self._core.left} pages missing"
+                )
+
+    def _tell(self, moment: Moment) -> None:
+        if moment not in self._told:
+            self._told.add(moment)
+            self._on_moment(moment)
+
+    # -- precopy
+
+    def send(self, peer: socket.socket) -> Ended:
+        """By precopy: all pages once, then the devices.  The guest runs when all is there."""
+        out = self._all()
+        return self._pump_all(peer, out)
+
+    def _all(self) -> Iterator[list[bytes | memoryview]]:
+        core, saved = self._core, self.saved
+        yield [saved.opening, saved.before, core.start()]
+        while (span := core.next_span()) is not None:
+            yield self._part(span)
+        self._finish_span()
+        self._tell(Moment.FILLED)
+        description = saved.description or VmDescriptionHeader(length=0).build()
+        yield [core.finish_ram(), saved.behind, saved.devices, EndOfFile().build(), description]
+        self.is_switched = True
+        self._tell(Moment.SWITCHED)
+
+    def _pump_all(self, peer: socket.socket, pieces: Iterator[list[bytes | memoryview]]) -> Ended:
+        _prepare(peer)
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        poller.register(peer, select.POLLOUT)
+        try:
+            while self._out or (following := next(pieces, [])):
+                self._out = self._out or following
+                if self._wake in dict(poller.poll()):
+                    return Ended(End.STOPPED, "it was told to stop")
+                self._send(peer)
+            return self._until_closed(peer, poller)
+        except StreamError as exc:
+            return Ended(End.UNREADABLE, str(exc))
+        except OSError as exc:
+            return Ended(End.BROKEN, exc.strerror or str(exc))
+
+    def _until_closed(self, peer: socket.socket, poller: select.poll) -> Ended:
+        """Without a return path a destination says that it has all by closing, or does not."""
+        poller.modify(peer, select.POLLIN)
+        while True:
+            if self._wake in dict(poller.poll()):
+                return Ended(End.STOPPED, "it was told to stop")
+            with suppress(BlockingIOError):
+                if not peer.recv(_RECEIVED, socket.MSG_DONTWAIT):
+                    return Ended(End.DONE)
+
+
+def _prepare(peer: socket.socket) -> None:
+    """A requested page waits for all that lies in the socket before it."""
+    if peer.family in (socket.AF_INET, socket.AF_INET6):
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT)
+
+
+def _nobody(_: Moment) -> None:
+    """To whom nothing is told."""

@@ -1,0 +1,105 @@
+"""A QEMU that waits with -incoming: may this saved guest be restored there, and is it set up for it?
+
+Nothing has begun until here: whatever is wrong is a RefusedError.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+from qmigrate.capture.saved import Saved
+from qmigrate.errors import QmpCommandError, QmpError, RefusedError
+from qmigrate.operations.addresses import SPOILED, check, default_uri, reachable, takes_any_port, where_to_connect
+from qmigrate.operations.watch import Watched
+from qmigrate.operations.whereabouts import INCOMING
+from qmigrate.qmp.features import Features
+from qmigrate.qmp.ram_blocks import RamBlockThere, ram_blocks
+
+__all__ = ["fits", "listen"]
+
+_OFF: Final = ("multifd", "postcopy-preempt", "mapped-ram", "compress", "x-ignore-shared", "x-colo")
+"""What changes how RAM comes: we send it on one channel, page by page."""
+
+
+async def fits(saved: Saved, there: Watched) -> dict[str, int]:
+    """The size of the host's pages there, in bytes, of each block.  Raises ``RefusedError``."""
+    await there.ask()
+    if there.run_state != INCOMING:
+        raise RefusedError(f"destination: it takes no guest: it is {there.run_state}, not started with -incoming")
+    if there.status not in ("none", "setup"):
+        raise RefusedError(f"destination: it receives a migration already ({there.status})")
+    await _check_machine(saved, there)
+    blocks = await ram_blocks(there.session, timeout_s=there.answer_timeout_s)
+    for block in saved.blocks:
+        _check_block(block.name, block.used_length, blocks)
+    return {block.name: blocks[block.name].page_size for block in saved.blocks}
+
+
+def _check_block(name: str, length: int, blocks: Mapping[str, RamBlockThere]) -> None:
+    found = blocks.get(name)
+    if found is None:
+        raise RefusedError(
+            f"destination: it has no RAM block {name}, which is in the file; it has {', '.join(sorted(blocks))}"
+        )
+    if length > found.longest:
+        raise RefusedError(f"destination: {name} has {found.longest} bytes there, and {length} in the file")
+
+
+async def _check_machine(saved: Saved, there: Watched) -> None:
+    try:
+        kind = await there.session.execute(
+            "qom-get", {"path": "/machine", "property": "type"}, timeout_s=there.answer_timeout_s
+        )
+    except QmpCommandError:
+        return  # then QEMU itself says what does not fit
+    name = str(kind).removesuffix("-machine")
+    # A prefix of the name will do for QEMU, an empty one too.
+    if saved.machine_type is not None and not name.startswith(saved.machine_type):
+        raise RefusedError(f"destination: its machine is {name}, that in the file {saved.machine_type}")
+
+
+async def listen(there: Watched, uri: str | None, *, lazy: bool, paused: bool) -> str:
+    """Set it up and have it listen; where to connect.  Raises ``RefusedError``."""
+    check(uri)
+    features = await Features.of(there.session, timeout_s=there.answer_timeout_s)
+    wanted = uri or default_uri(there)
+    await _set_capabilities(there, features, lazy=lazy)
+    if paused:
+        # What -S does: a QEMU that waits for a guest is told not to start it.  softmmu/cpus.c: qmp_stop()
+        await there.execute("stop")
+    if not there.info.get("socket-address"):
+        await _listen(there, features, wanted)
+    await there.ask_status()
+    return where_to_connect(reachable(wanted), there)
+
+
+async def _set_capabilities(there: Watched, features: Features, *, lazy: bool) -> None:
+    states = dict.fromkeys(_OFF, False)
+    if lazy and features.postcopy is None:
+        raise RefusedError("destination: this QEMU can't do postcopy; --eager does without")
+    states[features.postcopy or "postcopy-ram"] = lazy
+    states["events"] = True
+    changes = {name: state for name, state in states.items() if features.capabilities.get(name, False) != state}
+    if not changes:
+        return
+    listed: list[dict[str, Any]] = [{"capability": name, "state": state} for name, state in changes.items()]
+    try:
+        await there.execute("migrate-set-capabilities", {"capabilities": listed})
+    except QmpCommandError as exc:
+        hint = "; --eager does without postcopy" if lazy else ""
+        raise RefusedError(f"destination: {exc.message}{hint}") from exc
+
+
+async def _listen(there: Watched, features: Features, uri: str) -> None:
+    arguments = features.place("migrate-incoming", uri)
+    if "exit-on-error" in features.schema.arguments("migrate-incoming"):
+        arguments["exit-on-error"] = False  # so that it can say what went wrong
+    try:
+        await there.execute("migrate-incoming", arguments)
+    except QmpCommandError as exc:
+        await there.ask_status()
+        spoiled = there.status == "setup" and "already" not in exc.message
+        raise RefusedError(f"destination: {exc.message}{SPOILED if spoiled else ''}") from exc
+    except QmpError as exc:
+        raise RefusedError(f"destination: {exc}") from exc
+    if takes_any_port(uri):
+        await there.ask_status()

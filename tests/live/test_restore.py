@@ -1,0 +1,264 @@
+"""``restore``: a saved guest runs in a stock QEMU at once, and has in the end what the file has."""
+
+import asyncio
+import json
+import shlex
+import signal
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Event
+from typing import Any, Final
+
+import pytest
+
+from qmigrate.analysis.extract import extract
+from qmigrate.capture.index import PageIndex
+from qmigrate.capture.migration import Migration
+from qmigrate.errors import RefusedError
+from qmigrate.events import LiveEvent
+from qmigrate.operations.restore import Restored, Restorer, RestoreResult
+from qmigrate.qmp import migration
+from qmigrate.qmp.machine import Machine
+from tests.guests import console
+from tests.live.receiving import huge_pages
+from tests.live.recording import Kind, Recording, arguments_of, recorded
+from tests.live.same import assert_same_ram
+from tests.live.versions import Qemu, installed, newest
+
+pytestmark = [pytest.mark.live, pytest.mark.asyncio]
+
+TIMEOUT_S: Final = 60.0
+every_qemu = pytest.mark.parametrize("qemu", installed(), ids=lambda qemu: qemu.name)
+
+
+@dataclass(frozen=True)
+class File:
+    """A guest that was saved by a QEMU that has ended since."""
+
+    qemu: Qemu
+    kind: Kind
+    stream: Path
+    channels: tuple[str, ...]
+
+
+@asynccontextmanager
+async def waiting(file: File, folder: Path, more: tuple[str, ...] = (), **changes: Any) -> AsyncGenerator[Machine]:
+    """A QEMU of the saved guest's machine, which waits for it."""
+    folder.mkdir()
+    kind = Kind(**{**vars(file.kind), **changes})
+    arguments = [*arguments_of(file.qemu, kind, folder, folder / "console"), *more, "-incoming", "defer"]
+    async with Machine(file.qemu.path, arguments, name=f"destination {file.qemu.name}") as machine:
+        yield machine
+
+
+async def saved(qemu: Qemu, name: str, folder: Path) -> File:
+    folder.mkdir()
+    async with recorded(qemu, name, folder) as recording:
+        return File(qemu, recording.kind, recording.stream, _channels(recording))
+
+
+def _channels(recording: Recording) -> tuple[str, ...]:
+    return tuple(map(str, recording.channels))
+
+
+async def restore(file: File, machine: Machine, folder: Path, **wishes: Any) -> RestoreResult:
+    async with asyncio.timeout(TIMEOUT_S):
+        restorer = Restorer(file.stream, channels=file.channels, **wishes)
+        return await restorer.run(machine.session, uri=f"unix:{folder / 'in'}")
+
+
+async def assert_has_all(file: File, machine: Machine, scratch: Path) -> None:
+    """Every page of the stopped machine is what the file's last copy of it is."""
+    with Migration(file.stream, channels=file.channels) as read:
+        extracted = extract(read, scratch / "ram")
+    compared = await assert_same_ram(machine, extracted, scratch / "memory")
+    assert sum(compared.seen.values()) >= 8 << 20
+
+
+@every_qemu
+async def test_a_restored_guest_goes_on_and_a_paused_one_has_every_page_of_the_file(qemu: Qemu, tmp_path: Path) -> None:
+    """One recording for both, of several passes; and eagerly, that the other way leads to the same."""
+    file = await saved(qemu, "pc-running", tmp_path / "saved")
+    async with waiting(file, tmp_path / "runs") as machine:
+        result = await restore(file, machine, tmp_path / "runs")
+        assert (result.exit_code, result.running, result.counts.pages) == (0, True, result.counts.total)
+        assert result.counts.requested > 0
+        assert sum(result.latency.counts) > 0
+        await console.assert_goes_on(tmp_path / "runs" / "console")
+    for how in ("lazy", "eager"):
+        async with waiting(file, tmp_path / how) as machine:
+            result = await restore(file, machine, tmp_path / how, paused=True, eager=how == "eager")
+            assert (result.exit_code, result.running) == (0, False)
+            await assert_has_all(file, machine, tmp_path / how)
+
+
+@pytest.mark.parametrize("name", ["q35-many", "pc-postcopy", "pc-mapped", "pc-multifd-zlib", "pc-xbzrle"])
+async def test_whatever_way_ram_travelled_it_is_restored(name: str, tmp_path: Path) -> None:
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    file = await saved(qemu, name, tmp_path / "saved")
+    async with waiting(file, tmp_path / "paused") as machine:
+        result = await restore(file, machine, tmp_path / "paused", paused=True)
+        assert (result.exit_code, result.message) == (0, "all is in; the guest is paused there")
+        await assert_has_all(file, machine, tmp_path / "paused")
+
+
+async def test_a_guest_is_restored_onto_huge_pages(tmp_path: Path) -> None:
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    huge = "-object memory-backend-memfd,id=pc.ram,size=8M,hugetlb=on,hugetlbsize=2M,x-use-canonical-path-for-ramblock-id=off"
+    file = await saved(qemu, "pc-paused", tmp_path / "saved")
+    with huge_pages(8):
+        async with waiting(file, tmp_path / "d", tuple(huge.split()), machine="pc,memory-backend=pc.ram") as machine:
+            result = await restore(file, machine, tmp_path / "d")
+            assert result.exit_code == 0
+            await console.assert_goes_on(tmp_path / "d" / "console")
+
+
+@dataclass
+class Held:
+    """Serving holds still once some pages are sent, until it may go on."""
+
+    index: PageIndex
+    after: int
+    go_on: Event
+    count: int = 0
+
+    def __post_init__(self) -> None:
+        self._records = self.index.records
+        self.index.records = self.records  # type: ignore[method-assign]  # of this one object
+
+    def records(self, block: str, first: int, count: int) -> bytearray:
+        self.count += 1
+        if self.count > self.after:
+            assert self.go_on.wait(TIMEOUT_S)
+        return self._records(block, first, count)
+
+
+async def test_who_is_told_to_stop_twice_leaves_the_guest_paused_and_says_so(tmp_path: Path) -> None:
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    file = await saved(qemu, "pc-running", tmp_path / "saved")
+    said: list[LiveEvent] = []
+    loaded = asyncio.Event()
+
+    def take(event: LiveEvent) -> None:
+        said.append(event)
+        if isinstance(event, Restored) and event.moment == "the package is sent":
+            loaded.set()
+
+    async with waiting(file, tmp_path / "d") as machine:
+        restorer = Restorer(file.stream, on_event=take)
+        with Migration(file.stream) as read, restorer.read(read) as held:
+            go_on = Event()
+            Held(held.index, 3, go_on)
+            task = asyncio.ensure_future(restorer.run_saved(held, machine.session, uri=f"unix:{tmp_path / 'd' / 'in'}"))
+            async with asyncio.timeout(TIMEOUT_S):
+                await loaded.wait()
+                await migration.wait_until(machine.session, "postcopy-active", timeout_s=TIMEOUT_S)
+                assert restorer.interrupt()
+                assert "needs this process" in str(said[-1])
+                assert restorer.interrupt()
+                go_on.set()
+                result = await task
+        assert result.exit_code == 5
+        assert "the destination is postcopy-paused" in result.message
+        assert (await migration.query(machine.session))["status"] == "postcopy-paused"
+        machine.kill()  # it would not end when asked
+
+
+async def test_a_file_that_changes_while_it_is_served_is_not_served_on(tmp_path: Path) -> None:
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    file = await saved(qemu, "pc-paused", tmp_path / "saved")
+    async with waiting(file, tmp_path / "d") as machine:
+        restorer = Restorer(file.stream)
+        with Migration(file.stream) as read, restorer.read(read) as indexed:
+            with file.stream.open("r+b") as changed:
+                changed.truncate(file.stream.stat().st_size // 2)
+            async with asyncio.timeout(TIMEOUT_S):
+                result = await restorer.run_saved(indexed, machine.session, uri=f"unix:{tmp_path / 'd' / 'in'}")
+        assert result.exit_code in (5, 6)
+        assert "the input was changed since its pages were indexed" in result.message
+        machine.kill()
+
+
+async def test_what_does_not_fit_is_refused_before_anything_begins(tmp_path: Path) -> None:
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    file = await saved(qemu, "pc-paused", tmp_path / "saved")
+    whole = file.stream.read_bytes()
+    refusals = {
+        "q35": ({"machine": "q35"}, "its machine is pc-q35-"),
+        "more": ({}, "destination: it has no RAM block"),
+        "cut": ({}, "stream.mig: 0x"),
+    }
+    for name, (changes, reason) in refusals.items():
+        file.stream.write_bytes(
+            whole.replace(b"\x06pc.rom", b"\x06pc.rum")
+            if name == "more"
+            else whole[:-20000]
+            if name == "cut"
+            else whole
+        )
+        async with waiting(file, tmp_path / name, **changes) as machine:
+            with pytest.raises(RefusedError, match=reason):
+                await restore(file, machine, tmp_path / name)
+            assert (await machine.session.execute("query-status"))["status"] == "inmigrate"
+
+
+async def test_the_command_starts_a_qemu_which_ends_with_it(tmp_path: Path) -> None:
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    file = await saved(qemu, "pc-running", tmp_path / "saved")
+    said = tmp_path / "console"
+    arguments = [str(qemu.path), *arguments_of(qemu, file.kind, tmp_path, said)]
+    command = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "qmigrate", "restore", "--json", str(file.stream), "--", *arguments),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert command.stdout is not None
+    assert command.stderr is not None
+    try:
+        async with asyncio.timeout(TIMEOUT_S):
+            answer = json.loads(await command.stdout.readline())
+            assert (answer["exit_code"], answer["pages"]) == (0, answer["total"])
+            await console.assert_goes_on(said)
+            command.send_signal(signal.SIGINT)
+            while b"once more ends both" not in await command.stderr.readline():
+                assert command.returncode is None
+            await console.assert_goes_on(said)
+            command.send_signal(signal.SIGINT)
+            assert await command.wait() == 130
+    finally:
+        if command.returncode is None:
+            command.kill()
+            await command.wait()
+
+
+async def test_the_command_restores_into_a_qemu_that_waits(tmp_path: Path) -> None:
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    file = await saved(qemu, "pc-paused", tmp_path / "saved")
+    qmp = tmp_path / "qmp"
+    async with waiting(file, tmp_path / "d", ("-qmp", f"unix:{qmp},server=on,wait=off")) as machine:
+        command = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "qmigrate", "restore", "-q", str(file.stream), "--qmp", str(qmp)),
+            stdout=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(TIMEOUT_S):
+            out, _ = await command.communicate()
+        assert (command.returncode, out.splitlines()[0]) == (0, b"the guest runs, all its pages are in"), shlex.join([])
+        await console.assert_goes_on(tmp_path / "d" / "console")
+        assert (await migration.query(machine.session))["status"] == "completed"
