@@ -309,6 +309,8 @@ def _subsections_there(
 
     migration/vmstate.c: vmstate_subsection_load()
     """
+    if not description.vmsd_name:  # 5.2 and 7.2 describe a NULL so
+        return
     known = {item.vmsd_name: item for item in description.subsections}
     while (name := _subsection_name(cursor)) is not None and name.startswith(description.vmsd_name):
         item = known.get(name) or OPTIONAL.get(name)

@@ -197,7 +197,8 @@ def locate(source: View, destination: View) -> Whereabouts:
 def _taken_over(source: View, destination: View) -> Whereabouts:
     running = destination.running
     runs = "runs" if running else "is stopped"
-    if not is_postcopy(destination.status):
+    # Any other word may be said in postcopy, too: `active` by 5.2 and 7.2, `setup` before a recovery, `failed`.
+    if destination.status in ("completed", "none"):
         return Whereabouts(Place.DESTINATION, running, f"The guest {runs} on the destination, with all of its memory.")
     if source.dead:
         return Whereabouts(
@@ -232,6 +233,13 @@ def _taken_over(source: View, destination: View) -> Whereabouts:
     if source.status == "completed":
         return Whereabouts(
             Place.DESTINATION, running, f"The guest {runs} on the destination; the source has sent all of its memory."
+        )
+    if source.status not in FINAL_STATUSES | {"none"}:
+        return Whereabouts(
+            Place.DESTINATION,
+            running,
+            f"The guest {runs} on the destination; its migration is still under way ({source.status}).",
+            "Look again: `qmigrate status SRC DST`.",
         )
     return Whereabouts(
         Place.LOST,

@@ -15,6 +15,7 @@ import qmigrate
 from qmigrate.analysis.devices import plain
 from qmigrate.analysis.summary import oddities
 from qmigrate.capture.schemas import Damaged, Schema, SchemaCache, SchemaError, cache_folder, read_schema
+from qmigrate.format.command import PostcopyListen, PostcopyRun
 from qmigrate.format.stream import SectionType
 from tests import streams
 from tests.streams import TIMER_FIELDS, described, device, field
@@ -234,6 +235,26 @@ def test_a_section_that_the_schema_does_not_fit_stays_bytes_with_the_reason(cach
     (timer,) = [section for section in contents.sections if section.name == "timer"]
     assert timer.reason is not None
     assert timer.reason.startswith(f"schema {schema.id}, made from a.mig: the description does not fit: ")
+
+
+def test_a_false_section_in_a_buffer_is_bytes_under_a_schema(cache: SchemaCache, tmp_path: Path) -> None:
+    again = streams.section(SectionType.FULL, "a", section_id=3)
+    inside = b"1" * 8 + streams.footer(3) + device("false", b"f" * 20, section_id=9) + again + b"2" * 8
+    sections = device("b", b"b", section_id=1) + device("a", inside, section_id=3) + device("d", b"d", section_id=4)
+    byte = field("x", "uint8", 1)
+    known = streams.description(
+        described("b", byte), described("a", field("x", "buffer", len(inside))), described("d", byte)
+    )
+    package = streams.package(streams.command(PostcopyListen()), sections, streams.command(PostcopyRun()))
+    head = streams.header() + streams.configuration() + streams.ram_start() + streams.ram()
+    path = postcopy(tmp_path, head + package + streams.ram_end() + streams.eof())
+    with qmigrate.open(path, description=cache) as migration:
+        (span,) = migration.contents.undecoded
+        assert "there are two readings: a to " in span[2]
+    cache.add(made(known, sections))
+    with qmigrate.open(path, description=cache) as migration:
+        assert migration.contents.undecoded == []
+        assert list(migration.devices) == ["b/0", "a/0", "d/0"]
 
 
 def test_a_text_that_is_no_description_fits_nothing(cache: SchemaCache, tmp_path: Path) -> None:

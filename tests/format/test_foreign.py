@@ -79,6 +79,12 @@ def test_a_subsection_of_another_vmsd_belongs_to_the_outer_level() -> None:
     assert not decoded(known, b"\1").subsections
 
 
+def test_a_struct_without_a_name_has_no_subsections() -> None:
+    nameless = {"name": "s", "type": "struct", "struct": {}, "size": 0}
+    known = body(nameless, field("text", "buffer", 4), subsections=[])
+    assert decoded(known, b"\5\2ab").fields[1].value == b"\5\2ab"
+
+
 def test_elements_need_not_have_what_the_first_one_had() -> None:
     element = struct_of("e", BYTE, subsections=[struct_of("e/more", BYTE)])
     known = body(field("s", "struct", 14, array_len=2, struct=element), subsections=[])

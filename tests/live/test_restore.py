@@ -1,11 +1,14 @@
 """``restore``: a saved guest runs in a stock QEMU at once, and has in the end what the file has."""
 
 import asyncio
+import contextlib
+import itertools
 import json
-import shlex
 import signal
+import socket
 import sys
-from collections.abc import AsyncGenerator
+import time
+from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +20,12 @@ import pytest
 from qmigrate.analysis.extract import extract
 from qmigrate.capture.index import PageIndex
 from qmigrate.capture.migration import Migration
+from qmigrate.endpoint import transport
+from qmigrate.endpoint.transport import SocketAddress
 from qmigrate.errors import RefusedError
 from qmigrate.events import LiveEvent
+from qmigrate.format.feed import Feed
+from qmigrate.format.return_path import RequestPagesId, read_return_path
 from qmigrate.operations.restore import Restored, Restorer, RestoreResult
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
@@ -78,16 +85,62 @@ async def assert_has_all(file: File, machine: Machine, scratch: Path) -> None:
     assert sum(compared.seen.values()) >= 8 << 20
 
 
+def hold(index: PageIndex, until: Callable[[], bool], *, after: int = 0) -> None:
+    """Serving holds still before it reads its next page, once so many pieces were sent, until this holds."""
+    records, pieces = index.records, itertools.count()
+
+    def held_records(block: str, first: int, count: int) -> bytearray:
+        deadline = time.monotonic() + TIMEOUT_S
+        while next(pieces) >= after and not until():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        return records(block, first, count)
+
+    index.records = held_records  # type: ignore[method-assign]  # of this one object
+
+
+@pytest.fixture
+def peers(monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
+    """The connections that are made to destinations."""
+    made: list[socket.socket] = []
+
+    async def connect(address: SocketAddress) -> socket.socket:
+        made.append(await transport.connect(address))
+        return made[-1]
+
+    monkeypatch.setattr("qmigrate.operations.restore.connect", connect)
+    return made
+
+
+def is_asked(peer: socket.socket) -> bool:
+    """Does a request for a page lie in the socket, unread?"""
+    feed = Feed(window=1 << 16)
+    with contextlib.suppress(BlockingIOError):
+        feed.receive(peer.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    entries = itertools.takewhile(bool, read_return_path(feed))
+    return any(isinstance(entry.message, RequestPagesId) for entry in entries if entry)
+
+
 @every_qemu
-async def test_a_restored_guest_goes_on_and_a_paused_one_has_every_page_of_the_file(qemu: Qemu, tmp_path: Path) -> None:
-    """One recording for both, of several passes; and eagerly, that the other way leads to the same."""
+async def test_a_guest_runs_before_its_pages_are_there_and_goes_on(
+    qemu: Qemu, tmp_path: Path, peers: list[socket.socket]
+) -> None:
     file = await saved(qemu, "pc-running", tmp_path / "saved")
-    async with waiting(file, tmp_path / "runs") as machine:
-        result = await restore(file, machine, tmp_path / "runs")
+    async with waiting(file, tmp_path / "d") as machine:
+        restorer = Restorer(file.stream)
+        with Migration(file.stream) as read, restorer.read(read) as indexed:
+            hold(indexed.index, lambda: is_asked(peers[0]))
+            async with asyncio.timeout(TIMEOUT_S):
+                result = await restorer.run_saved(indexed, machine.session, uri=f"unix:{tmp_path / 'd' / 'in'}")
         assert (result.exit_code, result.running, result.counts.pages) == (0, True, result.counts.total)
-        assert result.counts.requested > 0
-        assert sum(result.latency.counts) > 0
-        await console.assert_goes_on(tmp_path / "runs" / "console")
+        assert 0 < sum(result.latency.counts) <= result.counts.requested
+        await console.assert_goes_on(tmp_path / "d" / "console")
+
+
+@every_qemu
+async def test_a_paused_guest_has_every_page_of_the_file(qemu: Qemu, tmp_path: Path) -> None:
+    """By both ways, of a recording of several passes."""
+    file = await saved(qemu, "pc-running", tmp_path / "saved")
     for how in ("lazy", "eager"):
         async with waiting(file, tmp_path / how) as machine:
             result = await restore(file, machine, tmp_path / how, paused=True, eager=how == "eager")
@@ -111,33 +164,13 @@ async def test_a_guest_is_restored_onto_huge_pages(tmp_path: Path) -> None:
     qemu = newest()
     if qemu is None:
         pytest.skip("no QEMU")
-    huge = "-object memory-backend-memfd,id=pc.ram,size=8M,hugetlb=on,hugetlbsize=2M,x-use-canonical-path-for-ramblock-id=off"
+    huge = "memory-backend-memfd,id=pc.ram,size=8M,hugetlb=on,hugetlbsize=2M,x-use-canonical-path-for-ramblock-id=off"
     file = await saved(qemu, "pc-paused", tmp_path / "saved")
     with huge_pages(8):
-        async with waiting(file, tmp_path / "d", tuple(huge.split()), machine="pc,memory-backend=pc.ram") as machine:
+        async with waiting(file, tmp_path / "d", ("-object", huge), machine="pc,memory-backend=pc.ram") as machine:
             result = await restore(file, machine, tmp_path / "d")
             assert result.exit_code == 0
             await console.assert_goes_on(tmp_path / "d" / "console")
-
-
-@dataclass
-class Held:
-    """Serving holds still once some pages are sent, until it may go on."""
-
-    index: PageIndex
-    after: int
-    go_on: Event
-    count: int = 0
-
-    def __post_init__(self) -> None:
-        self._records = self.index.records
-        self.index.records = self.records  # type: ignore[method-assign]  # of this one object
-
-    def records(self, block: str, first: int, count: int) -> bytearray:
-        self.count += 1
-        if self.count > self.after:
-            assert self.go_on.wait(TIMEOUT_S)
-        return self._records(block, first, count)
 
 
 async def test_who_is_told_to_stop_twice_leaves_the_guest_paused_and_says_so(tmp_path: Path) -> None:
@@ -157,7 +190,7 @@ async def test_who_is_told_to_stop_twice_leaves_the_guest_paused_and_says_so(tmp
         restorer = Restorer(file.stream, on_event=take)
         with Migration(file.stream) as read, restorer.read(read) as held:
             go_on = Event()
-            Held(held.index, 3, go_on)
+            hold(held.index, go_on.is_set, after=3)
             task = asyncio.ensure_future(restorer.run_saved(held, machine.session, uri=f"unix:{tmp_path / 'd' / 'in'}"))
             async with asyncio.timeout(TIMEOUT_S):
                 await loaded.wait()
@@ -196,7 +229,7 @@ async def test_what_does_not_fit_is_refused_before_anything_begins(tmp_path: Pat
         pytest.skip("no QEMU")
     file = await saved(qemu, "pc-paused", tmp_path / "saved")
     whole = file.stream.read_bytes()
-    refusals = {
+    refusals: dict[str, tuple[dict[str, Any], str]] = {
         "q35": ({"machine": "q35"}, "its machine is pc-q35-"),
         "more": ({}, "destination: it has no RAM block"),
         "cut": ({}, "stream.mig: 0x"),
@@ -259,6 +292,6 @@ async def test_the_command_restores_into_a_qemu_that_waits(tmp_path: Path) -> No
         )
         async with asyncio.timeout(TIMEOUT_S):
             out, _ = await command.communicate()
-        assert (command.returncode, out.splitlines()[0]) == (0, b"the guest runs, all its pages are in"), shlex.join([])
+        assert (command.returncode, out.splitlines()[0]) == (0, b"the guest runs, all its pages are in")
         await console.assert_goes_on(tmp_path / "d" / "console")
         assert (await migration.query(machine.session))["status"] == "completed"
