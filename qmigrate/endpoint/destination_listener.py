@@ -25,6 +25,7 @@ from qmigrate.protocol.phases import Phase
 from qmigrate.uffd.toucher import Histogram
 from qmigrate.uffd.userfault import Userfaultfd
 
+POSTCOPY_READ: Final = 1 << 16  # bytes
 PROGRESS_S: Final = 0.25
 QUIET_S: Final = 0.5  # after which a tail that could be whole is taken to be
 GUEST_TIMEOUT_S: Final = 30.0  # to load a package of which all has come
@@ -116,7 +117,9 @@ class Listener:
                 core.quiet()
                 if core.feed.ended:
                     continue
-            count = channel.read_into(core.space())
+            # In postcopy what is read ahead makes a requested page wait behind it.
+            space = core.space() if self.placer is None else core.space()[:POSTCOPY_READ]
+            count = channel.read_into(space)
             self.received_bytes += count
             if count:
                 core.received(count)

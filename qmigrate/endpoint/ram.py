@@ -24,6 +24,8 @@ __all__ = ["Counts", "GuestRam", "Placer", "write_pages"]
 
 _PAGE: Final = int(RamFlag.PAGE)
 _STAGED: Final = 1 << 20  # bytes placed by one COPY at most, where host pages are small
+_PIECE_PAGES: Final = 16  # staged at once: a page of 64 KiB fits so often
+_FEW_ZEROS: Final = 8  # pages, which are copied with their neighbours; more are placed as zero pages
 _MOST_MEMORY: Final = 1 << 46  # bytes: what x86 can map; one that claims more lies
 
 
@@ -208,22 +210,43 @@ class Placer:
             self._place_runs(number, came)
 
     def _place_runs(self, number: int, came: PagesCame) -> None:
-        page_size, view = came.pages.page_size, came.view
-        stride, most = 8 + page_size, len(self._staging) // page_size
+        """What follows one another in the block is placed at once, of whichever kind: a call costs more than zeros."""
+        page_size = came.pages.page_size
+        begin = end = 0  # in the block: what is staged and not placed yet
         for run, at in _records(came.pages, came.offset):
-            if run.flag != _PAGE:
+            length = run.page_count * page_size
+            if run.flag != _PAGE and run.page_count > _FEW_ZEROS:
+                self._flush(number, begin, end)
                 self._counts.zero += run.page_count
-                self._zero(number, run.start, run.page_count * page_size)
+                self._zero(number, run.start, length)
+                begin = end = 0
                 continue
-            self._counts.normal += run.page_count
-            for first in range(0, run.page_count, most):
-                count = min(most, run.page_count - first)
-                length = count * page_size
-                for place, contents in zip(
-                    range(0, length, page_size), itertools.count(at + first * stride, stride), strict=False
-                ):
-                    self._staging[place : place + page_size] = view[contents : contents + page_size]
-                self._copy(number, run.start + first * page_size, length)
+            for first in range(0, run.page_count, _PIECE_PAGES):
+                count = min(_PIECE_PAGES, run.page_count - first)
+                start = run.start + first * page_size
+                if start != end or end - begin + count * page_size > len(self._staging):
+                    self._flush(number, begin, end)
+                    begin = start
+                self._stage(run.flag, start - begin, count, came, at + first * (8 + page_size))
+                end = start + count * page_size
+        self._flush(number, begin, end)
+
+    def _stage(self, flag: int, place: int, count: int, came: PagesCame, at: int) -> None:
+        """``count`` pages into the staging area at ``place``; the first one's contents stand at ``at`` in the view."""
+        page_size, staging, view = came.pages.page_size, self._staging, came.view
+        if flag != _PAGE:
+            self._counts.zero += count
+            staging[place : place + count * page_size] = bytes(count * page_size)
+            return
+        self._counts.normal += count
+        contents = at
+        for inside in range(place, place + count * page_size, page_size):
+            staging[inside : inside + page_size] = view[contents : contents + page_size]
+            contents += 8 + page_size
+
+    def _flush(self, number: int, begin: int, end: int) -> None:
+        if begin < end:
+            self._copy(number, begin, end - begin)
 
     def _gather(self, number: int, came: PagesCame) -> None:
         page_size, unit = came.pages.page_size, self._ram.block(number).page_size

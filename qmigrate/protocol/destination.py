@@ -253,9 +253,9 @@ class Destination:
 
     def received(self, count: int) -> None:
         """So many bytes were written to ``space()``."""
-        if self._stream.tail is not None:
-            self._stream.tail += self.feed.space()[:count]
         self.feed.received(count)
+        if self._stream.tail is not None and count:
+            self._stream.tail += self.feed.view()[-count:]
 
     def receive_data(self, data: bytes) -> None:
         """Take in ``data``."""
