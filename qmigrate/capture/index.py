@@ -296,7 +296,7 @@ class PageIndex:
         Raises ``StreamError`` where the input is no longer what was indexed: of a record its word is compared, of any
         page the file's size and time.
         """
-        self._check_stamp()
+        self.check()
         runs = list(self.runs(block, first, count))
         out = bytearray(sum(run.page_count * self._record_bytes(run.kind) for run in runs))
         view, at = memoryview(out), 0
@@ -369,7 +369,8 @@ class PageIndex:
         status = os.fstat(self._descriptor)
         return status.st_size, status.st_mtime_ns
 
-    def _check_stamp(self) -> None:
+    def check(self) -> None:
+        """Raises ``StreamError`` where the input was changed since."""
         if self._stamp != self._stamped():
             raise StreamError("the input was changed since its pages were indexed")
 

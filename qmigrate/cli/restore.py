@@ -25,6 +25,7 @@ DESCRIPTION = (
 EXAMPLES = (
     "qmigrate restore guest.mig --qmp /run/vm/qmp.sock",
     "qmigrate restore guest.mig -- qemu-system-x86_64 -machine pc -m 1G -display none",
+    "qmigrate restore --resume guest.mig --qmp /run/vm/qmp.sock",
     "qmigrate restore --eager --paused guest.mig --qmp localhost:4444",
 )
 
@@ -49,6 +50,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how")
     how.add_argument("--eager", action="store_true", help="by precopy: all pages are there before the guest runs")
     how.add_argument("--paused", action="store_true", help="the guest is not to run until somebody says `cont`")
+    how.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with a destination that is postcopy-paused, since whoever served it FILE was ended",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="how it ended as JSON, with all times and latencies")
     output.add_argument("--ndjson", action="store_true", help="every event as a JSON object on a line of its own")
@@ -58,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     if (args.qmp is None) == (not args.qemu):
         raise RefusedError("restore into which QEMU? Give --qmp ADDRESS, or behind -- one to start")
+    if args.resume and (args.qemu or args.eager or args.paused):
+        raise RefusedError("--resume is for a guest that runs already: give --qmp, and neither --eager nor --paused")
     import asyncio
 
     from qmigrate.operations.restore import Restorer
@@ -68,6 +76,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         channels=tuple(args.channel),
         eager=args.eager,
         paused=args.paused,
+        resume=args.resume,
         answer_timeout_s=args.answer_timeout,
         on_event=lines.take,
     )

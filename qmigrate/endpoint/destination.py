@@ -25,11 +25,15 @@ from qmigrate.endpoint.link import Link, LinkClosedError, Said
 from qmigrate.errors import QmigrateError
 from qmigrate.uffd.toucher import Workload
 
-__all__ = ["Destination", "Workload"]
+__all__ = ["Destination", "ProcessDiedError", "Workload"]
 
 START_TIMEOUT_S: Final = 60.0
 END_TIMEOUT_S: Final = 10.0
 _PROCESSES: Final = ("listener", "guest", "pager")
+
+
+class ProcessDiedError(QmigrateError):
+    """One of the three ended before its time: a fault of ours, or somebody killed it."""
 
 
 class Destination:
@@ -133,13 +137,13 @@ class Destination:
     # -- what they tell
 
     async def said(self) -> AsyncIterator[Said]:
-        """What the processes tell, in the order in which it came.  Raises ``QmigrateError`` where one died early."""
+        """What the processes tell, in the order in which it came.  Raises ``ProcessDiedError``."""
         while True:
             name, said = await self._queue.get()
             if said is not None:
                 yield said
             elif (status := await asyncio.to_thread(self._processes[name].wait)) != 0:
-                raise QmigrateError(f"the {name}'s process ended with {status}")
+                raise ProcessDiedError(f"the {name}'s process ended with {status}")
 
     def _hear(self, name: str) -> None:
         try:

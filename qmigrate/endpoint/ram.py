@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from qmigrate.errors import QmigrateError, StreamError, UnsupportedError
-from qmigrate.format.ram import PageRun, Pages, RamBlock, RamFlag
+from qmigrate.format.ram import PageRun, RamBlock, RamFlag
 from qmigrate.protocol.destination import PagesCame
 from qmigrate.protocol.page_map import BlockPages, PageMap
 from qmigrate.uffd.memory import HOST_PAGE, BlockMemory, address_of, discard
@@ -91,6 +91,11 @@ class GuestRam:
         shared = (descriptors[0], descriptors[1])
         return cls(PageMap(numbered, mmap.mmap(shared[0], 0)), memory, shared, described["target_page"])
 
+    def close(self) -> None:
+        """The descriptors; what is mapped stays until nobody uses it."""
+        for descriptor in self.descriptors:
+            os.close(descriptor)
+
     # -- when pages were asked for
 
     def asked(self, number: int, start: int) -> None:
@@ -139,11 +144,15 @@ def _shared_bytes(name: str, length: int) -> int:
     return descriptor
 
 
-def _records(pages: Pages, offset: int) -> Iterator[tuple[PageRun, int]]:
+def _records(came: PagesCame) -> Iterator[tuple[PageRun, int]]:
     """Each run, and where in the view its first page's contents (or fill byte) stand."""
+    pages, offset, length = came.pages, came.offset, len(came.view)
     name_bytes = 1 + len(pages.block.encode("utf-8", "surrogateescape")) if pages.named else 0
     for run in pages.runs:
-        yield run, run.offset - offset + 8 + name_bytes
+        at = run.offset - offset + 8 + name_bytes
+        # pages.scan() may let a run reach beyond the bytes that it says it has read: those pages come again.
+        fit = (length - at + 8) // pages.record_bytes(run.flag)
+        yield (run if run.page_count <= fit else run._replace(page_count=fit)), at
         name_bytes = 0  # only the first record of all can have a name
 
 
@@ -153,7 +162,7 @@ def write_pages(ram: GuestRam, came: PagesCame, counts: Counts) -> None:
     number, page_size = ram.number(pages.block), pages.page_size
     mapping = ram.memory[number].mapping
     stride = 8 + page_size
-    for run, at in _records(pages, came.offset):
+    for run, at in _records(came):
         start, length = run.start, run.page_count * page_size
         if run.flag == _PAGE:
             counts.normal += run.page_count
@@ -213,7 +222,7 @@ class Placer:
         """What follows one another in the block is placed at once, of whichever kind: a call costs more than zeros."""
         page_size = came.pages.page_size
         begin = end = 0  # in the block: what is staged and not placed yet
-        for run, at in _records(came.pages, came.offset):
+        for run, at in _records(came):
             length = run.page_count * page_size
             if run.flag != _PAGE and run.page_count > _FEW_ZEROS:
                 self._flush(number, begin, end)
@@ -251,7 +260,7 @@ class Placer:
     def _gather(self, number: int, came: PagesCame) -> None:
         page_size, unit = came.pages.page_size, self._ram.block(number).page_size
         zeros = memoryview(bytes(page_size))
-        for run, at in _records(came.pages, came.offset):
+        for run, at in _records(came):
             starts = range(run.start, run.start + run.page_count * page_size, page_size)
             for start, contents in zip(starts, itertools.count(at, 8 + page_size), strict=False):
                 self._begin(number, start // unit * unit, came)

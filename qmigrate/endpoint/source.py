@@ -129,20 +129,20 @@ class Server:
     def serve(self, peer: socket.socket) -> Ended:
         """By postcopy, from the header to SHUT.  The peer blocks; it is ours until this returns."""
         core, saved = self._core, self.saved
+        try:
+            saved.index.check()  # as long as nothing has begun
+        except StreamError as exc:
+            return Ended(End.UNREADABLE, str(exc))
         self._out = [saved.opening, core.open(), saved.before, core.start(), saved.behind, core.discards()]
         self._out.append(core.package(saved.devices))
         return self._pump(peer, self._pieces())
 
     def resume(self, peer: socket.socket) -> Ended:
-        """On a new connection, where the old one broke after the switch."""
+        """A destination that is paused, since whoever served it is gone: what it has not, it gets from here on."""
+        self._core.adopt()
+        self.is_switched = True
         self._out = [self._core.resume()]
-        self._asked.clear()
-        self._span = None
         return self._pump(peer, self._pieces_after_bitmaps())
-
-    def lose(self) -> None:
-        """The connection broke after the switch."""
-        self._core.lose()
 
     def _pieces(self) -> Iterator[list[bytes | memoryview]]:
         """What goes out once that before it has; nothing for the time being where a piece is empty."""
@@ -158,6 +158,7 @@ class Server:
     def _pieces_after_bitmaps(self) -> Iterator[list[bytes | memoryview]]:
         while not (said := self._core.resumed()):
             yield []
+        self.counts.pages = self.counts.total - self._core.left_pages
         yield [said]
         while Moment.RESUMED not in self._told:
             yield []

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from qmigrate.endpoint.destination import Destination, Workload
+from qmigrate.endpoint.destination import Destination, ProcessDiedError, Workload
 from qmigrate.endpoint.incoming import Arrived, ChannelKind, Incoming
 from qmigrate.endpoint.link import Said
 from qmigrate.errors import QmigrateError, RefusedError
@@ -177,7 +177,12 @@ class Receiver:
             stack.push_async_callback(self._stop_accepting)
             uri = await self._listen(self.uri)
             self._tell(Listening(side=Side.DESTINATION, uri=uri, control=str(self.control)))
-            return await self._follow()
+            try:
+                return await self._follow()
+            except ProcessDiedError as exc:
+                self._failure = str(exc)
+                self._trouble(self._failure)
+                return self._result()
 
     # -- connections
 

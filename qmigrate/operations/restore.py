@@ -11,7 +11,7 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from threading import Thread
@@ -23,7 +23,7 @@ from qmigrate.endpoint.source import Answered, Counts, End, Ended, Moment, Serve
 from qmigrate.endpoint.transport import SocketAddress, connect
 from qmigrate.errors import NoStreamError, QemuDiedError, QmpCommandError, QmpError, RefusedError, StreamError
 from qmigrate.events import Decided, LiveEvent, OnEvent, Side, Troubled
-from qmigrate.operations.restoring import fits, listen
+from qmigrate.operations.restoring import fits, listen, listen_again
 from qmigrate.operations.watch import Watched
 from qmigrate.qmp.migration import wait_until
 from qmigrate.qmp.session import Session
@@ -40,7 +40,7 @@ UNKNOWN: Final = 7
 TWICE: Final = "restoring a file twice writes to the same disk images: keep copies of them if you mean to"
 DEPENDS: Final = (
     "the guest runs there now, and needs this process until all its pages are in. It goes on. Once more ends it, and "
-    "leaves the guest waiting for pages"
+    "leaves the guest waiting for pages (`qmigrate restore --resume` brings them)"
 )
 COMPLETION_TIMEOUT_S: Final = 60.0
 CONNECT_TIMEOUT_S: Final = 10.0
@@ -120,6 +120,7 @@ class RestoreResult:
 
 class Restorer:
     """One saved guest, restored once.  ``eager``: by precopy, all pages before it runs.  ``paused``: it does not run.
+    ``resume``: the destination has it already, and is paused since whoever served it is gone.
 
     The file is read in ``read()``, which may go on while a QEMU is started; ``run()`` does it where nobody has.
     """
@@ -131,12 +132,14 @@ class Restorer:
         channels: tuple[str, ...] = (),
         eager: bool = False,
         paused: bool = False,
+        resume: bool = False,
         answer_timeout_s: float = 30.0,
         on_event: OnEvent | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self.eager = eager
         self.paused = paused
+        self.resume = resume
         self._channels = channels
         self._answer_timeout_s = answer_timeout_s
         self._tell: OnEvent = on_event or _no_one
@@ -202,9 +205,12 @@ class Restorer:
         there = Watched(Side.DESTINATION, session, self._tell, news, answer_timeout_s=self._answer_timeout_s)
         there.may_block = lambda: True  # its main loop may wait for a page of ours
         async with there.watching():
-            page_sizes = await fits(saved, there)
-            self._tell(Troubled(message=TWICE))
-            where = await listen(there, uri, lazy=not self.eager, paused=self.paused)
+            if self.resume:
+                where, page_sizes = await listen_again(saved, there, uri)
+            else:
+                page_sizes = await fits(saved, there)
+                self._tell(Troubled(message=TWICE))
+                where = await listen(there, uri, lazy=not self.eager, paused=self.paused)
             peer = await self._connected(where)
             loop = asyncio.get_running_loop()
             with peer, Server(saved, page_sizes, on_moment=lambda moment: self._moment(loop, moment)) as server:
@@ -230,7 +236,7 @@ class Restorer:
 
     async def _served(self, server: Server, peer: socket.socket) -> Ended:
         """In a thread of its own, until it ends; we tell meanwhile how far it is."""
-        work = asyncio.wrap_future(_in_thread(server, peer, eager=self.eager))
+        work = asyncio.wrap_future(_in_thread(self._work(server), peer))
         telling = asyncio.create_task(self._tell_progress(server))
         try:
             return await asyncio.shield(work)
@@ -242,6 +248,11 @@ class Restorer:
             telling.cancel()
             await asyncio.gather(telling, return_exceptions=True)
             self._tell_counts(server.counts, 0)
+
+    def _work(self, server: Server) -> Callable[[socket.socket], Ended]:
+        if self.resume:
+            return server.resume
+        return server.send if self.eager else server.serve
 
     async def _tell_progress(self, server: Server) -> None:
         before, before_ns = 0, time.monotonic_ns()
@@ -320,7 +331,8 @@ class Restorer:
         except QmpCommandError as exc:
             return LOST, f"the destination failed ({exc.message}); the file is as it was"
         except QmpError as exc:
-            return UNKNOWN, f"the destination does not say where it is: {exc.message}"
+            ran = "" if "loaded" in self._moments else "; as far as is known it has not begun to run: end that QEMU"
+            return UNKNOWN, f"the destination does not say where the guest is ({exc.message}){ran}"
         if there.status == "completed":
             return RUNS_THERE, "yet the destination has all its pages"
         return (
@@ -339,13 +351,13 @@ class Restorer:
         )
 
 
-def _in_thread(server: Server, peer: socket.socket, *, eager: bool) -> "Future[Ended]":
+def _in_thread(serve: Callable[[socket.socket], Ended], peer: socket.socket) -> "Future[Ended]":
     """Not one of asyncio's own, for whose end the interpreter waits."""
     future: Future[Ended] = Future()
 
     def work() -> None:
         try:
-            future.set_result(server.send(peer) if eager else server.serve(peer))
+            future.set_result(serve(peer))
         except BaseException as exc:
             future.set_exception(exc)
 

@@ -12,9 +12,10 @@ from qmigrate.operations.addresses import SPOILED, check, default_uri, reachable
 from qmigrate.operations.watch import Watched
 from qmigrate.operations.whereabouts import INCOMING
 from qmigrate.qmp.features import Features
+from qmigrate.qmp.postcopy import PAUSED
 from qmigrate.qmp.ram_blocks import RamBlockThere, ram_blocks
 
-__all__ = ["fits", "listen"]
+__all__ = ["fits", "listen", "listen_again"]
 
 _OFF: Final = ("multifd", "postcopy-preempt", "mapped-ram", "compress", "x-ignore-shared", "x-colo")
 """What changes how RAM comes: we send it on one channel, page by page."""
@@ -42,6 +43,28 @@ def _check_block(name: str, length: int, blocks: Mapping[str, RamBlockThere]) ->
         )
     if length > found.longest:
         raise RefusedError(f"destination: {name} has {found.longest} bytes there, and {length} in the file")
+
+
+async def listen_again(saved: Saved, there: Watched, uri: str | None) -> tuple[str, dict[str, int]]:
+    """Have a destination that is paused wait for us; where to connect, and its page sizes.  Raises ``RefusedError``."""
+    check(uri)
+    await there.ask()
+    if there.status != PAUSED:
+        raise RefusedError(f"destination: nothing to resume: its migration is {there.status}")
+    blocks = await ram_blocks(there.session, timeout_s=there.answer_timeout_s)
+    for block in saved.blocks:
+        _check_block(block.name, block.used_length, blocks)
+    there.info.pop("socket-address", None)  # of the connection that broke
+    wanted = uri or default_uri(there)
+    try:
+        await there.execute("migrate-recover", {"uri": wanted}, oob=True)
+    except QmpCommandError as exc:
+        raise RefusedError(f"destination: {exc.message}") from exc
+    if takes_any_port(wanted):
+        await there.ask_status()
+    return where_to_connect(reachable(wanted), there), {
+        block.name: blocks[block.name].page_size for block in saved.blocks
+    }
 
 
 async def _check_machine(saved: Saved, there: Watched) -> None:

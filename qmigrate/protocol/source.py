@@ -231,6 +231,13 @@ class Source:
         return self._left
 
     @property
+    def left_pages(self) -> int:
+        """The same in target pages."""
+        return sum(
+            self._dirty[name].count(_YES) * (block.page_size // self.page_size) for name, block in self.blocks.items()
+        )
+
+    @property
     def waiting(self) -> int:
         """Host pages that were asked for and are still to be sent."""
         return len(self._wanted)
@@ -363,6 +370,10 @@ class Source:
     def lose(self) -> None:
         """The connection broke.  Before RUN that is the end; after it the destination pauses."""
         self.phase = turned(self.phase, Fact.LINK_LOST)
+
+    def adopt(self) -> None:
+        """Another served this destination, which is paused since that one's connection broke."""
+        self.phase = Phase.PAUSED
 
     def resume(self) -> bytes:
         """The first bytes on a new connection: ask what has arrived."""

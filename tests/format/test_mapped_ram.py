@@ -17,6 +17,7 @@ from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.entry import StreamRecord
 from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages, MappedRamHeader, mapped_runs
 from qmigrate.format.ram import BlockListHeader, PageRun, RamBlock, RamFlag
+from qmigrate.format.stream import SectionType
 from qmigrate.format.write import encode, write
 from tests import streams
 from tests.streams import PAGE
@@ -25,9 +26,9 @@ from tests.walking import InMemory, entries, kept, until_fault
 HEAD: Final = streams.header() + streams.configuration("q", capabilities=["mapped-ram"])
 START: Final = len(HEAD)
 HEADER: Final = START + 17 + 8 + 1 + 6 + 8  # behind the entry of the first block, pc.ram
-PAGES: Final = [b"a" * PAGE, None, b"b" * PAGE, b"c" * PAGE, None]
+PAGES: Final[list[bytes | None]] = [b"a" * PAGE, None, b"b" * PAGE, b"c" * PAGE, None]
 REST: Final = streams.ram_part() + streams.ram_end() + streams.devices() + streams.eof()
-BLOCKS: Final = {"pc.ram": PAGES, "rom": [b"r" * PAGE] * 65, "none": [None] * 3}
+BLOCKS: Final[dict[str, list[bytes | None]]] = {"pc.ram": PAGES, "rom": [b"r" * PAGE] * 65, "none": [None] * 3}
 
 
 def stream(**options: int) -> bytes:
@@ -120,7 +121,7 @@ def test_a_gap_that_is_not_zero_comes_back() -> None:
 
 def test_a_bitmap_of_many_pieces_is_one_bitmap() -> None:
     count = (1 << 19) + 7  # pages: one more piece than one
-    head = streams.section(streams.SectionType.START, "ram", section_id=2, version_id=4)
+    head = streams.section(SectionType.START, "ram", section_id=2, version_id=4)
     head += BlockListHeader(word=count * PAGE | RamFlag.MEM_SIZE).build()
     head += RamBlock(name="pc.ram", used_length=count * PAGE).build()
     at = START + len(head) + 28
@@ -179,7 +180,7 @@ def test_what_is_wrong_is_said_with_its_place(data: bytes, kind: type[Exception]
 
 
 def test_a_claim_of_much_ram_takes_no_memory() -> None:
-    head = streams.section(streams.SectionType.START, "ram", section_id=2, version_id=4)
+    head = streams.section(SectionType.START, "ram", section_id=2, version_id=4)
     head += BlockListHeader(word=1 << 60 | RamFlag.MEM_SIZE).build() + RamBlock(name="a", used_length=1 << 60).build()
     at = START + len(head) + 28
     place = (at + (1 << 45) + PAGE) & -PAGE

@@ -324,6 +324,8 @@ async def recorded(qemu: Qemu, name: str | Kind, folder: Path) -> AsyncGenerator
             await source.session.execute("stop")
         if not kind.through_relay:
             await migration.set_capabilities(source.session, kind.capabilities)
+            if kind.parameters:
+                await migration.set_parameters(source.session, kind.parameters)
         if kind.through_relay:
             async with _through_relay(qemu, kind, folder, source, arguments) as recording:
                 yield recording

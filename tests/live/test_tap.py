@@ -3,8 +3,6 @@
 import asyncio
 import json
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +10,13 @@ import jsonschema
 import pytest
 
 import qmigrate
-from qmigrate.analysis.check import check
-from qmigrate.analysis.extract import extract
-from qmigrate.capture.migration import Migration
 from qmigrate.endpoint.relay import Relay
 from qmigrate.operations.migrate import migrate
 from qmigrate.operations.result import MigrationResult
-from qmigrate.qmp.machine import Machine
 from tests.live import versions
 from tests.live.broken import Cutter, broken_plan
 from tests.live.pair import pair
-from tests.live.same import assert_same_ram
+from tests.live.tapping import assert_recording_holds_what_the_source_has, tapped
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
@@ -36,26 +30,6 @@ def qemu_named(name: str) -> Qemu:
     if found is None:
         pytest.skip(f"no QEMU {name} is installed: scripts/qemu_versions")
     return found
-
-
-@asynccontextmanager
-async def tapped(folder: Path, forward: str) -> AsyncGenerator[tuple[str, Path]]:
-    """A tap of one migration: where it listens, and its recording, which is whole when this is left."""
-    listen, recording = f"unix:{folder / 'tap'}", folder / "migration.tap"
-    command = [sys.executable, "-m", "qmigrate", "tap", listen, forward, "-o", str(recording), "--once"]
-    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
-    try:
-        assert process.stderr is not None
-        async with asyncio.timeout(30):
-            assert b"listening at" in await process.stderr.readline()
-        yield listen, recording
-        async with asyncio.timeout(30):
-            said = await process.stderr.read()
-            assert await process.wait() == 0, said.decode()
-    finally:
-        if process.returncode is None:
-            process.kill()
-            await process.wait()
 
 
 async def dissected(recording: Path) -> dict[str, Any]:
@@ -100,18 +74,6 @@ def assert_requests_were_answered(answer: dict[str, Any], result: MigrationResul
         assert request["block"] in {block["name"] for block in answer["ram_blocks"]}
         if request["answered_ns"] is not None:
             assert request["asked_ns"] <= request["answered_ns"]
-
-
-async def assert_recording_holds_what_the_source_has(recording: Path, source: Machine | None, folder: Path) -> None:
-    """All channels joined: the same again when rebuilt, and RAM is that of the stopped source."""
-    with Migration(recording) as migration:
-        checked = check(migration)
-        assert [str(error) for error in checked.gathering.contents.errors] == []
-        assert (checked.valid, checked.identical) == (True, True)
-        extracted = extract(migration, folder / "ram")
-    if source is not None:
-        compared = await assert_same_ram(source, extracted, folder / "memory")
-        assert {"pc.ram", "pc.bios"} <= compared.seen.keys()
 
 
 async def test_a_postcopy_with_preempt_answers_on_its_own_channel(tmp_path: Path) -> None:

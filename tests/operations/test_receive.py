@@ -318,6 +318,19 @@ async def test_what_is_saved_is_not_written_to() -> None:
         Receiver("-", save="x", workloads=[Workload(writes=0.1)])
 
 
+@pytest.mark.parametrize("name", ["listener", "guest", "pager"])
+async def test_a_process_that_is_killed_ends_the_others_and_the_result_says_where_the_guest_is(
+    name: str, tmp_path: Path
+) -> None:
+    async with receiving(tmp_path) as receiver, source_of(receiver) as source:
+        source.send(advised(), PACKAGE)
+        await phase(receiver, "running")
+        os.kill(receiver.receiver._destination.pids[name], signal.SIGKILL)
+        result = await receiver.result()
+        assert result.exit_code == 6
+        assert f"the {name}'s process ended with -9" in result.message
+
+
 async def test_no_process_outlives_the_command_when_it_is_killed(tmp_path: Path) -> None:
     """Also one whose toucher sleeps in a fault that nobody answers."""
     uri = f"unix:{tmp_path / 'in'}"
