@@ -119,22 +119,27 @@ async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "_Line
     import tempfile
 
     from qmigrate.capture.migration import Migration
+    from qmigrate.capture.saved import Saved
     from qmigrate.qmp.machine import Machine
 
     command = [*args.qemu, *([] if "-incoming" in args.qemu else ["-incoming", "defer"])]
     if "-daemonize" in command:
         raise RefusedError("-daemonize: start it yourself, with -incoming defer, and give --qmp")
     with Migration(args.file, channels=args.channel) as migration, tempfile.TemporaryDirectory("-qmigrate") as folder:
-        async with Machine(command[0], command[1:], own_group=True) as machine:
-            saved = await asyncio.to_thread(restorer.read, migration)
-            with saved:
+        reading = asyncio.create_task(asyncio.to_thread(restorer.read, migration))
+        try:
+            async with Machine(command[0], command[1:], own_group=True) as machine:
                 uri = args.uri or f"unix:{folder}/incoming"
-                result = await restorer.run_saved(saved, machine.session, uri=uri)
-            status = lines.finish(result)
-            if result.exit_code in (0, 4):
-                lines.ends_with_us = True
-                await machine.wait()
-            return status
+                result = await restorer.run_saved(await reading, machine.session, uri=uri)
+                status = lines.finish(result)
+                if result.exit_code in (0, 4):
+                    lines.ends_with_us = True
+                    await machine.wait()
+                return status
+        finally:
+            for saved in await asyncio.gather(reading, return_exceptions=True):
+                if isinstance(saved, Saved):
+                    saved.index.close()
 
 
 class _Lines:

@@ -68,14 +68,14 @@ def scan(
     match = _pattern(page_size).match
     stride, shift = 8 + page_size, offset - begin
     position = begin
-    short: tuple[int, int] | None = None  # where short runs began: place, and how many runs there were
+    short: tuple[int, list[PageRun]] | None = None  # where short runs began: the place, and the runs before it
     while True:
         found = match(buffer, position, end)
         assert found is not None  # both groups may be empty
         middle, after = found.end(1), found.end()
         if after == position:
             return runs, position
-        before = len(runs)
+        before, last = len(runs), runs[-1:]
         if middle > position:
             _split(runs, buffer, position, middle, _PAGE, page_size, shift)
         if after > middle:
@@ -84,11 +84,11 @@ def scan(
         if page_count >= _SHORT_RUN * (len(runs) - before):
             short = None
         elif short is None:  # once is no stretch: the words' common bytes change every 16 MiB
-            short = position, before
+            short = position, [*runs[: max(before - 1, 0)], *last]  # as it was: what came since may have made it longer
         else:
-            position, count = short
-            if count:
-                return runs[:count], position
+            position, kept = short
+            if kept:
+                return kept, position
             return _gather(buffer, position, end, page_size, shift)
         position = after
 

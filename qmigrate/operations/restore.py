@@ -279,6 +279,8 @@ class Restorer:
         """Called by the thread that serves."""
         after_us = (time.monotonic_ns() - self._began) // 1000
         self._moments[moment.name.lower()] = after_us
+        if self.eager and moment is Moment.SWITCHED:
+            return  # there is no package then
         event = Restored(side=Side.DESTINATION, moment=moment.value, after_us=after_us)
         loop.call_soon_threadsafe(self._tell, event)
 
@@ -288,7 +290,6 @@ class Restorer:
         if ended.end is End.DONE:
             ended = await self._completed(there)
         if ended.end is End.DONE:
-            await there.ask_run_state()
             paused = f"all is in; the guest is {there.run_state} there"
             return self._ended(DONE, "the guest runs, all its pages are in" if there.running else paused, server, there)
         if not server.is_switched:
@@ -300,6 +301,7 @@ class Restorer:
         """It has all pages: what does it say itself?"""
         try:
             await wait_until(there.session, "completed", timeout_s=COMPLETION_TIMEOUT_S)
+            await there.ask_run_state()
         except QmpError as exc:
             return Ended(End.REFUSED, str(exc))
         return Ended(End.DONE)

@@ -51,6 +51,11 @@ def scan_all(
         assert bool(runs) == (after > at)
         if not runs:
             return found, at
+        last = runs[-1]
+        assert (
+            last.offset + last.page_count * (8 + page_size if last.flag == RamFlag.PAGE else 9)
+            == offset + after - begin
+        )
         found += runs
         at = after
 
@@ -105,6 +110,16 @@ def sections(draw: st.DrawFn, page_size: int) -> bytes:
             start += page_size
             name = None
     return b"".join(parts)
+
+
+def test_a_run_over_16_mib_with_short_ones_behind_it_ends_where_it_is_said_to() -> None:
+    boundary = 1 << 24
+    long = b"".join(streams.page(start) for start in range(boundary - 20 * 4096, boundary + 4096, 4096))
+    short = b"".join(streams.zero(start) + streams.page(start + 4096) for start in range(1 << 25, 1 << 26, 1 << 20))
+    data = long + short
+    runs, after = scan_all(data, 0, len(data), offset=0, page_size=4096)
+    assert after == len(data)
+    assert expand(runs, 4096) == declared(data, 4096, 0)
 
 
 @settings(max_examples=200)

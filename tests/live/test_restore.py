@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any, Final
@@ -31,7 +31,7 @@ from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
 from tests.live.receiving import huge_pages
-from tests.live.recording import Kind, Recording, arguments_of, recorded
+from tests.live.recording import KINDS, Kind, Recording, arguments_of, extra, recorded
 from tests.live.same import assert_same_ram
 from tests.live.versions import Qemu, installed, newest
 
@@ -61,7 +61,7 @@ async def waiting(file: File, folder: Path, more: tuple[str, ...] = (), **change
         yield machine
 
 
-async def saved(qemu: Qemu, name: str, folder: Path) -> File:
+async def saved(qemu: Qemu, name: str | Kind, folder: Path) -> File:
     folder.mkdir()
     async with recorded(qemu, name, folder) as recording:
         return File(qemu, recording.kind, recording.stream, _channels(recording))
@@ -114,8 +114,10 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
     return made
 
 
-def is_asked(peer: socket.socket) -> bool:
-    """Does a request for a page lie in the socket, unread?"""
+def has_asked(restorer: Restorer, peer: socket.socket) -> bool:
+    """Was a request for a page heard, or does one lie in the socket, unread?"""
+    if restorer._server is not None and restorer._server.counts.requests:
+        return True
     feed = Feed(window=1 << 16)
     with contextlib.suppress(BlockingIOError):
         feed.receive(peer.recv(1 << 16, socket.MSG_PEEK | socket.MSG_DONTWAIT))
@@ -131,7 +133,7 @@ async def test_a_guest_runs_before_its_pages_are_there_and_goes_on(
     async with waiting(file, tmp_path / "d") as machine:
         restorer = Restorer(file.stream)
         with Migration(file.stream) as read, restorer.read(read) as indexed:
-            hold(indexed.index, lambda: is_asked(peers[0]))
+            hold(indexed.index, lambda: has_asked(restorer, peers[0]))
             async with asyncio.timeout(TIMEOUT_S):
                 result = await restorer.run_saved(indexed, machine.session, uri=f"unix:{tmp_path / 'd' / 'in'}")
         assert (result.exit_code, result.running, result.counts.pages) == (0, True, result.counts.total)
@@ -256,6 +258,15 @@ async def test_what_does_not_fit_is_refused_before_anything_begins(tmp_path: Pat
             with pytest.raises(RefusedError, match=reason):
                 await restore(file, machine, tmp_path / name)
             assert (await machine.session.execute("query-status"))["status"] == "inmigrate"
+
+
+@every_qemu
+async def test_a_destination_that_refuses_the_devices_leaves_the_guest_in_the_file(qemu: Qemu, tmp_path: Path) -> None:
+    file = await saved(qemu, replace(KINDS["pc-paused"], devices=extra("-device virtio-rng-pci")), tmp_path / "saved")
+    async with waiting(file, tmp_path / "d", devices=None) as machine:
+        result = await restore(file, machine, tmp_path / "d")
+        assert result.exit_code == 3
+        assert "the destination failed before the guest ran" in result.message
 
 
 async def test_the_command_starts_a_qemu_which_ends_with_it(tmp_path: Path) -> None:
