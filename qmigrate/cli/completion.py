@@ -40,6 +40,8 @@ def completion(parser: argparse.ArgumentParser, shell: str) -> str:
     if shell == "zsh":
         # shtab (1.13) has zsh complete the first FILE of several, and no more; * means each that is left.
         script = re.sub(r'^( *)"\(\*\)::?', r'\1"*:', script, flags=re.MULTILINE)
+        # An argument that it can't complete must have an action all the same, or options are not completed either.
+        script = re.sub(r'^( *":.*:)"$', r'\1( )"', script, flags=re.MULTILINE)
     return script
 
 

@@ -24,6 +24,7 @@ from qmigrate.cli import (
     recover,
     restore,
     schema,
+    send,
     start_postcopy,
     status,
     tap,
@@ -125,6 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         cancel,
         status,
         receive,
+        send,
         restore,
     ):
         command = commands.add_parser(

@@ -10,9 +10,9 @@ from qmigrate.errors import RefusedError
 
 if TYPE_CHECKING:
     from qmigrate.events import LiveEvent
-    from qmigrate.operations.restore import Restorer, RestoreResult, Served
+    from qmigrate.operations.restore import Restorer, Served, ServingResult
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["Lines", "add_arguments", "run"]
 
 HELP = "run a saved guest at once, in any stock QEMU: its pages come as it asks for them"
 DESCRIPTION = (
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     from qmigrate.operations.restore import Restorer
 
-    lines = _Lines(args, out)
+    lines = Lines(args, out)
     restorer = Restorer(
         args.file,
         channels=tuple(args.channel),
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return asyncio.run(_interruptible(args, restorer, lines))
 
 
-async def _interruptible(args: argparse.Namespace, restorer: "Restorer", lines: "_Lines") -> int:
+async def _interruptible(args: argparse.Namespace, restorer: "Restorer", lines: "Lines") -> int:
     import asyncio
     import signal
 
@@ -105,7 +105,7 @@ async def _interruptible(args: argparse.Namespace, restorer: "Restorer", lines: 
         return INTERRUPTED
 
 
-async def _into_running(args: argparse.Namespace, restorer: "Restorer", lines: "_Lines") -> int:
+async def _into_running(args: argparse.Namespace, restorer: "Restorer", lines: "Lines") -> int:
     """A QEMU that somebody else has started."""
     from qmigrate.qmp.session import Session
 
@@ -113,7 +113,7 @@ async def _into_running(args: argparse.Namespace, restorer: "Restorer", lines: "
         return lines.finish(await restorer.run(session, uri=args.uri))
 
 
-async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "_Lines") -> int:
+async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "Lines") -> int:
     """One of our own, started while the file is read; it ends with us."""
     import asyncio
     import tempfile
@@ -142,7 +142,7 @@ async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "_Line
                     saved.index.close()
 
 
-class _Lines:
+class Lines:
     """Events as lines: for a person on standard error, or, with --ndjson, as data on ``out``."""
 
     def __init__(self, args: argparse.Namespace, out: TextIO) -> None:
@@ -171,7 +171,7 @@ class _Lines:
             self._began_us = event.time_us if self._began_us is None else self._began_us
             self._say(f"{(event.time_us - self._began_us) / 1e6:8.3f} s  {said}")
 
-    def finish(self, result: "RestoreResult") -> int:
+    def finish(self, result: "ServingResult") -> int:
         """How it ended; the exit code."""
         import json
 
@@ -235,7 +235,7 @@ class _Lines:
         )
 
 
-def _numbers(result: "RestoreResult") -> list[str]:
+def _numbers(result: "ServingResult") -> list[str]:
     """What a person wants to know of it."""
     from qmigrate.report.units import count, duration, size
 

@@ -9,7 +9,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
@@ -89,7 +89,7 @@ class Server:
     """
 
     def __init__(
-        self, saved: Saved, page_sizes: dict[str, int], *, on_moment: Callable[[Moment], None] | None = None
+        self, saved: Saved, page_sizes: Mapping[str, int], *, on_moment: Callable[[Moment], None] | None = None
     ) -> None:
         self.saved = saved
         self.counts = Counts(total=sum(block.used_length // saved.page_size for block in saved.blocks))
@@ -133,7 +133,15 @@ class Server:
             saved.index.check()  # as long as nothing has begun
         except StreamError as exc:
             return Ended(End.UNREADABLE, str(exc))
-        self._out = [saved.opening, core.open(), saved.before, core.start(), saved.behind, core.discards()]
+        self._out = [
+            saved.opening,
+            core.open(),
+            core.advise(),
+            saved.before,
+            core.start(),
+            saved.behind,
+            core.discards(),
+        ]
         self._out.append(core.package(saved.devices))
         return self._pump(peer, self._pieces())
 
@@ -211,7 +219,8 @@ class Server:
         except StreamError as exc:
             return Ended(End.UNREADABLE, str(exc))
         except OSError as exc:
-            return Ended(End.BROKEN, exc.strerror or str(exc))
+            self._hear_the_rest(peer)
+            return self._reason or Ended(End.BROKEN, exc.strerror or str(exc))
         return self._reason
 
     def _send(self, peer: socket.socket) -> None:
@@ -225,11 +234,18 @@ class Server:
         if sent:
             self._out[0] = memoryview(self._out[0])[sent:]
 
-    def _hear(self, peer: socket.socket) -> None:
+    def _hear_the_rest(self, peer: socket.socket) -> None:
+        """What it said before the connection broke may be that its devices are loaded."""
+        with suppress(OSError, StreamError):
+            while self._hear(peer):
+                pass
+
+    def _hear(self, peer: socket.socket) -> bool:
+        """What lies there; was there anything?"""
         try:
             data = peer.recv(_RECEIVED, socket.MSG_DONTWAIT)
         except BlockingIOError:
-            return
+            return False
         if data:
             self._core.receive_data(data)
         else:
@@ -241,6 +257,7 @@ class Server:
             self._reason = Ended(End.BROKEN, f"the destination says what can't be: {exc}")
         if not data and self._reason is None:
             self._reason = Ended(End.BROKEN, "the destination closed the connection")
+        return bool(data)
 
     def _heard(self, event: object) -> None:
         match event:
@@ -268,47 +285,19 @@ class Server:
 
     def send(self, peer: socket.socket) -> Ended:
         """By precopy: all pages once, then the devices.  The guest runs when all is there."""
-        out = self._all()
-        return self._pump_all(peer, out)
+        core, saved = self._core, self.saved
+        self._out = [saved.opening, core.open(), saved.before, core.start()]
+        return self._pump(peer, self._all())
 
     def _all(self) -> Iterator[list[bytes | memoryview]]:
         core, saved = self._core, self.saved
-        yield [saved.opening, saved.before, core.start()]
         while (span := core.next_span()) is not None:
             yield self._part(span)
         self._finish_span()
         self._tell(Moment.FILLED)
+        self.is_switched = True
         description = saved.description or VmDescriptionHeader(length=0).build()
         yield [core.finish_ram(), saved.behind, saved.devices, EndOfFile().build(), description]
-        self.is_switched = True
-        self._tell(Moment.SWITCHED)
-
-    def _pump_all(self, peer: socket.socket, pieces: Iterator[list[bytes | memoryview]]) -> Ended:
-        _prepare(peer)
-        poller = select.poll()
-        poller.register(self._wake, select.POLLIN)
-        poller.register(peer, select.POLLOUT)
-        try:
-            while self._out or (following := next(pieces, [])):
-                self._out = self._out or following
-                if self._wake in dict(poller.poll()):
-                    return Ended(End.STOPPED, "it was told to stop")
-                self._send(peer)
-            return self._until_closed(peer, poller)
-        except StreamError as exc:
-            return Ended(End.UNREADABLE, str(exc))
-        except OSError as exc:
-            return Ended(End.BROKEN, exc.strerror or str(exc))
-
-    def _until_closed(self, peer: socket.socket, poller: select.poll) -> Ended:
-        """Without a return path a destination says that it has all by closing, or does not."""
-        poller.modify(peer, select.POLLIN)
-        while True:
-            if self._wake in dict(poller.poll()):
-                return Ended(End.STOPPED, "it was told to stop")
-            with suppress(BlockingIOError):
-                if not peer.recv(_RECEIVED, socket.MSG_DONTWAIT):
-                    return Ended(End.DONE)
 
 
 def _prepare(peer: socket.socket) -> None:

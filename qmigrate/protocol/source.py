@@ -155,9 +155,13 @@ class Source:
     # -- what is said before the switch
 
     def open(self) -> bytes:
-        """What follows CONFIGURATION: the return path, and that postcopy may come."""
+        """What follows CONFIGURATION: there is a return path."""
+        return self._say(OpenReturnPath(), Ping(token=1))
+
+    def advise(self) -> bytes:
+        """What follows that where postcopy may come."""
         sizes = PageSizes(summary=self._summary, target_page_size=self.page_size)
-        return self._say(OpenReturnPath(), Ping(token=1), PostcopyAdvise(sizes=sizes))
+        return self._say(PostcopyAdvise(sizes=sizes))
 
     @property
     def _summary(self) -> int:

@@ -58,7 +58,7 @@ async def test_multifd_with_compression(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         await refused(two, "multifd-compression can't be lz2031; it can be none, ", multifd=3, compression="lz2031")
         result = await migrate(*two.sessions, plan_for(two, multifd=3, compression="zlib"))
-        assert result.exit_code == 0
+        assert result.exit_code == 0, result.message
         assert result.statistics[events.Side.SOURCE]["ram"]["multifd-bytes"] > 0
         parameters = await two.destination.session.execute("query-migrate-parameters")
         assert (parameters["multifd-channels"], parameters["multifd-compression"]) == (3, "zlib")
@@ -87,7 +87,7 @@ async def test_xbzrle_and_limits(qemu: Qemu, tmp_path: Path) -> None:
             two, xbzrle=True, bandwidth=1 << 30, downtime_limit_ms=500, parameters={"xbzrle-cache-size": 1 << 24}
         )
         result = await migrate(*two.sessions, plan)
-        assert result.exit_code == 0
+        assert result.exit_code == 0, result.message
         parameters = await two.source.session.execute("query-migrate-parameters")
         told = [parameters[name] for name in ("max-bandwidth", "downtime-limit", "xbzrle-cache-size")]
         assert told == [1 << 30, 500, 1 << 24]
@@ -207,7 +207,7 @@ async def test_channels_take_the_place_of_uri(qemu: Qemu, tmp_path: Path) -> Non
                 kind["members"] = [member for member in kind["members"] if member["name"] != "uri"]
         heard: list[LiveEvent] = []
         result = await migrate(*two.sessions, plan_for(two), on_event=heard.append)
-        assert result.exit_code == 0
+        assert result.exit_code == 0, result.message
         sent = {each.command: each.arguments for each in heard if isinstance(each, events.CommandSent)}
         assert sent["migrate"].keys() == {"channels"}
         assert sent["migrate-incoming"].keys() >= {"channels"}

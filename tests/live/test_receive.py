@@ -83,7 +83,7 @@ async def test_a_page_that_the_package_waits_for_comes_while_it_is_loaded(tmp_pa
     ):
         await migrate(source, receiver.uri, postcopy=True)
         result = await receiver.result()
-        assert result.exit_code == 0
+        assert result.exit_code == 0, result.message
         latencies = {event.where: sum(event.counts) for event in receiver.events if isinstance(event, Latency)}
         assert latencies["package"] > 0 < latencies["requests"]
 
@@ -115,7 +115,7 @@ async def test_requested_pages_come_on_the_preempt_channel(qemu: Qemu, tmp_path:
     ):
         await migrate(source, receiver.uri, postcopy=True, capabilities={"postcopy-preempt": True})
         result = await receiver.result()
-        assert result.exit_code == 0
+        assert result.exit_code == 0, result.message
         assert 0 < result.numbers["preempt"] <= result.numbers["requested"]
         assert result.numbers["duplicates"] == 0
         assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
@@ -140,7 +140,7 @@ async def test_a_broken_postcopy_is_recovered_and_nothing_is_lost(qemu: Qemu, tm
         await migration.start(source.session, uri, {"resume": True})
         await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
         result = await receiver.result()
-        assert result.exit_code == 0
+        assert result.exit_code == 0, result.message
         assert [phase for phase, _ in result.phases][-5:] == ["running", "paused", "recovering", "running", "ended"]
         assert result.numbers["duplicates"] == 0
         assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
@@ -173,7 +173,7 @@ async def test_a_source_on_huge_pages_finds_huge_pages(qemu: Qemu, tmp_path: Pat
         ):
             await migrate(source, receiver.uri, postcopy=True)
             result = await receiver.result()
-            assert result.exit_code == 0
+            assert result.exit_code == 0, result.message
             (blocks,) = [event.blocks for event in receiver.events if isinstance(event, BlocksCame)]
             assert {name: size for name, _, size in blocks}["ram0"] == 2 << 20
             assert result.numbers["duplicates"] == 0

@@ -26,7 +26,7 @@ from qmigrate.errors import RefusedError
 from qmigrate.events import GuestChanged, LiveEvent
 from qmigrate.format.feed import Feed
 from qmigrate.format.return_path import RequestPagesId, read_return_path
-from qmigrate.operations.restore import Restorer, RestoreResult
+from qmigrate.operations.restore import Restorer, ServingResult
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
@@ -71,7 +71,7 @@ def _channels(recording: Recording) -> tuple[str, ...]:
     return tuple(map(str, recording.channels))
 
 
-async def restore(file: File, machine: Machine, folder: Path, **wishes: Any) -> RestoreResult:
+async def restore(file: File, machine: Machine, folder: Path, **wishes: Any) -> ServingResult:
     async with asyncio.timeout(TIMEOUT_S):
         restorer = Restorer(file.stream, channels=file.channels, **wishes)
         return await restorer.run(machine.session, uri=f"unix:{folder / 'in'}")
@@ -110,7 +110,7 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> list[socket.socket]:
         made.append(await transport.connect(address))
         return made[-1]
 
-    monkeypatch.setattr("qmigrate.operations.restore.connect", connect)
+    monkeypatch.setattr("qmigrate.operations.serving.connect", connect)
     return made
 
 
@@ -173,7 +173,7 @@ async def test_a_guest_is_restored_onto_huge_pages(tmp_path: Path) -> None:
     with huge_pages(8):
         async with waiting(file, tmp_path / "d", ("-object", huge), machine="pc,memory-backend=pc.ram") as machine:
             result = await restore(file, machine, tmp_path / "d")
-            assert result.exit_code == 0
+            assert result.exit_code == 0, result.message
             await console.assert_goes_on(tmp_path / "d" / "console")
 
 

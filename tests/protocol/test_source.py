@@ -96,7 +96,14 @@ class Joined:
         """Up to RUN."""
         source = self.source
         opening = streams.header() + streams.configuration()
-        self.deliver(opening + source.open() + source.start() + source.discards() + source.package(streams.devices()))
+        self.deliver(
+            opening
+            + source.open()
+            + source.advise()
+            + source.start()
+            + source.discards()
+            + source.package(streams.devices())
+        )
 
     def send_next(self) -> Span | None:
         span = self.source.next_span()
@@ -149,9 +156,9 @@ def test_what_would_be_refused_is_not_said() -> None:
     source = new_source()
     with pytest.raises(SequenceError, match="POSTCOPY_RAM_DISCARD while PRECOPY"):
         source.discards()
-    source.open()
+    source.advise()
     with pytest.raises(SequenceError, match="POSTCOPY_ADVISE while ADVISED"):
-        source.open()
+        source.advise()
 
 
 def test_the_end_is_not_said_before_all_is_sent() -> None:
@@ -318,7 +325,7 @@ def test_nothing_goes_on_before_all_bitmaps_are_here() -> None:
 
 def test_before_run_a_broken_connection_is_the_end() -> None:
     source = new_source()
-    source.open()
+    source.advise()
     source.lose()
     with pytest.raises(SequenceError, match="can't be"):
         source.resume()

@@ -1,0 +1,257 @@
+"""What restoring and sending a saved guest have in common: its file is read, then served by a thread of its own."""
+
+import asyncio
+import os
+import socket
+import time
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from threading import Thread
+from typing import Any, Final
+
+from qmigrate.capture.migration import Migration
+from qmigrate.capture.saved import Saved, read_saved
+from qmigrate.endpoint.source import Answered, Counts, Ended, Moment, Server
+from qmigrate.endpoint.transport import SocketAddress, connect
+from qmigrate.errors import NoStreamError, RefusedError, StreamError
+from qmigrate.events import Decided, LiveEvent, OnEvent, Side, Troubled
+
+__all__ = ["Indexed", "Restored", "Served", "Serving", "ServingResult"]
+
+DONE: Final = 0
+STILL_IN_FILE: Final = 3
+RUNS_THERE: Final = 4
+PAUSED: Final = 5
+LOST: Final = 6
+UNKNOWN: Final = 7
+
+DEPENDS: Final = (
+    "the guest runs there now, and needs this process until all its pages are in. It goes on. Once more ends it, and "
+    "leaves the guest waiting for pages (`qmigrate restore --resume` brings them)"
+)
+CONNECT_TIMEOUT_S: Final = 10.0
+PROGRESS_EVERY_S: Final = 0.25
+
+
+@dataclass(frozen=True, kw_only=True)
+class Indexed(LiveEvent):
+    """The file has been read: RAM of ``total_bytes`` in so many blocks, device state of ``device_bytes``."""
+
+    machine_type: str | None
+    blocks: int
+    total_bytes: int
+    device_bytes: int
+    took_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored(LiveEvent):
+    """A step on the way: its name, in words, and how long after the beginning it came."""
+
+    moment: str
+    after_us: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Served(LiveEvent):
+    """How far it is: target pages, of them those that were asked for; bytes sent; bytes a second lately."""
+
+    pages: int
+    total: int
+    requested: int
+    requests: int
+    sent_bytes: int
+    bytes_per_s: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingResult:
+    """The end.  ``exit_code`` as design.md has it; 3 is: the guest is in the file, as it was.
+
+    ``moments`` in microseconds after the beginning; ``latency`` of answers, in this process.
+    """
+
+    exit_code: int
+    message: str
+    running: bool | None = None
+    counts: Counts = field(default_factory=Counts)
+    latency: Answered = field(default_factory=Answered)
+    moments: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        return self.exit_code == DONE
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON has it, the last of the events."""
+        answered = sum(self.latency.counts)
+        return {
+            "event": "finished",
+            "exit_code": self.exit_code,
+            "message": self.message,
+            "running": self.running,
+            "pages": self.counts.pages,
+            "total": self.counts.total,
+            "requested": self.counts.requested,
+            "requests": self.counts.requests,
+            "sent_bytes": self.counts.sent_bytes,
+            "moments_us": dict(self.moments),
+            "latency": {
+                "counts": self.latency.counts,
+                "mean_us": round(self.latency.total_ns / answered / 1000, 1) if answered else None,
+                "longest_us": round(self.latency.longest_ns / 1000, 1) if answered else None,
+            },
+        }
+
+
+class Serving:
+    """One saved guest, served once.  The file is read in ``read()``, which may go on while a QEMU is started."""
+
+    def __init__(
+        self, path: str | os.PathLike[str], *, channels: tuple[str, ...] = (), on_event: OnEvent | None = None
+    ) -> None:
+        self.path = os.fspath(path)
+        self._channels = channels
+        self._tell: OnEvent = on_event or _no_one
+        self._began = time.monotonic_ns()
+        self._moments: dict[str, int] = {}
+        self._server: Server | None = None
+        self._interrupted = 0
+
+    # -- being told to stop
+
+    @property
+    def is_switched(self) -> bool:
+        """May the guest run there already?"""
+        return self._server is not None and self._server.is_switched
+
+    def interrupt(self) -> bool:
+        """Told to stop.  False where nothing is served: then whoever runs it is to be cancelled."""
+        if self._server is None:
+            return False
+        self._interrupted += 1
+        if not self.is_switched or self._interrupted > 1:
+            self._server.stop()
+        else:
+            self._tell(Decided(side=Side.DESTINATION, decision="go on", reason=DEPENDS))
+        return True
+
+    # -- the file
+
+    def read(self, migration: Migration) -> Saved:
+        """The file's index and device state.  Blocks.  Raises ``RefusedError``, also for a damaged stream."""
+        began = time.monotonic_ns()
+        try:
+            saved = read_saved(migration)
+        except (StreamError, NoStreamError, RefusedError) as exc:
+            raise RefusedError(f"{self.path}: {exc}") from exc
+        self._tell(
+            Indexed(
+                machine_type=saved.machine_type,
+                blocks=len(saved.blocks),
+                total_bytes=sum(block.used_length for block in saved.blocks),
+                device_bytes=len(saved.devices),
+                took_us=(time.monotonic_ns() - began) // 1000,
+            )
+        )
+        if saved.absent:
+            self._tell(Troubled(message=f"{saved.absent} pages that the guest did not use were never saved: zero here"))
+        return saved
+
+    # -- the connection
+
+    @contextmanager
+    def _serving(self, saved: Saved, page_sizes: Mapping[str, int]) -> Generator[Server]:
+        """A server, which can be told to stop as long as the block lasts."""
+        loop = asyncio.get_running_loop()
+        with Server(saved, page_sizes, on_moment=lambda moment: self._moment(loop, moment)) as server:
+            self._server = server
+            try:
+                yield server
+            finally:
+                self._server = None
+
+    def _result_of(self, server: Server, code: int, message: str, *, running: bool | None) -> ServingResult:
+        return ServingResult(
+            exit_code=code,
+            message=message,
+            running=running,
+            counts=server.counts,
+            latency=server.answered,
+            moments=dict(self._moments),
+        )
+
+    async def _connected(self, uri: str) -> socket.socket:
+        try:
+            async with asyncio.timeout(CONNECT_TIMEOUT_S):
+                peer = await connect(SocketAddress.parse(uri))
+        except ValueError as exc:
+            raise RefusedError(str(exc)) from exc
+        except (OSError, TimeoutError) as exc:
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else "it does not answer"
+            raise RefusedError(f"destination: it can't be reached at {uri}: {reason}") from exc
+        peer.setblocking(True)
+        return peer
+
+    async def _served(self, server: Server, peer: socket.socket, serve: Callable[[socket.socket], Ended]) -> Ended:
+        """In a thread of its own, until it ends; we tell meanwhile how far it is."""
+        work = asyncio.wrap_future(_in_thread(serve, peer))
+        telling = asyncio.create_task(self._tell_progress(server))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            server.stop()
+            await work
+            raise
+        finally:
+            telling.cancel()
+            await asyncio.gather(telling, return_exceptions=True)
+            self._tell_counts(server.counts, 0)
+
+    async def _tell_progress(self, server: Server) -> None:
+        before, before_ns = 0, time.monotonic_ns()
+        while True:
+            await asyncio.sleep(PROGRESS_EVERY_S)
+            now, now_ns = server.counts.sent_bytes, time.monotonic_ns()
+            self._tell_counts(server.counts, (now - before) * 10**9 // max(now_ns - before_ns, 1))
+            before, before_ns = now, now_ns
+
+    def _tell_counts(self, counts: Counts, rate: int) -> None:
+        self._tell(
+            Served(
+                side=Side.DESTINATION,
+                pages=counts.pages,
+                total=counts.total,
+                requested=counts.requested,
+                requests=counts.requests,
+                sent_bytes=counts.sent_bytes,
+                bytes_per_s=rate,
+            )
+        )
+
+    def _moment(self, loop: asyncio.AbstractEventLoop, moment: Moment) -> None:
+        """Called by the thread that serves."""
+        after_us = (time.monotonic_ns() - self._began) // 1000
+        self._moments[moment.name.lower()] = after_us
+        event = Restored(side=Side.DESTINATION, moment=moment.value, after_us=after_us)
+        loop.call_soon_threadsafe(self._tell, event)
+
+
+def _in_thread(serve: Callable[[socket.socket], Ended], peer: socket.socket) -> "Future[Ended]":
+    """Not one of asyncio's own, for whose end the interpreter waits."""
+    future: Future[Ended] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(serve(peer))
+        except BaseException as exc:
+            future.set_exception(exc)
+
+    Thread(target=work, name="serve pages", daemon=True).start()
+    return future
+
+
+def _no_one(_: LiveEvent) -> None:
+    """Nobody listens."""
