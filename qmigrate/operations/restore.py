@@ -33,6 +33,7 @@ from qmigrate.operations.serving import (
     ServingResult,
 )
 from qmigrate.operations.watch import Watched
+from qmigrate.qmp.features import Features
 from qmigrate.qmp.migration import wait_until
 from qmigrate.qmp.session import Session
 
@@ -74,7 +75,12 @@ class Restorer(Serving):
     async def run(self, session: Session, *, uri: str | None = None) -> ServingResult:
         """Into the QEMU of this session, until all is in.  Before it began: ``RefusedError``, ``QmpError``."""
         with Migration(self.path, channels=self._channels) as migration:
-            saved = await asyncio.to_thread(self.read, migration)
+            # What QEMU can do takes it a while to tell, and is remembered for later.
+            asking = asyncio.create_task(Features.of(session, timeout_s=self._answer_timeout_s))
+            try:
+                saved = await asyncio.to_thread(self.read, migration)
+            finally:
+                await asyncio.gather(asking, return_exceptions=True)
             with saved:
                 return await self.run_saved(saved, session, uri=uri)
 

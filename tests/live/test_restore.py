@@ -27,6 +27,7 @@ from qmigrate.events import GuestChanged, LiveEvent
 from qmigrate.format.feed import Feed
 from qmigrate.format.return_path import RequestPagesId, read_return_path
 from qmigrate.operations.restore import Restorer, ServingResult
+from qmigrate.operations.send import Sender
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
@@ -316,3 +317,30 @@ async def test_the_command_restores_into_a_qemu_that_waits(tmp_path: Path) -> No
         assert (command.returncode, out.splitlines()[0]) == (0, b"the guest runs, all its pages are in")
         await console.assert_goes_on(tmp_path / "d" / "console")
         assert (await migration.query(machine.session))["status"] == "completed"
+
+
+@every_qemu
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+async def test_a_guest_is_sent_to_a_qemu_that_listens(qemu: Qemu, postcopy: bool, tmp_path: Path) -> None:
+    file = await saved(qemu, "pc-running", tmp_path / "saved")
+    async with waiting(file, tmp_path / "d") as machine:
+        await migration.set_capabilities(machine.session, {"postcopy-ram": postcopy})
+        uri = f"unix:{tmp_path / 'd' / 'in'}"
+        await migration.start_incoming(machine.session, uri)
+        async with asyncio.timeout(TIMEOUT_S):
+            result = await Sender(file.stream, postcopy=postcopy).run(uri)
+        assert (result.exit_code, result.message) == (0, "the destination has it all")
+        await console.assert_goes_on(tmp_path / "d" / "console")
+
+
+async def test_a_qemu_that_refuses_what_is_sent_has_no_guest(tmp_path: Path) -> None:
+    qemu = newest()
+    if qemu is None:
+        pytest.skip("no QEMU")
+    file = await saved(qemu, "pc-paused", tmp_path / "saved")
+    async with waiting(file, tmp_path / "d", machine="q35") as machine:
+        uri = f"unix:{tmp_path / 'd' / 'in'}"
+        await migration.start_incoming(machine.session, uri, {"exit-on-error": False})
+        async with asyncio.timeout(TIMEOUT_S):
+            result = await Sender(file.stream).run(uri)
+        assert result.exit_code == 3
