@@ -32,6 +32,7 @@ from qmigrate.format._record import Record
 __all__ = ["Recorder"]
 
 _LONGEST_TEXT: Final = 255  # bytes
+_MOST_UNASKED: Final = 1 << 30  # bytes of the disk that are set aside where nobody says how many
 _KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE, which os.posix_fallocate() lacks
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -43,7 +44,8 @@ class Recorder:
     Each call has written what it was given when it returns; it was handed to the system, which keeps it when this
     process is killed.  Where that fails (a full disk) the frame at hand is taken back, ``stopped`` says why, all
     further calls do nothing, and ``on_stop`` is called once, in the thread that met it.
-    ``reserve`` bytes of the disk are set aside at once: what goes there can't meet a full disk, and costs less.
+    ``reserve`` bytes of the disk are set aside at once: what goes there can't meet a full disk, and costs less; None
+    is as much as does nobody harm, at most 1 GiB, and nothing where that can't be had.
     Raises ``OSError`` where the file can't be made, ``RefusedError`` where it is there and not empty, unless
     ``overwrite``, or is no regular file.
     """
@@ -53,7 +55,7 @@ class Recorder:
         path: str | os.PathLike[str],
         *,
         overwrite: bool = False,
-        reserve: int = 0,
+        reserve: int | None = 0,
         on_stop: Callable[[OSError], None] | None = None,
     ) -> None:
         self.stopped: OSError | None = None
@@ -68,7 +70,7 @@ class Recorder:
             os.close(self._descriptor)
             raise
 
-    def _begin(self, path: str, *, overwrite: bool, reserve: int) -> None:
+    def _begin(self, path: str, *, overwrite: bool, reserve: int | None) -> None:
         status = os.fstat(self._descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise RefusedError(f"{path} is no regular file: a recording is read by offsets")
@@ -81,7 +83,10 @@ class Recorder:
         os.ftruncate(self._descriptor, 0)
         try:
             self._write(build_header(**_now()))
-            if reserve:
+            if reserve is None:
+                with suppress(OSError):
+                    _reserve(self._descriptor, _harmless(self._descriptor))
+            elif reserve:
                 _reserve(self._descriptor, reserve)
         except OSError as exc:
             exc.filename = path
@@ -190,6 +195,12 @@ class Recorder:
         part = os.read(pipe, count)
         self._write(part)
         return len(part)
+
+
+def _harmless(descriptor: int) -> int:
+    """So many bytes nobody will miss: an eighth of what is free."""
+    disk = os.fstatvfs(descriptor)
+    return max(1, min(_MOST_UNASKED, disk.f_bavail * disk.f_frsize // 8))
 
 
 def _reserve(descriptor: int, length: int) -> None:

@@ -5,6 +5,7 @@ Only CONFIGURATION and RAM's own framing are made anew: what belongs to the file
 that has the machine.
 """
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from types import TracebackType
@@ -16,6 +17,8 @@ from qmigrate.errors import RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import Command
 from qmigrate.format.device import VmState
 from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, VmDescription
+from qmigrate.format.feed import Feed
+from qmigrate.format.mapped_ram import MappedBlock
 from qmigrate.format.ram import BlockList, BlockListHeader, Pages, RamBlock, RamRecord
 from qmigrate.format.stream import (
     CapabilityName,
@@ -28,6 +31,7 @@ from qmigrate.format.stream import (
     SectionType,
     VmDescriptionHeader,
 )
+from qmigrate.format.walk import walk
 from qmigrate.format.write import encode
 
 __all__ = ["Saved", "read_saved"]
@@ -78,15 +82,62 @@ def read_saved(migration: Migration) -> Saved:
     """All of it, in one pass.  Raises ``StreamError`` where the stream is damaged or ends early, ``RefusedError`` where
     it is none that a guest can be restored from.
     """
-    descriptor, base = migration.source.in_place or (None, 0)
+    place = migration.source.in_place
+    descriptor, base = place or (None, 0)
     saved = Saved(PageIndex(descriptor, base=base))
     try:
-        _Reading(saved).take_all(migration.entries())
+        entries = migration.entries() if place is None or migration.parts else _without_contents(*place)
+        _Reading(saved).take_all(entries)
         _check(saved)
     except BaseException:
         saved.index.close()
         raise
     return saved
+
+
+class _Sparing:
+    """A file from ``start`` on, whose ``spared`` part is not read: what is in the buffer stands for it."""
+
+    def __init__(self, descriptor: int, start: int) -> None:
+        self._descriptor = descriptor
+        self._position = start
+        self._spared = (start, start)
+
+    def spare(self, start: int, end: int) -> None:
+        """As far as the file goes: what is cut off is missing, whether it would be read or not."""
+        self._spared = (start, min(end, os.fstat(self._descriptor).st_size))
+
+    def readinto(self, buffer: memoryview) -> int:
+        start, end = self._spared
+        if start <= self._position < end:
+            count = min(len(buffer), end - self._position)
+        else:
+            count = os.preadv(self._descriptor, [buffer], self._position)
+        self._position += count
+        return count
+
+
+def _without_contents(descriptor: int, start: int) -> Iterator[Entry]:
+    """The walk of a file, the pages of mapped-ram unread: where they are is known from their bitmap.
+
+    So of the views of ``MappedPages`` nothing is true but their length.  Raises ``StreamError``.
+    """
+    feed, reader = Feed(), _Sparing(descriptor, start)
+    for entry in walk(feed):
+        if entry is None:
+            try:
+                count = reader.readinto(feed.space())
+            except OSError as exc:
+                raise StreamError(f"the input can't be read on: {exc.strerror}", offset=feed.offset) from exc
+            feed.received(count)
+            if not count:
+                feed.end()
+            continue
+        if isinstance(entry.record, MappedBlock):
+            header, end = entry.record.header, entry.offset + entry.length
+            pages = start + header.pages_offset - (header.bitmap_offset - end)
+            reader.spare(pages, pages + entry.record.block.used_length)
+        yield entry
 
 
 def _check(saved: Saved) -> None:

@@ -47,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--reserve",
         metavar="SIZE",
         type=size,
-        default=0,
-        help="set so much of the disk aside before it begins: then recording costs about half of its time, and can't "
-        "meet a full disk before that; what is not used is given back at the end",
+        help="set so much of the disk aside before it begins: recording then costs less, and can't meet a full disk "
+        "before that; what is not used is given back at the end (default: an eighth of what is free, at most 1G)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace a FILE that is there")
     parser.add_argument(

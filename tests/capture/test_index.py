@@ -250,6 +250,15 @@ def test_a_stream_without_its_end_is_refused(tmp_path: Path) -> None:
     assert refusal(tmp_path, data)
 
 
+@pytest.mark.parametrize("cut", [1000, PAGE + 1000, 3 * PAGE])
+def test_a_mapped_file_that_was_cut_among_its_pages_is_refused(cut: int, tmp_path: Path) -> None:
+    """They are not read, and yet have to be there."""
+    begin = streams.header() + streams.configuration(capabilities=["mapped-ram"])
+    pages: dict[str, list[bytes | None]] = {"pc.ram": [b"a" * PAGE, None, b"b" * PAGE, b"c" * PAGE]}
+    whole_file = begin + streams.mapped_ram_start(pages, begin=len(begin))
+    assert "bytes too soon" in refusal(tmp_path, whole_file[: -cut - 13])
+
+
 # -- all but RAM
 
 
