@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from qmigrate.analysis.extract import RamWriter
+from qmigrate.analysis.ram_files import RamWriter
 from qmigrate.capture.migration import Block
 from qmigrate.errors import QmigrateError
 from qmigrate.format.walk import Entry

@@ -16,7 +16,7 @@ from qmigrate.capture.frames import Direction
 from qmigrate.capture.open import Readable
 from qmigrate.capture.recording import Recording
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors, TruncatedError
-from qmigrate.format.channel import Channel, ChannelKind, by_order, classify
+from qmigrate.format.channel import Channel, ChannelKind, by_order
 from qmigrate.format.entry import Entry
 from qmigrate.format.feed import Feed
 from qmigrate.format.multifd import PagePacket
@@ -82,15 +82,7 @@ def recorded_parts(recording: Recording) -> list[Part]:
 def _classify(readable: Readable) -> Channel:
     if not readable.can_rewind:
         raise NoStreamError(f"{readable.name} is a pipe: the channels of a migration are told by looking at files")
-    feed, reader = Feed(), readable.open_reader()
-    answer = classify(feed)
-    while True:
-        try:
-            next(answer)
-        except StopIteration as end:
-            channel: Channel = end.value
-            return channel
-        readable.fill(feed, reader)
+    return readable.classify()
 
 
 class Joining:

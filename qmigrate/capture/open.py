@@ -14,7 +14,7 @@ import select
 import stat
 import sys
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self
 
@@ -26,6 +26,7 @@ from qmigrate.format.walk import Entry, Limits, walk
 
 if TYPE_CHECKING:
     from qmigrate.capture.recording import Recording
+    from qmigrate.format.channel import Channel
 
 __all__ = ["Readable", "Reader", "Source"]
 
@@ -70,6 +71,7 @@ _COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], tuple[Reader, type[Excep
 )
 _RECORDING: Final = b"\x89QTAP\r\n\x1a"
 _LONGEST_MAGIC: Final = 8
+_HEAD: Final = 1 << 16  # bytes that are read to tell what a channel is; few are needed
 _READ_ERRORS: Final = (EOFError, OSError, ValueError)
 
 
@@ -161,6 +163,20 @@ class Readable:
                 self.fill(feed, reader)
             else:
                 yield entry
+
+    def classify(self, blocks: Collection[str] | None = None) -> "Channel":
+        """Which channel of a migration it is, by its bytes alone; ``blocks``: the names that main has announced."""
+        from qmigrate.format.channel import classify  # most inputs are the only one of their migration
+
+        feed = Feed(window=_HEAD)
+        answer, reader = classify(feed, blocks=blocks), self.open_reader()
+        while True:
+            try:
+                next(answer)
+            except StopIteration as end:
+                channel: Channel = end.value
+                return channel
+            self.fill(feed, reader)
 
     def fill(self, feed: Feed, reader: Reader) -> None:
         """Give the feed what comes next, or end it.  Raises ``StreamError`` where reading fails."""

@@ -34,7 +34,7 @@ from qmigrate.capture.frames import (
 )
 from qmigrate.capture.open import Readable, Reader
 from qmigrate.errors import NoStreamError, StreamError, TruncatedError
-from qmigrate.format.channel import Channel, ChannelKind, by_order, classify
+from qmigrate.format.channel import Channel, ChannelKind, by_order
 from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList
 from qmigrate.format.walk import walk
@@ -385,19 +385,6 @@ class RecordedStream(Readable):
             part = bytearray(min(found[2], count - len(parts), _PIECE))
             parts += part[: self.recording.read_into(part, found[1])]
         return bytes(parts)
-
-    def classify(self, blocks: "set[str] | None") -> Channel:
-        """What it is, by its bytes alone."""
-        feed = Feed(window=_PIECE)
-        answer = classify(feed, blocks=blocks)
-        reader = self.open_reader()
-        while True:
-            try:
-                next(answer)
-            except StopIteration as end:
-                channel: Channel = end.value
-                return channel
-            self.fill(feed, reader)
 
     def announced_blocks(self) -> set[str] | None:
         """The names in the block list of a main channel; None where it can't be read."""

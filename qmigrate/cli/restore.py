@@ -55,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="go on with a destination that is postcopy-paused, since whoever served it FILE was ended",
     )
+    how.add_argument(
+        "--no-preempt",
+        dest="preempt",
+        action="store_false",
+        help="one connection for all pages (default: what is asked for has its own, where QEMU can, since 7.1)",
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="how it ended as JSON, with all times and latencies")
     output.add_argument("--ndjson", action="store_true", help="every event as a JSON object on a line of its own")
@@ -77,6 +83,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         eager=args.eager,
         paused=args.paused,
         resume=args.resume,
+        preempt=args.preempt,
         answer_timeout_s=args.answer_timeout,
         on_event=lines.take,
     )

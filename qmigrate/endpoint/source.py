@@ -81,6 +81,14 @@ class Counts:
     sent_bytes: int = 0
 
 
+@dataclass
+class _Lane:
+    """A connection: what is to be sent over it, and the pages that this is, None where it is something else."""
+
+    out: list[bytes | memoryview] = field(default_factory=list)
+    span: Span | None = None
+
+
 class Server:
     """One saved guest, served to one destination.  Closes neither ``saved`` nor a peer that it is given.
 
@@ -106,10 +114,10 @@ class Server:
         )
         self._on_moment = on_moment or _nobody
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
-        self._out: list[bytes | memoryview] = []
+        self._main = _Lane()
+        self._urgent: _Lane | None = None
         self._asked: dict[tuple[str, int], int] = {}
         self._told: set[Moment] = set()
-        self._span: Span | None = None
         self._reason: Ended | None = None
 
     def __enter__(self) -> Self:
@@ -126,42 +134,49 @@ class Server:
 
     # -- postcopy
 
-    def serve(self, peer: socket.socket) -> Ended:
-        """By postcopy, from the header to SHUT.  The peer blocks; it is ours until this returns."""
+    def serve(self, peer: socket.socket, urgent: socket.socket | None = None) -> Ended:
+        """By postcopy, from the header to SHUT.  The peer blocks; it is ours until this returns.
+
+        ``urgent``: the preempt channel, over which requested pages go.
+        """
         core, saved = self._core, self.saved
         try:
             saved.index.check()  # as long as nothing has begun
         except StreamError as exc:
             return Ended(End.UNREADABLE, str(exc))
-        self._out = [
-            saved.opening,
-            core.open(),
-            core.advise(),
-            saved.before,
-            core.start(),
-            saved.behind,
-            core.discards(),
-        ]
-        self._out.append(core.package(saved.devices))
-        return self._pump(peer, self._pieces())
+        self._main.out = [saved.opening, core.open(), core.advise(), saved.before, core.start(), saved.behind]
+        self._main.out += [core.discards(), core.package(saved.devices)]
+        return self._pump(peer, self._pieces(), urgent)
 
-    def resume(self, peer: socket.socket) -> Ended:
+    def resume(self, peer: socket.socket, urgent: socket.socket | None = None) -> Ended:
         """A destination that is paused, since whoever served it is gone: what it has not, it gets from here on."""
         self._core.adopt()
         self.is_switched = True
-        self._out = [self._core.resume()]
-        return self._pump(peer, self._pieces_after_bitmaps())
+        self._main.out = [self._core.resume()]
+        return self._pump(peer, self._pieces_after_bitmaps(), urgent)
 
     def _pieces(self) -> Iterator[list[bytes | memoryview]]:
         """What goes out once that before it has; nothing for the time being where a piece is empty."""
         if not self.is_switched:
             self.is_switched = True
             self._tell(Moment.SWITCHED)
-        while (span := self._core.next_span()) is not None:
-            yield self._part(span)
-        self._finish_span()
+        if self._urgent is not None:
+            self._urgent.out = []
+        while (span := self._core.next_span() if self._urgent is None else self._core.next_in_turn()) is not None:
+            yield self._core.part(span, self._records(self._main, span))
+        self._finish_span(self._main)
+        if self._urgent is not None:
+            yield from self._until_sent(self._urgent)
+            # Before END: after that a destination shuts this channel.
+            self._urgent.out = [self._core.end_urgent()]
+            yield from self._until_sent(self._urgent)
         self._tell(Moment.FILLED)
         yield [self._core.end()]
+
+    @staticmethod
+    def _until_sent(lane: _Lane) -> Iterator[list[bytes | memoryview]]:
+        while lane.out:
+            yield []
 
     def _pieces_after_bitmaps(self) -> Iterator[list[bytes | memoryview]]:
         while not (said := self._core.resumed()):
@@ -172,15 +187,14 @@ class Server:
             yield []
         yield from self._pieces()
 
-    def _part(self, span: Span) -> list[bytes | memoryview]:
-        self._finish_span()
-        self._span = span
-        records = self.saved.index.records(span.block, span.first, span.count)
-        return self._core.part(span, records)
+    def _records(self, lane: _Lane, span: Span) -> bytearray:
+        self._finish_span(lane)
+        lane.span = span
+        return self.saved.index.records(span.block, span.first, span.count)
 
-    def _finish_span(self) -> None:
+    def _finish_span(self, lane: _Lane) -> None:
         """The latest one has been sent."""
-        span, self._span = self._span, None
+        span, lane.span = lane.span, None
         if span is None:
             return
         self.counts.pages += span.count
@@ -193,17 +207,24 @@ class Server:
 
     # -- the loop
 
-    def _pump(self, peer: socket.socket, pieces: Iterator[list[bytes | memoryview]]) -> Ended:
+    def _pump(
+        self, peer: socket.socket, pieces: Iterator[list[bytes | memoryview]], urgent: socket.socket | None = None
+    ) -> Ended:
         """Send, and hear what is said meanwhile, until one of us has had enough."""
-        _prepare(peer)
         self._reason = None
+        self._urgent = None if urgent is None else _Lane()
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
-        poller.register(peer, select.POLLIN | select.POLLOUT)
-        waits = False  # for something to be said: there is nothing to send
+        for each in (peer, urgent):
+            if each is not None:
+                _prepare(each)
+                poller.register(each, 0)
         try:
+            waits = False  # for something to be said: there is nothing to send
             while self._reason is None:
                 poller.modify(peer, select.POLLIN if waits else select.POLLIN | select.POLLOUT)
+                if urgent is not None:
+                    poller.modify(urgent, select.POLLOUT if self._has_urgent() else 0)
                 ready = dict(poller.poll())
                 if self._wake in ready:
                     return Ended(End.STOPPED, "it was told to stop")
@@ -211,11 +232,14 @@ class Server:
                 if state & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     self._hear(peer)
                     waits = False
-                if state & select.POLLOUT and not self._out:
-                    self._out = next(pieces, [])
-                    waits = not self._out
-                if self._out:
-                    self._send(peer)
+                if urgent is not None and ready.get(urgent.fileno(), 0) & select.POLLOUT:
+                    self._send_urgent(urgent)
+                    waits = False
+                if state & select.POLLOUT and not self._main.out:
+                    self._main.out = next(pieces, [])
+                    waits = not self._main.out
+                if self._main.out:
+                    self._send(self._main, peer)
         except StreamError as exc:
             return Ended(End.UNREADABLE, str(exc))
         except OSError as exc:
@@ -223,16 +247,32 @@ class Server:
             return self._reason or Ended(End.BROKEN, exc.strerror or str(exc))
         return self._reason
 
-    def _send(self, peer: socket.socket) -> None:
+    def _has_urgent(self) -> bool:
+        """Is there anything for the preempt channel?  Before the package is sent nothing is."""
+        assert self._urgent is not None
+        return bool(self._urgent.out) or (self.is_switched and self._core.waiting > 0)
+
+    def _send_urgent(self, peer: socket.socket) -> None:
+        """Pages that were asked for, while the socket takes them."""
+        lane = self._urgent
+        assert lane is not None
+        if not lane.out and (span := self._core.next_requested()) is not None:
+            lane.out = self._core.urgent(span, self._records(lane, span))
+        if lane.out:
+            self._send(lane, peer)
+        if not lane.out:
+            self._finish_span(lane)
+
+    def _send(self, lane: _Lane, peer: socket.socket) -> None:
         try:
-            sent = peer.sendmsg(self._out, [], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+            sent = peer.sendmsg(lane.out, [], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
         except BlockingIOError:
             return
         self.counts.sent_bytes += sent
-        while self._out and sent >= len(self._out[0]):
-            sent -= len(self._out.pop(0))
+        while lane.out and sent >= len(lane.out[0]):
+            sent -= len(lane.out.pop(0))
         if sent:
-            self._out[0] = memoryview(self._out[0])[sent:]
+            lane.out[0] = memoryview(lane.out[0])[sent:]
 
     def _hear_the_rest(self, peer: socket.socket) -> None:
         """What it said before the connection broke may be that its devices are loaded."""
@@ -286,14 +326,14 @@ class Server:
     def send(self, peer: socket.socket) -> Ended:
         """By precopy: all pages once, then the devices.  The guest runs when all is there."""
         core, saved = self._core, self.saved
-        self._out = [saved.opening, core.open(), saved.before, core.start()]
+        self._main.out = [saved.opening, core.open(), saved.before, core.start()]
         return self._pump(peer, self._all())
 
     def _all(self) -> Iterator[list[bytes | memoryview]]:
         core, saved = self._core, self.saved
         while (span := core.next_span()) is not None:
-            yield self._part(span)
-        self._finish_span()
+            yield core.part(span, self._records(self._main, span))
+        self._finish_span(self._main)
         self._tell(Moment.FILLED)
         self.is_switched = True
         description = saved.description or VmDescriptionHeader(length=0).build()

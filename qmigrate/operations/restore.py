@@ -10,6 +10,8 @@ pages are in.  So told to stop before that we leave nothing running; after it we
 import asyncio
 import os
 from collections.abc import Callable
+from contextlib import AsyncExitStack
+from functools import partial
 from socket import socket
 from typing import Final
 
@@ -50,7 +52,8 @@ COMPLETION_TIMEOUT_S: Final = 60.0
 class Restorer(Serving):
     """One saved guest, restored once.  ``eager``: by precopy, all pages before it runs.  ``paused``: it does not run.
 
-    ``resume``: the destination has it already, and is paused since whoever served it is gone.
+    ``resume``: the destination has it already, and is paused since whoever served it is gone.  ``preempt``: what is
+    asked for goes over a connection of its own, where the destination can (since 7.1).
     """
 
     def __init__(
@@ -61,6 +64,7 @@ class Restorer(Serving):
         eager: bool = False,
         paused: bool = False,
         resume: bool = False,
+        preempt: bool = True,
         answer_timeout_s: float = 30.0,
         on_event: OnEvent | None = None,
     ) -> None:
@@ -68,6 +72,7 @@ class Restorer(Serving):
         self.eager = eager
         self.paused = paused
         self.resume = resume
+        self.preempt = preempt
         self._answer_timeout_s = answer_timeout_s
 
     # -- the course of it
@@ -91,14 +96,20 @@ class Restorer(Serving):
         there.may_block = lambda: True  # its main loop may wait for a page of ours
         async with there.watching():
             if self.resume:
-                where, page_sizes = await listen_again(saved, there, uri)
+                where, page_sizes, preempt = await listen_again(saved, there, uri)
             else:
                 page_sizes = await fits(saved, there)
                 self._warn(saved)
-                where = await listen(there, uri, lazy=not self.eager, paused=self.paused)
-            with await self._connected(where) as peer, self._serving(saved, page_sizes) as server:
-                ended = await self._served(server, peer, self._work(server))
-                peer.close()
+                where, preempt = await listen(there, uri, lazy=not self.eager, paused=self.paused, preempt=self.preempt)
+            async with AsyncExitStack() as stack:
+                peer = stack.enter_context(await self._connected(where))
+                # 7.2 begins to load only when it has both, later ones take the second at any time after the first.
+                urgent = stack.enter_context(await self._connected(where)) if preempt else None
+                server = stack.enter_context(self._serving(saved, page_sizes))
+                ended = await self._served(server, peer, self._work(server, urgent))
+                for each in (peer, urgent):
+                    if each is not None:
+                        each.close()
                 return await self._result(ended, server, there)
 
     def _warn(self, saved: Saved) -> None:
@@ -107,10 +118,10 @@ class Restorer(Serving):
             # The paused state is not carried by postcopy: seen of 5.2 to 11.1.
             self._tell(Troubled(message="the guest was paused when it was saved, and will run (--paused: it won't)"))
 
-    def _work(self, server: Server) -> Callable[[socket], Ended]:
-        if self.resume:
-            return server.resume
-        return server.send if self.eager else server.serve
+    def _work(self, server: Server, urgent: socket | None) -> Callable[[socket], Ended]:
+        if self.eager:
+            return server.send
+        return partial(server.resume if self.resume else server.serve, urgent=urgent)
 
     # -- how it ended
 

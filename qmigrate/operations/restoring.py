@@ -12,12 +12,16 @@ from qmigrate.operations.addresses import SPOILED, check, default_uri, reachable
 from qmigrate.operations.watch import Watched
 from qmigrate.operations.whereabouts import INCOMING
 from qmigrate.qmp.features import Features
+from qmigrate.qmp.migration import capabilities
 from qmigrate.qmp.postcopy import PAUSED
 from qmigrate.qmp.ram_blocks import RamBlockThere, ram_blocks
 
 __all__ = ["fits", "listen", "listen_again"]
 
-_OFF: Final = ("multifd", "postcopy-preempt", "mapped-ram", "compress", "x-ignore-shared", "x-colo")
+PREEMPT: Final = "postcopy-preempt"
+"""Since 7.1: what is asked for comes on a connection of its own."""
+
+_OFF: Final = ("multifd", PREEMPT, "mapped-ram", "compress", "x-ignore-shared", "x-colo")
 """What changes how RAM comes: we send it on one channel, page by page."""
 
 
@@ -45,8 +49,10 @@ def _check_block(name: str, length: int, blocks: Mapping[str, RamBlockThere]) ->
         raise RefusedError(f"destination: {name} has {found.longest} bytes there, and {length} in the file")
 
 
-async def listen_again(saved: Saved, there: Watched, uri: str | None) -> tuple[str, dict[str, int]]:
-    """Have a destination that is paused wait for us; where to connect, and its page sizes.  Raises ``RefusedError``."""
+async def listen_again(saved: Saved, there: Watched, uri: str | None) -> tuple[str, dict[str, int], bool]:
+    """Have a destination that is paused wait for us; where to connect, its page sizes, and whether it takes a
+    preempt channel.  Raises ``RefusedError``.
+    """
     check(uri)
     await there.ask()
     if there.status != PAUSED:
@@ -62,9 +68,9 @@ async def listen_again(saved: Saved, there: Watched, uri: str | None) -> tuple[s
         raise RefusedError(f"destination: {exc.message}") from exc
     if takes_any_port(wanted):
         await there.ask_status()
-    return where_to_connect(reachable(wanted), there), {
-        block.name: blocks[block.name].page_size for block in saved.blocks
-    }
+    states = await capabilities(there.session, timeout_s=there.answer_timeout_s)
+    page_sizes = {block.name: blocks[block.name].page_size for block in saved.blocks}
+    return where_to_connect(reachable(wanted), there), page_sizes, states.get(PREEMPT, False)
 
 
 async def _check_machine(saved: Saved, there: Watched) -> None:
@@ -80,23 +86,30 @@ async def _check_machine(saved: Saved, there: Watched) -> None:
         raise RefusedError(f"destination: its machine is {name}, that in the file {saved.machine_type}")
 
 
-async def listen(there: Watched, uri: str | None, *, lazy: bool, paused: bool) -> str:
-    """Set it up and have it listen; where to connect.  Raises ``RefusedError``."""
+async def listen(
+    there: Watched, uri: str | None, *, lazy: bool, paused: bool, preempt: bool = True
+) -> tuple[str, bool]:
+    """Set it up and have it listen; where to connect, and whether it takes a preempt channel.
+
+    ``preempt``: it shall, if it can.  Raises ``RefusedError``.
+    """
     check(uri)
     features = await Features.of(there.session, timeout_s=there.answer_timeout_s)
     wanted = uri or default_uri(there)
-    await _set_capabilities(there, features, lazy=lazy)
+    preempt = lazy and preempt and features.has(PREEMPT)
+    await _set_capabilities(there, features, lazy=lazy, preempt=preempt)
     if paused:
         # What -S does: a QEMU that waits for a guest is told not to start it.  softmmu/cpus.c: qmp_stop()
         await there.execute("stop")
     if not there.info.get("socket-address"):
         await _listen(there, features, wanted)
     await there.ask_status()
-    return where_to_connect(reachable(wanted), there)
+    return where_to_connect(reachable(wanted), there), preempt
 
 
-async def _set_capabilities(there: Watched, features: Features, *, lazy: bool) -> None:
+async def _set_capabilities(there: Watched, features: Features, *, lazy: bool, preempt: bool) -> None:
     states = dict.fromkeys(_OFF, False)
+    states[PREEMPT] = preempt
     if lazy and features.postcopy is None:
         raise RefusedError("destination: this QEMU can't do postcopy; --eager does without")
     states[features.postcopy or "postcopy-ram"] = lazy

@@ -146,6 +146,7 @@ class Source:
         self._queued: set[tuple[str, int]] = set()
         self._turn = (0, 0)  # the block and the host page where the search for the next one begins
         self._named: str | None = None  # the block that the next record may continue
+        self._named_urgent: str | None = None  # the same on the preempt channel
         self._asked: str | None = None  # the block of the latest request
         self._awaited: set[str] = set()  # blocks whose bitmap a recovery waits for
         self._feed = Feed(window=1 << 16)
@@ -248,6 +249,10 @@ class Source:
 
     def next_span(self) -> Span | None:
         """What to send next, requested pages first; it counts as sent.  None where all is."""
+        return self.next_requested() or self.next_in_turn()
+
+    def next_requested(self) -> Span | None:
+        """The next host page that somebody waits for; it counts as sent."""
         while self._wanted:
             name, page = self._wanted.popleft()
             self._queued.discard((name, page))
@@ -255,6 +260,10 @@ class Source:
                 # What a guest wants next mostly stands behind what it wanted.
                 self._turn = (self._order.index(name), page + 1)
                 return self._take(name, page, 1, requested=True)
+        return None
+
+    def next_in_turn(self) -> Span | None:
+        """The next pages in the order of the blocks, behind those that were asked for last; they count as sent."""
         for _ in range(len(self._order) + 1):
             number, page = self._turn
             name = self._order[number]
@@ -284,12 +293,28 @@ class Source:
         """A PART of RAM with these records, each of which continues its block: pieces to be sent one after another."""
         head = SectionPart(kind=SectionType.PART, section_id=self._section_id).build()
         behind = self._closing()
-        if self._named == span.block:
-            return [head, memoryview(records), behind]
+        named, rest = self._with_name(span, records, self._named)
         self._named = span.block
+        return [head + named, rest, behind]
+
+    def urgent(self, span: Span, records: bytearray) -> list[bytes | memoryview]:
+        """The same for the preempt channel (since 7.1): records alone, with a block of its own to go on with."""
+        named, rest = self._with_name(span, records, self._named_urgent)
+        self._named_urgent = span.block
+        return [named, rest]
+
+    @staticmethod
+    def _with_name(span: Span, records: bytearray, continued: str | None) -> tuple[bytes, memoryview]:
+        """The first record's head, if it has to name its block; and what follows."""
+        if continued == span.block:
+            return b"", memoryview(records)
         name = span.block.encode("utf-8", "surrogateescape")
         word = (int.from_bytes(records[:8]) & ~_CONTINUE).to_bytes(8)
-        return [head + word + bytes([len(name)]) + name, memoryview(records)[8:], behind]
+        return word + bytes([len(name)]) + name, memoryview(records)[8:]
+
+    def end_urgent(self) -> bytes:
+        """What ends the preempt channel: 7.2 waits for it, later ones take it as well."""
+        return self._eos()
 
     def end(self) -> bytes:
         """RAM's END and EOF, once no page is left.  Raises ``SequenceError`` where one is."""
@@ -302,8 +327,10 @@ class Source:
         return SectionPart(kind=SectionType.END, section_id=self._section_id).build() + self._closing()
 
     def _closing(self) -> bytes:
-        end = RamRecord(word=RamWord(0, int(RamFlag.EOS)), block=None, body=None).build(page_size=self.page_size)
-        return end + (Footer(section_id=self._section_id).build() if self._footers else b"")
+        return self._eos() + (Footer(section_id=self._section_id).build() if self._footers else b"")
+
+    def _eos(self) -> bytes:
+        return RamRecord(word=RamWord(0, int(RamFlag.EOS)), block=None, body=None).build(page_size=self.page_size)
 
     # -- the return path
 
@@ -384,7 +411,7 @@ class Source:
         self.phase = turned(self.phase, Fact.LINK_CAME)
         self._feed = Feed(window=1 << 16)
         self._grammar = read_return_path(self._feed)
-        self._named = self._asked = None
+        self._named = self._named_urgent = self._asked = None
         self._wanted.clear()
         self._queued.clear()
         self._awaited = set(self.blocks)
