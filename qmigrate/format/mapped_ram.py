@@ -25,7 +25,7 @@ _BITS_A_WORD: Final = 64
 _RUNS: Final = re.compile(r"0+|1+")
 _PAGE: Final = int(RamFlag.PAGE)
 _ZERO: Final = int(RamFlag.ZERO)
-_ZEROS: Final = bytearray(1 << 16)
+_ZEROS: Final = bytes(1 << 20)
 
 
 class MappedRamHeader(Record):
@@ -168,7 +168,7 @@ def read_mapped(block: str, view: memoryview, bits: bytearray, first: int, page_
 def is_zero(view: memoryview) -> bool:
     """Are all bytes 0?"""
     if len(view) <= len(_ZEROS):
-        return _ZEROS[: len(view)] == view  # a bytearray is compared by memcmp
+        return _ZEROS.startswith(view)  # which is memcmp, and copies nothing
     return all(is_zero(view[at : at + len(_ZEROS)]) for at in range(0, len(view), len(_ZEROS)))
 
 
