@@ -126,6 +126,10 @@ class Destination:
         """The channel of requested pages; the caller keeps his descriptor."""
         self._links["pager"].tell("preempt", descriptors=[descriptor])
 
+    def connect_multifd(self, descriptors: Sequence[int]) -> None:
+        """The answer to ``channels``: all multifd channels that there are; the caller keeps his descriptors."""
+        self._links["listener"].tell("channels", descriptors=descriptors)
+
     def finish(self, value: int) -> None:
         """The answer to ``loaded``: SHUT with this value."""
         self._links["listener"].tell("finish", value=value)

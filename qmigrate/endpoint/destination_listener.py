@@ -1,4 +1,4 @@
-"""The listener's process: owns the main channel, parses, and puts pages in place.
+"""The listener's process: owns the main channel and those of multifd, parses, and puts pages in place.
 
 S6: it reads the package whole, hands it to the guest's process, and goes on reading.  S7: once the guest has obeyed
 LISTEN, pages are placed by COPY, whatever the guest does meanwhile.  S11: at the end it waits for the parent's word,
@@ -18,7 +18,8 @@ from typing import Any, Final
 
 from qmigrate.endpoint.back import ReturnPath, limit_sending, new_lock
 from qmigrate.endpoint.link import Link, LinkClosedError, Said, end_with_parent
-from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_pages
+from qmigrate.endpoint.multifd import MultifdChannels
+from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_encoded, write_pages
 from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.protocol import destination as protocol
 from qmigrate.protocol.phases import Phase
@@ -66,6 +67,7 @@ class Listener:
         self.lock = new_lock()
         self.ram: GuestRam | None = None
         self.placer: Placer | None = None
+        self.multifd: MultifdChannels | None = None
         self.channel: Channel | None = None
         self.back: ReturnPath | None = None
         self.received_bytes = 0
@@ -111,8 +113,8 @@ class Listener:
             self._send()
             self._tell_phase()
             self._tell_progress()
-            if core.phase is Phase.LISTENING:
-                self._hear_guest(channel)
+            if (core.phase is Phase.LISTENING or self.multifd) and not self._wait(channel):
+                continue
             if core.may_be_over and not _is_readable(channel.descriptor, QUIET_S):
                 core.quiet()
                 if core.feed.ended:
@@ -137,6 +139,10 @@ class Listener:
         match event:
             case protocol.PagesCame():
                 self._place(event)
+            case protocol.EncodedCame():
+                self._write_encoded(event)
+            case protocol.SyncPoint():
+                self._sync()
             case protocol.Configured(machine_type=name):
                 self._tell("configured", machine_type=name)
             case protocol.Advised(sizes=sizes):
@@ -160,6 +166,21 @@ class Listener:
             write_pages(self.ram, came, self.counts)
         else:
             self.placer.place(came)
+
+    def _write_encoded(self, came: protocol.EncodedCame) -> None:
+        if self.ram is None:
+            raise StreamError("a page before the block list", offset=came.offset, trail=("ram",))
+        write_encoded(self.ram, came, self.counts)
+
+    def _sync(self) -> None:
+        """At the first one the source has connected all multifd channels: which there are, the parent knows."""
+        if self.ram is None:
+            return
+        if self.multifd is None:
+            self._tell("channels")
+            descriptors = self.parent.expect("channels").descriptors
+            self.multifd = MultifdChannels(descriptors, self.ram, self.counts)
+        self.multifd.sync()
 
     def _discard(self, discarded: protocol.Discarded) -> None:
         if self.ram is None:
@@ -214,6 +235,8 @@ class Listener:
         addresses = said.values["addresses"]
         self.core.listening()
         self._tell_phase()
+        if self.multifd is not None:
+            self.multifd.postcopy = True
         self.placer = Placer(self.ram, Userfaultfd(faults), addresses, self.counts)
         self.pager.tell(
             "listen",
@@ -222,14 +245,24 @@ class Listener:
             descriptors=[self.channel.descriptor, self.lock, faults, *self.ram.descriptors],
         )
 
-    def _hear_guest(self, channel: Channel) -> None:
-        """Wait until the channel has something to read; meanwhile the guest may say that its package is loaded."""
+    def _wait(self, channel: Channel) -> bool:
+        """Until something comes.  True: it is the main channel, which is read next.
+
+        Else a multifd channel was read, or the guest said that its package is loaded.
+        """
         poll = select.poll()
-        poll.register(self.guest, select.POLLIN)
         poll.register(channel.descriptor, select.POLLIN)
-        for descriptor, _ in poll.poll():
-            if descriptor == self.guest.fileno():
-                self._loaded_by_guest()
+        if self.core.phase is Phase.LISTENING:
+            poll.register(self.guest, select.POLLIN)
+        for descriptor in self.multifd.descriptors() if self.multifd is not None else ():
+            poll.register(descriptor, select.POLLIN)
+        ready = {descriptor for descriptor, _ in poll.poll()}
+        if self.guest.fileno() in ready:
+            self._loaded_by_guest()
+        for descriptor in ready - {self.guest.fileno(), channel.descriptor}:
+            assert self.multifd is not None
+            self.multifd.read(descriptor)
+        return channel.descriptor in ready
 
     def _loaded_by_guest(self) -> None:
         said = self._heard_from_guest()
@@ -332,6 +365,8 @@ class Listener:
             self.channel.close()
         if self.back is not None:
             self.back.close()
+        if self.multifd is not None:
+            self.multifd.close()
         if self.placer is None:
             self.guest.tell("none")
             self.pager.tell("none")
@@ -343,7 +378,8 @@ class Listener:
     # -- what the parent is told
 
     def _numbers(self) -> dict[str, Any]:
-        return {**asdict(self.counts), "received_bytes": self.received_bytes}
+        received = self.received_bytes + (0 if self.multifd is None else self.multifd.received_bytes)
+        return {**asdict(self.counts), "received_bytes": received}
 
     def _tell(self, kind: str, **values: Any) -> None:
         self.parent.tell(kind, time_us=time.time_ns() // 1000, **values)

@@ -6,10 +6,12 @@ A connection is told by its first byte; one that says nothing yet waits.
 
 import asyncio
 import os
+import select
 import socket
 import stat
 import subprocess
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -22,6 +24,7 @@ from qmigrate.errors import RefusedError
 __all__ = ["Arrived", "ChannelKind", "Incoming"]
 
 EXEC_TIMEOUT_S: Final = 5.0
+SETTLE_TIMEOUT_S: Final = 5.0
 
 
 class ChannelKind(Enum):
@@ -57,8 +60,16 @@ class Incoming:
         self._path: Path | None = None
         self._arrived: asyncio.Queue[Arrived] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._unidentified: set[socket.socket] = set()
 
     async def __aenter__(self) -> Self:
+        try:
+            await self._begin()
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, exc.filename or self.uri) from exc
+        return self
+
+    async def _begin(self) -> None:
         scheme, _, rest = self.uri.partition(":")
         match scheme:
             case "tcp" | "unix":
@@ -76,14 +87,19 @@ class Incoming:
                     f"{self.uri!r} is no place to receive from: expected tcp:HOST:PORT, unix:PATH, fd:N, "
                     "exec:COMMAND, file:PATH or -"
                 )
-        return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:  # also where we are interrupted a second time
+            self._close()
+        await self._end_process()
+
+    def _close(self) -> None:
         while not self._arrived.empty():
             os.close(self._arrived.get_nowait().descriptor)
         if self._listener is not None:
@@ -92,7 +108,19 @@ class Incoming:
             os.close(self._single[0])
         if self._path is not None:
             self._path.unlink(missing_ok=True)
-        await self._end_process()
+
+    async def settled(self) -> None:
+        """Until every connection that was made, and said something, before now has been given."""
+        with suppress(TimeoutError):  # where no more can be accepted
+            async with asyncio.timeout(SETTLE_TIMEOUT_S):
+                while self._is_unsettled():  # noqa: ASYNC110 - there is something to do at once
+                    await asyncio.sleep(0)
+
+    def _is_unsettled(self) -> bool:
+        poll = select.poll()
+        for each in (*self._unidentified, *([] if self._listener is None else [self._listener])):
+            poll.register(each, select.POLLIN)
+        return not self._arrived.empty() or bool(poll.poll(0))
 
     async def __aiter__(self) -> AsyncIterator[Arrived]:
         if self._single is not None:
@@ -180,14 +208,25 @@ class Incoming:
         with peer:
             if peer.family != socket.AF_UNIX:
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            await _readable(peer)
+                _keep_alive(peer)
+            self._unidentified.add(peer)
             try:
+                await _readable(peer)
                 first = peer.recv(1, socket.MSG_PEEK)
             except OSError:
                 return
+            finally:
+                self._unidentified.discard(peer)
             if first:
                 peer.setblocking(True)
                 self._arrived.put_nowait(Arrived(_kind(first[0]), peer.detach(), True))
+
+
+def _keep_alive(peer: socket.socket) -> None:
+    """A host that vanishes says nothing: after two minutes of that its connection is taken to be broken."""
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in ((socket.TCP_KEEPIDLE, 60), (socket.TCP_KEEPINTVL, 10), (socket.TCP_KEEPCNT, 6)):
+        peer.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
 def _kind(first: int) -> ChannelKind:

@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from typing import Any, Final, Self
 
 from qmigrate.errors import QmigrateError, StreamError, UnsupportedError
+from qmigrate.format.encoded import page_after
 from qmigrate.format.ram import PageRun, RamBlock, RamFlag
 from qmigrate.format.stretch import Stretch
-from qmigrate.protocol.destination import PagesCame
+from qmigrate.protocol.destination import EncodedCame, PagesCame
 from qmigrate.protocol.page_map import BlockPages, PageMap
 from qmigrate.uffd.memory import HOST_PAGE, BlockMemory, address_of, discard
 from qmigrate.uffd.toucher import Histogram
 from qmigrate.uffd.userfault import Placed, Userfaultfd
 
-__all__ = ["Counts", "GuestRam", "Placer", "write_pages"]
+__all__ = ["Counts", "GuestRam", "Placer", "write_encoded", "write_pages", "write_zeros"]
 
 _PAGE: Final = int(RamFlag.PAGE)
 _STAGED: Final = 1 << 20  # bytes placed by one COPY at most, where host pages are small
@@ -173,11 +174,21 @@ def write_pages(ram: GuestRam, came: PagesCame, counts: Counts) -> None:
                 mapping[place : place + page_size] = view[contents : contents + page_size]
         else:
             counts.zero += run.page_count
-            _write_zeros(ram, number, start, length, pages.fill)
+            write_zeros(ram, number, start, length, pages.fill)
         ram.pages.receive(number, start, length)
 
 
-def _write_zeros(ram: GuestRam, number: int, start: int, length: int, fill: int) -> None:
+def write_encoded(ram: GuestRam, came: EncodedCame, counts: Counts) -> None:
+    """Before LISTEN: a page sent as a delta, or compressed.  Raises ``StreamError``."""
+    page = came.page
+    number, start, size = ram.number(page.block), page.record.word.start, page.page_size
+    mapping = ram.memory[number].mapping
+    mapping[start : start + size] = page_after(page, mapping[start : start + size], offset=came.offset)
+    counts.normal += 1
+    ram.pages.receive(number, start, size)
+
+
+def write_zeros(ram: GuestRam, number: int, start: int, length: int, fill: int) -> None:
     """Memory that nothing was written to holds zeros already, and stays a hole."""
     if not fill and not ram.pages.any_received(number, start, length):
         return
@@ -224,8 +235,8 @@ class Placer:
     def place_plainly(self, number: int, came: PagesCame) -> None:
         """Run by run: what follows one another in the block is placed at once, of whichever kind.
 
-        A call costs more than zeros.  Where runs are short this costs more than the kernel does: see ``_place_stretch``,
-        which a test holds to this.
+        A call costs more than zeros.  Where runs are short this costs more than the kernel does: hence
+        ``_place_stretch``, which a test holds to this.
         """
         page_size = came.pages.page_size
         begin = end = 0  # in the block: what is staged and not placed yet

@@ -232,9 +232,9 @@ class Server:
                 if state & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     self._hear(peer)
                     waits = False
-                if urgent is not None and ready.get(urgent.fileno(), 0) & select.POLLOUT:
-                    self._send_urgent(urgent)
+                if urgent is not None and (urgent_state := ready.get(urgent.fileno(), 0)):
                     waits = False
+                    urgent = self._turn_of(urgent, urgent_state, poller)
                 if state & select.POLLOUT and not self._main.out:
                     self._main.out = next(pieces, [])
                     waits = not self._main.out
@@ -251,6 +251,22 @@ class Server:
         """Is there anything for the preempt channel?  Before the package is sent nothing is."""
         assert self._urgent is not None
         return bool(self._urgent.out) or (self.is_switched and self._core.waiting > 0)
+
+    def _turn_of(self, urgent: socket.socket, state: int, poller: select.poll) -> socket.socket | None:
+        """Send on the preempt channel; None once it is closed, mostly as all has come.
+
+        Else main will do; but not for a page that was under way.
+        """
+        if not state & (select.POLLHUP | select.POLLERR):
+            self._send_urgent(urgent)
+            return urgent
+        poller.unregister(urgent)
+        lane, self._urgent = self._urgent, None
+        if lane is not None and lane.span is not None:
+            raise OSError("the preempt channel broke")
+        if lane is not None:
+            lane.out.clear()
+        return None
 
     def _send_urgent(self, peer: socket.socket) -> None:
         """Pages that were asked for, while the socket takes them."""

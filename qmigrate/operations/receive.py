@@ -157,6 +157,8 @@ class Receiver:
         self._connected = False
         self._paused = False
         self._accepting: asyncio.Task[None] | None = None
+        self._incoming: Incoming | None = None
+        self._multifd: list[int] = []  # channels that the listener has not been given yet
         self._failure: str | None = None
         self._received: Said | None = None
 
@@ -174,6 +176,7 @@ class Receiver:
                 self.raw.mkdir(parents=True, exist_ok=True)
             await stack.enter_async_context(control_socket(self.control, self._asked))
             await stack.enter_async_context(self._destination)
+            stack.callback(self._drop_multifd)
             stack.push_async_callback(self._stop_accepting)
             uri = await self._listen(self.uri)
             self._tell(Listening(side=Side.DESTINATION, uri=uri, control=str(self.control)))
@@ -197,6 +200,18 @@ class Receiver:
             await self._accepting
         return await listens
 
+    async def _give_multifd(self) -> None:
+        """RAM begins: by now a source has made all its channels, so those that are not seen yet are about to be."""
+        if self._incoming is not None:
+            await self._incoming.settled()
+        self._destination.connect_multifd(self._multifd)
+        self._drop_multifd()
+
+    def _drop_multifd(self) -> None:
+        for descriptor in self._multifd:
+            os.close(descriptor)
+        self._multifd.clear()
+
     async def _stop_accepting(self) -> None:
         if self._accepting is not None:
             self._accepting.cancel()
@@ -204,6 +219,7 @@ class Receiver:
 
     async def _accept(self, uri: str, listens: "asyncio.Future[str]") -> None:
         async with Incoming(uri) as incoming:
+            self._incoming = incoming
             listens.set_result(incoming.uri)
             async for arrived in incoming:
                 try:
@@ -220,7 +236,7 @@ class Receiver:
             case ChannelKind.PAGES if self._connected:
                 self._destination.connect_preempt(arrived.descriptor)
             case ChannelKind.MULTIFD:
-                self._trouble("a multifd channel came, which receive does not take yet: it is closed")
+                self._multifd.append(os.dup(arrived.descriptor))
             case _ if self._connected:
                 self._trouble(f"another connection came ({arrived.kind.value}): it is closed")
             case _:
@@ -248,6 +264,8 @@ class Receiver:
     async def _follow(self) -> ReceiveResult:
         async for said in self._destination.said():
             match said.kind:
+                case "channels":
+                    await self._give_multifd()
                 case "loaded":
                     await self._loaded(said)
                 case "shut":
@@ -310,7 +328,13 @@ class Receiver:
 
     async def _keep(self, said: Said) -> None:
         """Write what was asked for; after that the source is let go.  Raises ``OSError``, and holds it."""
-        from qmigrate.operations.received import Parts, write_raw, write_stream  # few ask for files
+        if self.raw is not None or self.save is not None:
+            await self._write(said)
+        self._let_go(said, 0)
+
+    async def _write(self, said: Said) -> None:
+        # Few ask for files, and a source waits for SHUT meanwhile: loading this takes a tenth of a second.
+        from qmigrate.operations.received import Parts, write_raw, write_stream
 
         values = said.values
         blocks = [tuple(block) for block in values["ram"].get("blocks", [])]
@@ -327,7 +351,6 @@ class Receiver:
                 footers=values["section"]["footers"],
             )
             await asyncio.to_thread(write_stream, self.save, parts)
-        self._let_go(said, 0)
 
     def _let_go(self, said: Said, value: int) -> None:
         for descriptor in said.descriptors:

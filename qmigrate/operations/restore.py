@@ -126,6 +126,10 @@ class Restorer(Serving):
     # -- how it ended
 
     async def _result(self, ended: Ended, server: Server, there: Watched) -> ServingResult:
+        if ended.end is End.REFUSED and not self._has_run(there):
+            # It said so itself, by SHUT.  By QMP it may not answer any more: 10.0 and 11.1 do not always.
+            reason = f"the destination failed before the guest ran: {ended.reason}; end that QEMU"
+            return self._ended(STILL_IN_FILE, reason, server, there)
         if ended.end is End.DONE:
             ended = await self._completed(there)
         if ended.end is End.DONE:

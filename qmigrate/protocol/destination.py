@@ -45,6 +45,7 @@ __all__ = [
     "Configured",
     "Destination",
     "Discarded",
+    "EncodedCame",
     "Event",
     "Kept",
     "Loaded",
@@ -55,6 +56,7 @@ __all__ = [
     "PagesCame",
     "Resumed",
     "SectionBegan",
+    "SyncPoint",
     "devices_of",
     "package_events",
 ]
@@ -93,6 +95,19 @@ class PagesCame:
     pages: Pages
     offset: int
     view: memoryview
+
+
+@dataclass(frozen=True)
+class EncodedCame:
+    """A page as a delta, or compressed, before LISTEN; its record stands at ``offset``."""
+
+    page: RamPage
+    offset: int
+
+
+@dataclass(frozen=True)
+class SyncPoint:
+    """Where there are multifd channels: here each has a SYNC, and what is before it is loaded before what follows."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +158,8 @@ Event: TypeAlias = (
     | Advised
     | BlocksListed
     | PagesCame
+    | EncodedCame
+    | SyncPoint
     | Discarded
     | PackageCame
     | SectionBegan
@@ -244,6 +261,7 @@ class Destination:
         self._outgoing = bytearray()
         self._is_loaded = False
         self._is_over = False
+        self._sync_marker: int | None = None  # MULTIFD_FLUSH; or EOS where START has none of those (until 8.0)
 
     # -- bytes in
 
@@ -367,12 +385,12 @@ class Destination:
                 return BlocksListed(blocks, self._stream.page_size)
             case SectionHeader() as header if header.idstr != "ram":
                 return SectionBegan(header)
-            case RamPage(block=block, record=record):
-                raise UnsupportedError(
-                    f"a page is sent as {RamFlag(record.word.kind).name}, which receive does not take yet",
-                    offset=entry.offset,
-                    trail=("ram", block),
-                )
+            case RamPage() as page:
+                return self._encoded(page, entry)
+            case RamRecord(word=word) if word.flags in (RamFlag.EOS, RamFlag.MULTIFD_FLUSH):
+                # The first marker of START says which it is.
+                self._sync_marker = self._sync_marker or word.flags
+                return SyncPoint() if word.flags == self._sync_marker else None
             case EndOfFile() if self._stream.switched:
                 self._is_loaded = True
                 return Loaded(is_postcopy=True)
@@ -392,6 +410,15 @@ class Destination:
                 offset=entry.offset,
                 trail=("ram", pages.block),
             )
+
+    def _encoded(self, page: RamPage, entry: Entry) -> EncodedCame:
+        if self.phase in (Phase.LISTENING, Phase.RUNNING):
+            raise StreamError(
+                f"a page is sent as {RamFlag(page.record.word.kind).name} in postcopy",
+                offset=entry.offset,
+                trail=("ram", page.block),
+            )
+        return EncodedCame(page, entry.offset)
 
     def _command(self, command: Command, entry: Entry) -> Event | None:
         try:

@@ -1,11 +1,18 @@
 """Pages that came, put in place."""
 
-import pytest
+import os
 
-from qmigrate.endpoint.ram import Counts, GuestRam, write_pages
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_pages
 from qmigrate.format.ram import RamBlock
+from qmigrate.format.stretch import Stretch
 from qmigrate.protocol.destination import PageChannel
+from qmigrate.uffd.userfault import Userfaultfd
 from tests import streams
+from tests.uffd.kernel import needs_userfaultfd
 
 PAGE = streams.PAGE
 PAGES = 5000
@@ -29,3 +36,54 @@ def test_each_page_is_written_once_where_long_runs_and_short_ones_meet_at_16_mib
         expected = streams.page(page * PAGE)[-PAGE:] if page in sent else bytes(PAGE)
         assert ram.memory[0].mapping[page * PAGE : (page + 1) * PAGE] == expected, page
     ram.close()
+
+
+def placed(data: bytes, *, plainly: bool) -> tuple[bytes, Counts, list[bool], bool]:
+    """What a block of 64 pages holds once ``data`` is placed by COPY, the counts, what came; was any a stretch?"""
+    ram, counts = GuestRam.create([RamBlock(name="pc.ram", used_length=64 * PAGE)], PAGE), Counts()
+    (memory,) = ram.memory
+    was_stretch = False
+    with Userfaultfd.open() as faults:
+        faults.register(memory.address, memory.mapped_length)
+        placer = Placer(ram, faults, [memory.address], counts)
+        channel = PageChannel({"pc.ram": 64 * PAGE}, PAGE)
+        channel.feed.receive(data)
+        for came in channel.events():
+            was_stretch |= isinstance(came.pages.runs, Stretch)
+            if plainly:
+                placer.place_plainly(0, came)
+            else:
+                placer.place(came)
+        received = [ram.pages.is_received(0, start) for start in range(0, 64 * PAGE, PAGE)]
+        contents = os.pread(memory.descriptor, 64 * PAGE, 0)
+    ram.close()
+    return contents, counts, received, was_stretch
+
+
+def records(pages: dict[int, bool]) -> bytes:
+    """Records of these pages, in this order; True: of zeros.  Page 0, which names the block, comes first."""
+    return streams.page(0, b"\x01" * PAGE, block="pc.ram") + b"".join(
+        streams.zero(page * PAGE) if is_zero else streams.page(page * PAGE, bytes([page + 1]) * PAGE)
+        for page, is_zero in pages.items()
+    )
+
+
+@needs_userfaultfd
+@given(st.dictionaries(st.integers(1, 63), st.booleans(), min_size=1))
+@example({page: bool(page % 3) for page in range(1, 64)})
+@example({page: page < 32 for page in range(63, 0, -1)})
+def test_pages_in_short_runs_are_placed_as_the_plain_version_places_them(pages: dict[int, bool]) -> None:
+    plain, fast = (placed(records(pages), plainly=plainly)[:3] for plainly in (True, False))
+    assert fast == plain
+    filled = {0, *(page for page, is_zero in pages.items() if not is_zero)}
+    assert fast == (
+        b"".join((bytes([page + 1]) if page in filled else b"\0") * PAGE for page in range(64)),
+        Counts(normal=len(filled), zero=1 + len(pages) - len(filled)),
+        [page in pages or not page for page in range(64)],
+    )
+
+
+@needs_userfaultfd
+def test_short_runs_are_placed_as_a_stretch() -> None:
+    *_, was_stretch = placed(records({page: bool(page % 2) for page in range(1, 64)}), plainly=False)
+    assert was_stretch

@@ -52,6 +52,56 @@ async def test_after_precopy_memory_is_the_stopped_sources(qemu: Qemu, tmp_path:
         assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
 
 
+MULTIFD: Final = {"multifd": True}
+ENCODED: Final[dict[str, tuple[dict[str, bool], dict[str, str]]]] = {
+    "multifd": (MULTIFD, {}),
+    "zlib": (MULTIFD, {"multifd-compression": "zlib"}),
+    "zstd": (MULTIFD, {"multifd-compression": "zstd"}),
+    "xbzrle": ({"xbzrle": True}, {}),
+    "compress": ({"compress": True}, {}),
+}
+ENCODERS: Final = [
+    *((qemu, "multifd") for qemu in installed()),
+    *((qemu, "zlib") for qemu in installed() if (7,) <= qemu.number < (8,)),
+    *((qemu, "zstd") for qemu in installed() if qemu.number >= (11,)),
+    *((qemu, "xbzrle") for qemu in installed() if qemu.number >= (11,)),
+    *((qemu, "compress") for qemu in installed() if qemu.number < (6,)),
+]
+
+
+@pytest.mark.parametrize(("qemu", "way"), ENCODERS, ids=[f"{way}-{qemu.name}" for qemu, way in ENCODERS])
+async def test_pages_that_come_beside_the_main_channel_or_encoded_are_the_stopped_sources(
+    qemu: Qemu, way: str, tmp_path: Path
+) -> None:
+    raw = tmp_path / "ram"
+    capabilities, parameters = ENCODED[way]
+    async with (
+        source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
+        receiving(tmp_path, raw=raw) as receiver,
+    ):
+        await migration.set_parameters(source.session, parameters)
+        await migrate(source, receiver.uri, postcopy=False, capabilities=capabilities)
+        result = await receiver.result()
+        assert (result.exit_code, result.message) == (0, "the migration was received")
+        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+
+
+@pytest.mark.parametrize(
+    "qemu", [qemu for qemu in installed() if qemu.number < (6,) or qemu.number >= (11,)], ids=lambda qemu: qemu.name
+)
+async def test_a_postcopy_that_began_on_multifd_channels_ends_on_main(qemu: Qemu, tmp_path: Path) -> None:
+    """7.2 aborts at its end, 10.0 refuses the two together."""
+    raw = tmp_path / "ram"
+    async with (
+        source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
+        receiving(tmp_path, raw=raw, workloads=[Workload(seed=1)]) as receiver,
+    ):
+        await migrate(source, receiver.uri, postcopy=True, capabilities=MULTIFD)
+        result = await receiver.result()
+        assert (result.exit_code, result.numbers["duplicates"]) == (0, 0)
+        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+
+
 @every_qemu
 async def test_after_postcopy_memory_is_the_stopped_sources(qemu: Qemu, tmp_path: Path) -> None:
     raw = tmp_path / "ram"

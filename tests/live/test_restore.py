@@ -4,11 +4,12 @@ import asyncio
 import contextlib
 import itertools
 import json
+import os
 import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ from qmigrate.format.feed import Feed
 from qmigrate.format.return_path import RequestPagesId, read_return_path
 from qmigrate.operations.restore import Restorer, ServingResult
 from qmigrate.operations.send import Sender
+from qmigrate.protocol.source import HostPages, Source
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
@@ -86,20 +88,38 @@ async def assert_has_all(file: File, machine: Machine, scratch: Path) -> None:
     assert sum(compared.seen.values()) >= 8 << 20
 
 
-def hold(index: PageIndex, until: Callable[[], bool], *, at: str | None = None) -> None:
-    """Serving holds still before it reads its first page, or the first of this block, until this holds."""
+def hold(index: PageIndex, until: Callable[[], bool]) -> None:
+    """Serving holds still before it reads its first page until this holds."""
     records = index.records
 
     def held_records(block: str, first: int, count: int) -> bytearray:
-        if at in (None, block):
-            deadline = time.monotonic() + TIMEOUT_S
-            while not until():
-                assert time.monotonic() < deadline
-                time.sleep(0.005)
-            index.records = records  # type: ignore[method-assign]
+        deadline = time.monotonic() + TIMEOUT_S
+        while not until():
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        index.records = records  # type: ignore[method-assign]
         return records(block, first, count)
 
     index.records = held_records  # type: ignore[method-assign]  # of this one object
+
+
+class Withholding(Source):
+    """Keeps the last block back, which no device reads; when all else is sent it waits, and does ``then``, not END."""
+
+    go_on: Event
+    then: Callable[[str], object]
+
+    def __init__(self, blocks: Sequence[HostPages], **how: Any) -> None:
+        super().__init__(blocks, **how)
+        self._kept = blocks[-1]
+        self._dirty[self._kept.name] = bytearray(self._kept.count)
+        self._sent[self._kept.name] = bytearray(self._kept.count)  # so that it is discarded all the same
+        self._left -= self._kept.count
+
+    def end(self) -> bytes:
+        assert self.go_on.wait(TIMEOUT_S)
+        type(self).then(self._kept.name)
+        return b""
 
 
 @pytest.fixture
@@ -180,29 +200,32 @@ async def test_a_guest_is_restored_onto_huge_pages(tmp_path: Path) -> None:
 
 @every_qemu
 @pytest.mark.parametrize("why", ["told to stop twice", "the file was changed"])
-async def test_a_guest_whose_server_ends_is_paused_and_can_be_resumed(qemu: Qemu, why: str, tmp_path: Path) -> None:
+async def test_a_guest_whose_server_ends_is_paused_and_can_be_resumed(
+    qemu: Qemu, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = await saved(qemu, "pc-running", tmp_path / "saved")
     whole = file.stream.read_bytes()
     said: list[LiveEvent] = []
+    Withholding.go_on = Event()
     async with waiting(file, tmp_path / "d") as machine:
         restorer = Restorer(file.stream, on_event=said.append)
         with Migration(file.stream) as read, restorer.read(read) as indexed:
-            go_on = Event()
-            # The last block, which no device asks for while it is loaded.
-            hold(indexed.index, go_on.is_set, at=indexed.blocks[-1].name)
-            task = asyncio.ensure_future(
-                restorer.run_saved(indexed, machine.session, uri=f"unix:{tmp_path / 'd' / 'in'}")
-            )
-            async with asyncio.timeout(TIMEOUT_S):
-                await until(lambda: any(isinstance(each, GuestChanged) and each.running for each in said))
-                if why == "the file was changed":
-                    file.stream.write_bytes(whole[:-1])
-                else:
-                    assert restorer.interrupt()
-                    assert "needs this process" in str(said[-1])
-                    assert restorer.interrupt()
-                go_on.set()
-                result = await task
+            Withholding.then = lambda block: indexed.index.records(block, 0, 1)
+            with monkeypatch.context() as patched:
+                patched.setattr("qmigrate.endpoint.source.Source", Withholding)
+                task = asyncio.ensure_future(
+                    restorer.run_saved(indexed, machine.session, uri=f"unix:{tmp_path / 'd' / 'in'}")
+                )
+                async with asyncio.timeout(TIMEOUT_S):
+                    await until(lambda: any(isinstance(each, GuestChanged) and each.running for each in said))
+                    if why == "the file was changed":
+                        os.truncate(file.stream, len(whole) - 1)  # in one step, as a Path can't
+                    else:
+                        assert restorer.interrupt()
+                        assert "needs this process" in str(said[-1])
+                        assert restorer.interrupt()
+                    Withholding.go_on.set()
+                    result = await task
         assert result.exit_code == 5
         expected = "told to stop" if why.startswith("told") else "the input was changed since its pages were indexed"
         assert expected in result.message

@@ -2,11 +2,12 @@
 
 import asyncio
 import os
+import resource
 import signal
 import stat
 import sys
-from collections.abc import AsyncGenerator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final
 
@@ -15,6 +16,7 @@ import pytest
 from qmigrate.endpoint.destination import Workload
 from qmigrate.errors import RefusedError
 from qmigrate.events import StatusChanged, Troubled
+from qmigrate.format import xbzrle
 from qmigrate.format.command import (
     DiscardRange,
     OpenReturnPath,
@@ -26,6 +28,15 @@ from qmigrate.format.command import (
     PostcopyRun,
 )
 from qmigrate.format.feed import Feed
+from qmigrate.format.multifd import (
+    InitialPacket,
+    MultifdFlag,
+    PageHeader,
+    PagePacket,
+    encode_packet,
+    pack_offsets,
+    page_capacity,
+)
 from qmigrate.format.ram import RamBlock
 from qmigrate.format.return_path import Message, Pong, RequestPages, RequestPagesId, Shut, read_return_path
 from qmigrate.operations.control import ask
@@ -298,6 +309,104 @@ async def test_what_cannot_be_saved_after_postcopy_is_held_until_it_is_saved_els
             assert await source.until_shut() == 0
         assert (await receiver.result()).exit_code == 0
     assert elsewhere.exists()
+
+
+@contextmanager
+def limited_files(length: int) -> Iterator[None]:
+    """No file of this process grows beyond ``length`` bytes, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (length, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
+async def test_a_disk_that_gets_full_leaves_nothing_half_written(postcopy: bool, tmp_path: Path) -> None:
+    saved, elsewhere = tmp_path / "x.mig", tmp_path / "elsewhere.mig"
+    precopy = advised() + EVERYTHING + streams.ram_end() + streams.devices() + streams.eof()
+    precopy += streams.devices_described()
+    async with receiving(tmp_path, save=saved) as receiver, source_of(receiver) as source:
+        with limited_files(2 * PAGE):
+            source.send(advised() + PACKAGE + EVERYTHING + END if postcopy else precopy)
+            await receiver.wait_for(lambda event: isinstance(event, Troubled) and "File too large" in event.message)
+        if postcopy:
+            assert await ask(receiver.receiver.control, "save", str(elsewhere)) == str(elsewhere)
+        assert await source.until_shut() == (0 if postcopy else 1)
+        assert (await receiver.result()).exit_code == (0 if postcopy else 3)
+    assert {path.name for path in tmp_path.glob("*.mig*")} == ({"elsewhere.mig"} if postcopy else set())
+
+
+async def test_a_package_that_is_cut_leaves_the_guest_to_the_source(tmp_path: Path) -> None:
+    """Nothing of it has run yet."""
+    async with receiving(tmp_path) as receiver, source_of(receiver) as source:
+        source.send(advised(), PACKAGE[:-10])
+        source.close()
+        result = await receiver.result()
+        assert result.exit_code == 3
+        assert "PACKAGED: the stream ends here, 10 of" in result.message
+
+
+def packet(*pages: tuple[int, bytes], sync: bool = False) -> bytes:
+    """Of a multifd channel: pages of pc.ram, or none."""
+    header = PageHeader(
+        flags=int(MultifdFlag.SYNC) if sync else 0,
+        pages_alloc=page_capacity(PAGE),
+        normal_pages=len(pages),
+        next_packet_size=len(pages) * PAGE,
+        packet_num=0,
+        name=b"pc.ram".ljust(256, b"\0"),
+        offsets=pack_offsets([start for start, _ in pages], page_size=PAGE),
+    )
+    return encode_packet(PagePacket(header, PAGE), b"".join(contents for _, contents in pages))
+
+
+SYNC: Final = packet(sync=True)
+
+
+async def test_a_later_copy_on_another_multifd_channel_waits_for_the_earlier_one(tmp_path: Path) -> None:
+    """The new copy is here long before the old one, which is of the epoch before: it is loaded last."""
+    old, new = b"\x11" * PAGE, b"\x22" * PAGE
+    async with (
+        receiving(tmp_path, raw=tmp_path / "ram") as receiver,
+        source_of(receiver) as source,
+        source_of(receiver) as slow,
+        source_of(receiver) as fast,
+    ):
+        # Each EOS ends an epoch: START's, that of the part, that of END.
+        slow.send(encode_packet(InitialPacket(channel_id=0)), SYNC)
+        fast.send(encode_packet(InitialPacket(channel_id=1)), SYNC, SYNC, packet((0, new)), SYNC)
+        source.send(streams.header(), streams.configuration(), streams.command(OpenReturnPath()))
+        source.send(streams.command(Ping(token=1)))
+        assert await source.message() == Pong(token=1)
+        source.send(streams.ram_start(), streams.ram_part(), streams.command(Ping(token=2)), streams.ram_end())
+        source.send(streams.devices(), streams.eof(), streams.devices_described())
+        slow.send(packet((0, old)), SYNC, SYNC)
+        assert await source.until_shut() == 0
+        assert (await receiver.result()).exit_code == 0
+    assert (tmp_path / "ram" / "pc.ram.raw").read_bytes()[:PAGE] == new
+
+
+async def test_a_multifd_channel_that_ends_before_its_sync_is_named(tmp_path: Path) -> None:
+    async with receiving(tmp_path) as receiver, source_of(receiver) as source:
+        async with source_of(receiver) as channel:
+            channel.send(encode_packet(InitialPacket(channel_id=3)), SYNC)
+        source.send(advised(), streams.ram_part())
+        assert await source.until_shut() == 1
+        assert "multifd 3: the channel ended before a SYNC" in (await receiver.result()).message
+
+
+async def test_a_page_as_a_delta_is_applied_to_the_page_that_was_there(tmp_path: Path) -> None:
+    async with receiving(tmp_path, raw=tmp_path / "ram") as receiver, source_of(receiver) as source:
+        before = b"\x11" * PAGE
+        delta = streams.xbzrle(0, xbzrle.encode(before, b"\x22" + before[1:]) or b"", block="pc.ram")
+        source.send(streams.header(), streams.configuration(), streams.command(OpenReturnPath()), streams.ram_start())
+        source.send(streams.ram_part(streams.page(0, before, block="pc.ram"), delta), streams.ram_end())
+        source.send(streams.devices(), streams.eof(), streams.devices_described())
+        assert await source.until_shut() == 0
+        assert (await receiver.result()).exit_code == 0
+    assert (tmp_path / "ram" / "pc.ram.raw").read_bytes()[: PAGE + 1] == b"\x22" + before[1:] + b"\0"
 
 
 async def test_the_control_socket_is_its_users_alone_and_refuses_what_cannot_be(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import pytest
 from hypothesis import given
@@ -26,12 +27,14 @@ from qmigrate.protocol.destination import (
     Discarded,
     Loaded,
     PackageCame,
+    PageChannel,
     PagesCame,
 )
 from qmigrate.protocol.phases import Phase
 from qmigrate.protocol.source import HostPages, Ponged, Requested, Resumed, Source, Span, Stopped
 from tests import streams
 
+T = TypeVar("T")
 PAGE = streams.PAGE
 HUGE = 4 * PAGE
 BLOCKS = (HostPages("pc.ram", 64 * PAGE, PAGE), HostPages("huge", 8 * HUGE, HUGE), HostPages("rom", PAGE, PAGE))
@@ -105,6 +108,10 @@ class Joined:
             + source.package(streams.devices())
         )
 
+    def of(self, kind: type[T]) -> list[T]:
+        """What the destination was told of this kind."""
+        return [event for event in self.told if isinstance(event, kind)]
+
     def send_next(self) -> Span | None:
         span = self.source.next_span()
         if span is not None:
@@ -127,17 +134,18 @@ def all_pages() -> dict[tuple[str, int], int]:
 def test_the_destination_is_told_what_a_lazy_restore_needs() -> None:
     joined = Joined()
     joined.begin()
-    advised, listed, *discarded, package = joined.told[1:]
-    assert advised == Advised(PageSizes(summary=PAGE | HUGE, target_page_size=PAGE))
-    assert isinstance(listed, BlocksListed)
+    (listed,) = joined.of(BlocksListed)
+    assert joined.of(Advised) == [Advised(PageSizes(summary=PAGE | HUGE, target_page_size=PAGE))]
     assert [(block.name, block.used_length, block.page_size) for block in listed.blocks] == [
         ("pc.ram", 64 * PAGE, None),
         ("huge", 8 * HUGE, HUGE),
         ("rom", PAGE, None),
     ]
     # Each block whole, though nothing was sent of it: without a discard 11.1 hangs.
-    assert discarded == [Discarded(block.name, (DiscardRange(start=0, length=block.length),)) for block in BLOCKS]
-    assert isinstance(package, PackageCame)
+    assert joined.of(Discarded) == [
+        Discarded(block.name, (DiscardRange(start=0, length=block.length),)) for block in BLOCKS
+    ]
+    assert isinstance(joined.told[-1], PackageCame)
     assert joined.heard == [Ponged(1), Ponged(2), Ponged(4)]
     assert joined.source.phase is Phase.RUNNING
 
@@ -171,8 +179,7 @@ def test_the_end_is_not_said_before_all_is_sent() -> None:
 def test_a_block_list_of_precopy_names_no_page_sizes() -> None:
     joined = Joined()
     joined.deliver(streams.header() + streams.configuration() + joined.source.start())
-    (listed,) = joined.told[1:]
-    assert isinstance(listed, BlocksListed)
+    (listed,) = joined.of(BlocksListed)
     assert [block.page_size for block in listed.blocks] == [None] * 3
 
 
@@ -224,6 +231,35 @@ def test_what_is_asked_for_is_sent_next(moves: list[tuple[HostPages, int, int] |
             assert joined.source.waiting == 1
             assert joined.send_next() == Span(block.name, start // PAGE, each, requested=True)
         assert joined.source.waiting == 0
+
+
+@given(requests)
+def test_each_page_comes_once_over_either_of_two_channels(moves: list[tuple[HostPages, int, int] | None]) -> None:
+    joined = Joined()
+    joined.begin()
+    source, urgent = joined.source, PageChannel({block.name: block.length for block in BLOCKS}, PAGE)
+
+    def answer() -> None:
+        while (span := source.next_requested()) is not None:
+            assert span.requested
+            urgent.feed.receive(b"".join(source.urgent(span, records_of(span))))
+        for event in urgent.events():
+            joined._pages(event)
+
+    for move in moves:
+        if move is None:
+            if (span := source.next_in_turn()) is not None:
+                assert not span.requested
+                joined.deliver(b"".join(source.part(span, records_of(span))))
+            continue
+        block, page, _ = move
+        joined.ask(RequestPagesId(block=block.name, start=page * block.page_size, length=block.page_size))
+        answer()
+    joined.finish()
+    urgent.feed.receive(source.end_urgent())
+    urgent.feed.end()
+    answer()
+    assert joined.came == all_pages()
 
 
 def test_what_stands_behind_a_page_that_was_asked_for_comes_after_it() -> None:
