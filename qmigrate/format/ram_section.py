@@ -230,6 +230,11 @@ class RamSection:
             if feed.view(8) == _EOS_BYTES:  # of a section's records the one that always comes
                 yield self._consume(_EOS, 8)
                 return
+            if (named := self._named_page()) is not None:
+                self.block, start, length = named
+                run = PageRun(feed.offset, int(RamFlag.PAGE), start, 1)
+                yield from self._inside(Pages(self.block, True, page_size, 0, (run,)), length)
+                continue
             trail = ("ram",) if self.block is None else ("ram", self.block)
             record, length = yield from feed.record(RamRecord, trail, page_size=page_size)
             if record.word.kind in PAGE_KINDS:
@@ -238,6 +243,20 @@ class RamSection:
             yield self._consume(record, length)
             if record.word.flags == RamFlag.EOS:
                 return
+
+    def _named_page(self) -> tuple[str, int, int] | None:
+        """Block, start and length of the record at hand, if that is all of a NORMAL page with the name of a block.
+
+        In postcopy there are hundreds; to read one by its declaration takes 0.1 ms.  All else is left to that.
+        """
+        head = self.feed.view(9 + 255)
+        if len(head) < 9 or int.from_bytes(head[:8]) & (self.page_size - 1) != RamFlag.PAGE:
+            return None
+        end = 9 + head[8]
+        block = bytes(head[9:end]).decode("utf-8", "surrogateescape")
+        if block not in self.blocks or len(self.feed) < end + self.page_size:
+            return None
+        return block, int.from_bytes(head[:8]) - RamFlag.PAGE, end + self.page_size
 
     def _has_pages(self) -> Generator[None, None, bool]:
         """Does anything but EOS stand here?"""
