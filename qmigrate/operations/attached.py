@@ -53,6 +53,9 @@ async def start_postcopy(source: Session, *, timeout_s: float = 30.0) -> Done:
     return Done("switched to postcopy", view)
 
 
+_TOO_LATE: Final = "already complete: there is nothing to pause"
+
+
 async def pause(
     source: Session, destination: Session | None = None, *, force: bool = False, timeout_s: float = 30.0
 ) -> Done:
@@ -64,7 +67,7 @@ async def pause(
     if view.status == PAUSED:
         return Done("it is paused already", view)
     if view.status == "completed":
-        raise RefusedError("already complete: there is nothing to pause")
+        raise RefusedError(_TOO_LATE)
     if not is_postcopy(view.status):
         _under_way(view)
         raise RefusedError(f"only postcopy can be paused, and this is {view.status}: `qmigrate cancel` ends it")
@@ -134,6 +137,8 @@ async def _race(source: Session, destination: Session | None, timeout_s: float) 
     began = time.monotonic()
     while True:
         view = await ask(source, timeout_s=timeout_s)
+        if view.status == "completed":
+            raise RefusedError(_TOO_LATE)
         state = None
         if destination is not None:
             there = await ask(destination, timeout_s=timeout_s)
