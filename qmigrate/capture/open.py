@@ -14,6 +14,7 @@ import select
 import stat
 import sys
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self
@@ -121,7 +122,7 @@ class _Pipe(io.RawIOBase):
         return count
 
 
-class Readable:
+class Readable(ABC):
     """The bytes of one stream, wherever they are."""
 
     name: str
@@ -138,12 +139,13 @@ class Readable:
     ) -> None:
         self.close()
 
+    @abstractmethod
     def close(self) -> None:
-        raise NotImplementedError
+        """Close what was opened for it."""
 
+    @abstractmethod
     def open_reader(self) -> Reader:
         """Read from the start."""
-        raise NotImplementedError
 
     def entries(
         self,

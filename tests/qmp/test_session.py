@@ -277,11 +277,16 @@ async def test_a_closed_session_says_so() -> None:
 async def test_quit_is_done_when_qemu_goes(replies: bool) -> None:
     async def leave(qemu: ScriptedQemu) -> None:
         command = await qemu.hear()
+        heard.append(command["execute"])
         if replies:
             await qemu.answer(command)
 
+    heard: list[str] = []
     async with session_with(leave) as session:
         await session.quit(timeout_s=10)
+        with pytest.raises(QmpError):
+            await session.execute("query-status")
+    assert heard == ["quit"]
 
 
 # ---- events ----
