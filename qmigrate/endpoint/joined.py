@@ -29,6 +29,8 @@ _BACK_PIECE: Final = 1 << 16
 _HEAD: Final = 512  # bytes that are looked at to tell what it is
 _TAIL: Final = 8  # bytes of the return path's last message
 _SHUT: Final = b"\x00\x01\x00\x04"
+_SNDBUFFORCE: Final = 32  # SO_SNDBUFFORCE of asm-generic/socket.h, which Python lacks
+_ON_ITS_WAY: Final = 1 << 20  # bytes
 _tee = ctypes.CDLL(None, use_errno=True).tee
 _tee.restype = ctypes.c_ssize_t
 _tee.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint]
@@ -113,6 +115,7 @@ class Joined:
             self._on_closed()
 
     def _pass_forward(self) -> None:
+        self._widen()
         self._look()
         with _Pipe() as through, _Pipe() as beside:
             while count := os.splice(self._source.fileno(), through.into, LONGEST_PIECE):
@@ -122,6 +125,16 @@ class Joined:
                     count -= step
         with suppress(OSError):  # it is gone already: the other thread finds that out
             self._destination.shutdown(socket.SHUT_WR)
+
+    def _widen(self) -> None:
+        """Room for what is on its way, so that the destination has work while we record what comes next.
+
+        No more than a requested page can wait behind for a millisecond or so.
+        """
+        for option in (_SNDBUFFORCE, socket.SO_SNDBUF):  # the first needs CAP_NET_ADMIN, the second has a limit
+            with suppress(OSError):
+                self._destination.setsockopt(socket.SOL_SOCKET, option, _ON_ITS_WAY)
+                return
 
     def _record_forward(self, through: "_Pipe", beside: "_Pipe", count: int) -> int:
         """Record the front of what is in the pipe; how much that was."""
