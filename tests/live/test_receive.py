@@ -3,6 +3,7 @@
 import asyncio
 import shlex
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
@@ -158,17 +159,31 @@ async def test_a_saved_stream_loads_into_a_stock_qemu_and_the_guest_goes_on(
 
 @pytest.mark.parametrize("qemu", [qemu for qemu in installed() if qemu.number >= (7, 1)], ids=lambda qemu: qemu.name)
 async def test_requested_pages_come_on_the_preempt_channel(qemu: Qemu, tmp_path: Path) -> None:
-    raw = tmp_path / "ram"
+    # A page that is asked for may be on its way already, and with a small guest now and then all are.
+    for attempt in ("first", "second", "third"):
+        folder = tmp_path / attempt
+        folder.mkdir()
+        if (await _preempted(qemu, folder)).get("preempt"):
+            return
+    pytest.fail("no page came on the preempt channel")
+
+
+async def _preempted(qemu: Qemu, folder: Path) -> Mapping[str, int]:
+    raw = folder / "ram"
     async with (
-        source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
-        receiving(tmp_path, raw=raw, workloads=[Workload(seed=1)], touch_in_package=True) as receiver,
+        source_of(qemu, folder, paused=loses_writes(qemu)) as source,
+        receiving(folder, raw=raw, workloads=[Workload(seed=1)], touch_in_package=True) as receiver,
     ):
-        await migrate(source, receiver.uri, postcopy=True, capabilities={"postcopy-preempt": True})
+        # So slow that nearly all pages are asked for before they come by themselves; what is asked for has no limit.
+        preempt, slow = {"postcopy-preempt": True}, {"max-postcopy-bandwidth": SLOW}
+        await start(source, receiver.uri, postcopy=True, capabilities=preempt, limits=slow)
+        await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
         result = await receiver.result()
         assert result.exit_code == 0, result.message
-        assert 0 < result.numbers["preempt"] <= result.numbers["requested"]
+        assert result.numbers.get("preempt", 0) <= result.numbers["requested"]
         assert result.numbers["duplicates"] == 0
-        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, folder / "memory")
+    return result.numbers
 
 
 @every_qemu
