@@ -27,7 +27,7 @@ from qmigrate.operations.whereabouts import INCOMING
 from qmigrate.qmp.features import Features
 from qmigrate.qmp.migration import FINAL_STATUSES
 
-__all__ = ["Prepared", "prepare"]
+__all__ = ["Prepared", "prepare", "tell_to_listen"]
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ async def prepare(sides: Mapping[Side, Watched], plan: Plan) -> Prepared:
     async def set_up_destination() -> None:
         await _apply(destination, settings[Side.DESTINATION])
         if not listens:
-            await _listen(destination, features[Side.DESTINATION], listen)
+            await tell_to_listen(destination, features[Side.DESTINATION], listen)
 
     async with _undone_if_refused(sides, settings, features):
         await _all_of(_apply(source, settings[Side.SOURCE]), set_up_destination())
@@ -155,7 +155,8 @@ def _states(capabilities: Mapping[str, bool]) -> dict[str, Any]:
     return {"capabilities": [{"capability": name, "state": state} for name, state in capabilities.items()]}
 
 
-async def _listen(destination: Watched, features: Features, uri: str) -> None:
+async def tell_to_listen(destination: Watched, features: Features, uri: str) -> None:
+    """Have a QEMU that was started with ``-incoming defer`` listen there.  Raises ``RefusedError``, ``QmpError``."""
     arguments = features.place("migrate-incoming", uri)
     if "exit-on-error" in features.schema.arguments("migrate-incoming"):
         arguments["exit-on-error"] = False  # so that it can say what went wrong

@@ -8,7 +8,8 @@ from typing import Any, Final
 
 from qmigrate.capture.saved import Saved
 from qmigrate.errors import QmpCommandError, QmpError, RefusedError
-from qmigrate.operations.addresses import SPOILED, check, default_uri, reachable, takes_any_port, where_to_connect
+from qmigrate.operations.addresses import check, default_uri, reachable, takes_any_port, where_to_connect
+from qmigrate.operations.prepare import tell_to_listen
 from qmigrate.operations.watch import Watched
 from qmigrate.operations.whereabouts import INCOMING
 from qmigrate.qmp.features import Features
@@ -126,16 +127,8 @@ async def _set_capabilities(there: Watched, features: Features, *, lazy: bool, p
 
 
 async def _listen(there: Watched, features: Features, uri: str) -> None:
-    arguments = features.place("migrate-incoming", uri)
-    if "exit-on-error" in features.schema.arguments("migrate-incoming"):
-        arguments["exit-on-error"] = False  # so that it can say what went wrong
+    """Nothing has begun yet: a QEMU that can't be talked to is a refusal too."""
     try:
-        await there.execute("migrate-incoming", arguments)
-    except QmpCommandError as exc:
-        await there.ask_status()
-        spoiled = there.status == "setup" and "already" not in exc.message
-        raise RefusedError(f"destination: {exc.message}{SPOILED if spoiled else ''}") from exc
+        await tell_to_listen(there, features, uri)
     except QmpError as exc:
         raise RefusedError(f"destination: {exc}") from exc
-    if takes_any_port(uri):
-        await there.ask_status()
