@@ -20,9 +20,9 @@ from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import COMMANDS, CommandNumber
 from qmigrate.format.device import VmState, decode_state, decode_whole
 from qmigrate.format.stream import SectionHeader, SectionType
-from qmigrate.format.vmdesc import Description, DeviceDescription, StructDescription, parse_description
+from qmigrate.format.vmdesc import Description, DeviceDescription, StructDescription
 
-__all__ = ["Chooser", "ClosingFinder", "Item", "Tail", "find_description", "find_ends", "plausible_header", "read_tail"]
+__all__ = ["Chooser", "Item", "Tail", "plausible_header", "read_tail"]
 
 FOOTER_BYTES: Final = 5
 LONGEST_HEADER: Final = 6 + 255 + 8
@@ -31,16 +31,9 @@ _HIGHEST_VERSION: Final = 0xFFFF  # of a section header that we take for one wit
 _MOST_STEPS: Final = 200_000  # places where a section may end
 _MOST_LOOKS: Final = 1_000_000  # at what may open something
 _MOST_PLACES: Final = 20_000  # where something does, without footers
-_MOST_DESCRIPTIONS: Final = 16
-_MOST_WAITED_FOR: Final = 1000  # descriptions whose end has not come
-_MOST_ENDS: Final = 4
 _NO_SECTION: Final = -1
 _MOST_NAMED: Final = 4  # sections of a reading, in the reason that names it
 _HEADER: Final = re.compile(rb"[\x01\x04](?s:.{4})([\x01-\xff])([\x21-\x7e][\x20-\x7e]*)")
-_CLOSING: Final = re.compile(rb"\x00\x06(?=(?s:....)\{)")
-_CLOSING_BYTES: Final = 7
-# EOF with something behind it that is no description: an empty one, or another stream.
-_ENDING: Final = re.compile(rb"\x00(?=\x06\x00{4}|QEVM\x00\x00\x00\x03)")
 # What may follow a section, by its first bytes, and a footer before it.
 _OPENING: Final = re.compile(
     rb"\x04(?=(?s:.{5})[\x21-\x7e]|(?s:.{0,5})\Z)|\x00(?=\x06|\Z)|\x08(?=\x00[\x01-\x0b]|\x00?\Z)|\Z"
@@ -100,82 +93,6 @@ def plausible_header(data: bytes | memoryview, at: int = 0) -> SectionHeader | N
     except StreamError:
         return None
     return header
-
-
-def find_description(data: bytes, base: int) -> Iterator[tuple[int, Description]]:
-    """Each place where an EOF byte may stand with a description behind it: those that end the data first.
-
-    The claimed length must fit the data; what does not parse is passed over.
-    """
-    candidates = []
-    for found in _CLOSING.finditer(data):
-        at = found.start()
-        end = at + 6 + struct.unpack_from(">I", data, at + 2)[0]
-        if end <= len(data) and data[end - 1] == ord("}"):
-            candidates.append((end != len(data), at, end))
-    for _, at, end in heapq.nsmallest(_MOST_DESCRIPTIONS, candidates):
-        try:
-            yield at, parse_description(data[at + 6 : end], offset=base + at + 6)
-        except StreamError:
-            continue
-
-
-def find_ends(data: bytes, *, footers: bool | None) -> Iterator[int]:
-    """Each place where an EOF byte may stand with no description that says anything, and more behind it."""
-    found = (match.start() for match in islice(_ENDING.finditer(data), _MOST_STEPS))
-    # Bytes that look like an empty description are frequent in device state: only behind a footer are they one.
-    likely = (at for at in found if data[at + 1] != SectionType.VMDESCRIPTION or _is_behind_footer(data, at, footers))
-    yield from islice(likely, _MOST_ENDS)
-
-
-def _is_behind_footer(data: bytes, at: int, footers: bool | None) -> bool:
-    return footers is not False and data[at - FOOTER_BYTES : at - FOOTER_BYTES + 1] == b"\x7e"
-
-
-class ClosingFinder:
-    """Where the tail is over, while it comes: for those who may not wait for the input's end.
-
-    EOF and a description close it for certain where every section decodes under that description.
-    """
-
-    def __init__(self, *, base: int, footers: bool | None) -> None:
-        self.base = base
-        self.footers = footers
-        self.searched = 0
-        self.waiting: list[tuple[int, int]] = []
-        self.tries = 0
-
-    def closes(self, data: bytearray) -> tuple[Tail, Description, int] | None:
-        """The tail in front of ``data``, its description, and where that ends; None while it is not all there."""
-        if self.tries > _MOST_DESCRIPTIONS or len(self.waiting) > _MOST_WAITED_FOR:
-            return None
-        for found in islice(_CLOSING.finditer(data, self.searched), _MOST_WAITED_FOR + 1):
-            at = found.start()
-            heapq.heappush(self.waiting, (at + 6 + struct.unpack_from(">I", data, at + 2)[0], at))
-        self.searched = max(len(data) - _CLOSING_BYTES + 1, 0)
-        while self.waiting and self.waiting[0][0] <= len(data):
-            end, at = heapq.heappop(self.waiting)
-            if data[end - 1] == ord("}"):
-                self.tries += 1
-                closed = self._closed_at(data, at, end)
-                if closed is not None:
-                    return closed
-        return None
-
-    def _closed_at(self, data: bytearray, at: int, end: int) -> tuple[Tail, Description, int] | None:
-        try:
-            description = parse_description(bytes(memoryview(data)[at + 6 : end]), offset=self.base + at + 6)
-        except StreamError:
-            return None
-        tail = read_tail(
-            bytes(memoryview(data)[: at + 1]),
-            base=self.base,
-            footers=self.footers,
-            description=description,
-            package=False,
-        )
-        is_sure = tail.error is None and tail.end == at and all(item.state is not None for item in tail.items)
-        return (tail, description, end) if is_sure else None
 
 
 def read_tail(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
+from qmigrate.format.closing import ClosingFinder, find_description, find_ends
 from qmigrate.format.command import Packaged, PageSizes, PostcopyAdvise, read_command
 from qmigrate.format.configuration import announced_capabilities, announced_page_bits, read_configuration
 from qmigrate.format.early import end_of_early, is_before_tail
@@ -41,16 +42,7 @@ from qmigrate.format.stream import (
     SectionType,
     VmDescriptionHeader,
 )
-from qmigrate.format.tail import (
-    FOOTER_BYTES,
-    Chooser,
-    ClosingFinder,
-    Item,
-    Tail,
-    find_description,
-    find_ends,
-    read_tail,
-)
+from qmigrate.format.tail import FOOTER_BYTES, Chooser, Item, Tail, read_tail
 from qmigrate.format.vmdesc import Description
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import Final
 
 from qmigrate.analysis.summary import summarize
 from qmigrate.errors import StreamError
-from qmigrate.format import tail
+from qmigrate.format import closing
 from qmigrate.format.mapped_ram import MappedPages
 from qmigrate.format.ram import Pages
 from qmigrate.format.vmdesc import parse_description
@@ -49,7 +49,7 @@ def _in_processes(work: Callable[[str, int], str], count: int) -> Callable[[rand
 
 def _begin() -> None:
     """Memory that followed a claim in a stream would be more than there is; each description is parsed once."""
-    setattr(tail, "parse_description", functools.lru_cache(maxsize=8)(parse_description))  # noqa: B010 - for mypy
+    setattr(closing, "parse_description", functools.lru_cache(maxsize=8)(parse_description))  # noqa: B010 - for mypy
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, resource.RLIM_INFINITY))
 
