@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from qmigrate.analysis.recording import ChannelStory, Moment, RecordingStory
+from qmigrate.analysis.recording import RecordingStory
+from qmigrate.analysis.story import ChannelStory, Moment
 from qmigrate.capture.recording import Recording
 
 __all__ = ["describe_recording", "in_order", "read_story"]

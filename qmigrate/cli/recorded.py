@@ -9,7 +9,8 @@ from qmigrate.cli.tell import tell, tell_faults
 from qmigrate.errors import NoStreamError, StreamError
 
 if TYPE_CHECKING:
-    from qmigrate.analysis.recording import Moment, RecordingStory
+    from qmigrate.analysis.recording import RecordingStory
+    from qmigrate.analysis.story import Moment
     from qmigrate.capture.migration import Contents, Migration
     from qmigrate.capture.recording import Recording
 

@@ -8,7 +8,8 @@ from rich.text import Text
 
 from qmigrate.analysis.described import in_order
 from qmigrate.analysis.latency import Bucket, Latency
-from qmigrate.analysis.recording import ChannelStory, Moment, RecordingStory
+from qmigrate.analysis.recording import RecordingStory
+from qmigrate.analysis.story import ChannelStory, Moment
 from qmigrate.errors import TruncatedError
 from qmigrate.report.names import clean
 from qmigrate.report.paper import BAD, DIM, GOOD, HEAD, KIND, ODD, Paper, text

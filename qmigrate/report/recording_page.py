@@ -7,7 +7,8 @@ from typing import Final
 
 from qmigrate.analysis.described import in_order
 from qmigrate.analysis.latency import Latency
-from qmigrate.analysis.recording import ChannelStory, RecordingStory
+from qmigrate.analysis.recording import RecordingStory
+from qmigrate.analysis.story import ChannelStory
 from qmigrate.format.channel import ChannelKind
 from qmigrate.report.chart import Axis, Band, Series, axis_row, lane, plot, stacked
 from qmigrate.report.latency import latency_section

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 
 import qmigrate
-from qmigrate.analysis.recording import Flow
+from qmigrate.analysis.story import Flow
 from qmigrate.capture.frames import Direction
 from qmigrate.capture.recorder import Recorder
 from qmigrate.cli.main import main
