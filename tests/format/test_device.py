@@ -11,9 +11,6 @@ from hypothesis import strategies as st
 
 from qmigrate.errors import StreamError, TruncatedError
 from qmigrate.format.device import (
-    SIGNED,
-    TYPES,
-    UNSIGNED,
     Field,
     Subsection,
     Value,
@@ -22,6 +19,7 @@ from qmigrate.format.device import (
     encode_field,
     encode_state,
 )
+from qmigrate.format.field_types import SIGNED, TYPES, UNSIGNED
 from qmigrate.format.vmdesc import StructDescription, parse_description
 from tests.streams import described, field, struct_of
 
