@@ -8,7 +8,7 @@ import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import Final, Self
 
@@ -28,16 +28,31 @@ class ReturnPath:
     def __init__(self, descriptor: int, lock: int) -> None:
         self._descriptor = os.dup(descriptor)
         self._lock = os.dup(lock)
+        self.is_stuck = False
+        """Nobody has read it for ``SEND_TIMEOUT_S``."""
 
     def send(self, data: bytes) -> bool:
-        """All of one message, or several; False where nobody hears it any more."""
+        """All of one message, or several; False where nobody hears it any more.
+
+        A source that does not read it breaks the connection: half a message may have been written, and each further
+        one would wait as long again.
+        """
         try:
             with self._locked():
                 while data:
                     data = data[os.write(self._descriptor, data) :]
+        except BlockingIOError:
+            self.is_stuck = True
+            self._break()
+            return False
         except OSError:
             return False
         return True
+
+    def _break(self) -> None:
+        """Whoever reads from it finds it ended."""
+        with suppress(OSError), socket.socket(fileno=os.dup(self._descriptor)) as peer:
+            peer.shutdown(socket.SHUT_RDWR)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -64,5 +79,6 @@ def limit_sending(peer: socket.socket) -> None:
     """No write to this socket waits longer than ``SEND_TIMEOUT_S``."""
     import struct
 
-    seconds = struct.pack("ll", int(SEND_TIMEOUT_S), 0)
-    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, seconds)
+    seconds, fraction = divmod(SEND_TIMEOUT_S, 1)
+    waits = struct.pack("ll", int(seconds), int(fraction * 1_000_000))
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, waits)

@@ -9,6 +9,8 @@ is loaded comes by the listener.  S9: LISTEN registers every block.  S10: RUN st
 import mmap
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -39,6 +41,25 @@ class Guest:
         self.ram: GuestRam | None = None
         self.faults: Userfaultfd | None = None
         self.in_package = Histogram()
+        self._loader: threading.Thread | None = None
+        self._is_over = False
+
+    def start_loading(self, said: Said) -> None:
+        """In a thread of its own: it may wait for a page that never comes, and has to be told when all is over."""
+        self._loader = threading.Thread(target=self._load, args=(said,), name="loader", daemon=True)
+        self._loader.start()
+
+    def _load(self, said: Said) -> None:
+        try:
+            self.load(said)
+        except QmigrateError as exc:
+            if not self._is_over:
+                self.listener.tell("failed", message=str(exc))
+        except LinkClosedError:
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)  # as where the main thread has a fault: the parent sees that this process ended
 
     def load(self, said: Said) -> None:
         """Load the package that the listener hands over."""
@@ -56,7 +77,7 @@ class Guest:
                         back.send(encode_message(Pong(token=token)))
                     case Phase.LISTENING:
                         self._listen(ram)
-                    case Phase.RUNNING:
+                    case Phase.RUNNING if not self._is_over:
                         self._start()
                         self.listener.tell("running")
                     case SectionBegan() if self.touches_in_package and self.faults is not None:
@@ -78,6 +99,8 @@ class Guest:
         scratch = mmap.mmap(-1, mmap.PAGESIZE)
         began = time.perf_counter_ns()
         touch(self.ram.memory[place.block].address + place.start, address_of(scratch), 8)
+        if self._is_over:  # it did not come: everything was given up
+            return
         self.in_package.add(time.perf_counter_ns() - began)
 
     def _listen(self, ram: GuestRam) -> None:
@@ -105,11 +128,16 @@ class Guest:
 
     def stop(self) -> None:
         """The end: nothing is sensitive any more, sleepers wake; tell what was measured."""
+        self._is_over = True
         for toucher in self.touchers:
             toucher.stop()
         if self.faults is not None and self.ram is not None:
             for block in self.ram.memory:
                 self.faults.unregister(block.address, block.mapped_length)
+        if self._loader is not None:
+            self._loader.join()
+            for toucher in self.touchers:  # it may just have started them
+                toucher.stop()
         total = Histogram()
         for toucher in self.touchers:
             toucher.join()
@@ -129,10 +157,7 @@ def main(lifeline: int, parent: Link, listener: Link) -> None:
     guest = Guest(parent, listener, parent.expect("wishes").values)
     said = listener.expect("package", "none")
     if said.kind == "package":
-        try:
-            guest.load(said)
-        except QmigrateError as exc:
-            listener.tell("failed", message=str(exc))
+        guest.start_loading(said)
     parent.expect("stop")
     guest.stop()
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any, Final
 
-from qmigrate.endpoint.back import ReturnPath, limit_sending, new_lock
+from qmigrate.endpoint.back import SEND_TIMEOUT_S, ReturnPath, limit_sending, new_lock
 from qmigrate.endpoint.link import Link, LinkClosedError, Said, end_with_parent
 from qmigrate.endpoint.multifd import MultifdChannels
 from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_encoded, write_pages
@@ -30,6 +30,7 @@ POSTCOPY_READ: Final = 1 << 17  # bytes
 PROGRESS_S: Final = 0.25
 QUIET_S: Final = 0.5  # after which a tail that could be whole is taken to be
 GUEST_TIMEOUT_S: Final = 30.0  # to load a package of which all has come
+STUCK_S: Final = 1.0  # after which a page that is still missing does not come any more
 
 
 class Channel:
@@ -95,9 +96,10 @@ class Listener:
         try:
             self._read()
         except StreamError as exc:
+            fault = self._fault(exc)
             if not self._pauses():
-                raise
-            self._disconnect(str(exc))
+                raise fault from None
+            self._disconnect(str(fault))
             return False
         return True
 
@@ -272,21 +274,41 @@ class Listener:
 
     # -- breaks, and the end
 
+    def _fault(self, exc: StreamError) -> StreamError:
+        """What is told of it: a connection that ends where we have broken it has another reason."""
+        if self.back is not None and self.back.is_stuck:
+            return StreamError(f"the source has not read what it is told for {SEND_TIMEOUT_S:g} s")
+        return exc
+
     def _pauses(self) -> bool:
         """The connection is of no more use: can it be recovered?  The phase says."""
-        if self.core.phase is Phase.LISTENING:  # all of the package is here: it may still be loaded
-            self._wait_for_guest()
+        self._wait_for_guest()  # all of the package is here: it may still be loaded
         self.core.link_lost()
         return self.core.phase is Phase.PAUSED
 
-    def _wait_for_guest(self) -> None:
-        """It may wait for a page that comes no more."""
-        if self.core.phase is not Phase.LISTENING:
-            return
+    def _wait_for_guest(self) -> tuple[int, int] | None:
+        """Nothing comes any more on main: until the package is loaded, or waits in vain for a page, which is given."""
         poll = select.poll()
         poll.register(self.guest, select.POLLIN)
-        if poll.poll(GUEST_TIMEOUT_S * 1000):
-            self._loaded_by_guest()
+        awaited = None
+        until = time.monotonic() + GUEST_TIMEOUT_S
+        while self.core.phase is Phase.LISTENING and time.monotonic() < until:
+            if poll.poll(STUCK_S * 1000):
+                self._loaded_by_guest()
+                return None
+            assert self.ram is not None
+            before, awaited = awaited, next(self.ram.pages.requested_missing(), None)
+            if awaited is not None and awaited == before:  # the preempt channel has not brought it either
+                return awaited
+        return None
+
+    def _waits_in_vain(self, awaited: tuple[int, int]) -> StreamError:
+        assert self.ram is not None
+        number, start = awaited
+        return StreamError(
+            f"the package waits for the page at {start:#x}, and the source has ended without it",
+            trail=("ram", self.ram.block(number).name),
+        )
 
     def _disconnect(self, reason: str) -> None:
         assert self.channel is not None
@@ -306,7 +328,8 @@ class Listener:
 
     def _finish(self) -> None:
         """All is here: the parent does what it has to with it, and says what to answer."""
-        self._wait_for_guest()
+        if (awaited := self._wait_for_guest()) is not None:
+            raise self._waits_in_vain(awaited)
         if self.placer is not None:
             self.pager.tell("drain")
             self.pager.expect("drained")

@@ -7,6 +7,7 @@ LISTEN it is placed by UFFDIO_COPY, once, by whichever process has it.
 import itertools
 import mmap
 import os
+import resource
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -60,6 +61,12 @@ class GuestRam:
         total = sum(block.used_length for block in listed)
         if total > _MOST_MEMORY:
             raise UnsupportedError(f"a guest of {total} bytes, expected at most {_MOST_MEMORY}", trail=("ram",))
+        most = resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2
+        if len(listed) > most:
+            raise UnsupportedError(
+                f"{len(listed)} blocks, each of which needs an open file: at most {most} of them (ulimit -n)",
+                trail=("ram",),
+            )
         memory: list[BlockMemory] = []
         for block in listed:
             unit = max(block.page_size or HOST_PAGE, target_page)
@@ -69,7 +76,7 @@ class GuestRam:
         )
         needed = PageMap.bytes_needed(numbered)
         shared = (_shared_bytes("page-map", needed), _shared_bytes("asked", 8 * needed))
-        return cls(PageMap(numbered, mmap.mmap(shared[0], 0)), memory, shared, target_page)
+        return cls(_shared_map(numbered, shared[0]), memory, shared, target_page)
 
     # -- between processes
 
@@ -91,7 +98,7 @@ class GuestRam:
             for descriptor, block in zip(descriptors[2:], numbered, strict=True)
         ]
         shared = (descriptors[0], descriptors[1])
-        return cls(PageMap(numbered, mmap.mmap(shared[0], 0)), memory, shared, described["target_page"])
+        return cls(_shared_map(numbered, shared[0]), memory, shared, described["target_page"])
 
     def close(self) -> None:
         """The descriptors; what is mapped stays until nobody uses it."""
@@ -138,6 +145,19 @@ class GuestRam:
         discard(self.memory[number].descriptor, start, length)
         self.pages.discard(number, start, length)
         return length // block.page_size
+
+
+def _shared_map(numbered: Sequence[BlockPages], descriptor: int) -> PageMap:
+    """Over this file, most of which may be a hole."""
+    length = os.fstat(descriptor).st_size
+
+    def next_data(at: int) -> int:
+        try:
+            return os.lseek(descriptor, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: nothing but a hole from here on
+            return length
+
+    return PageMap(numbered, mmap.mmap(descriptor, 0), next_data=next_data)
 
 
 def _shared_bytes(name: str, length: int) -> int:

@@ -319,8 +319,10 @@ class Receiver:
         """All is here: keep what was asked for, then say SHUT."""
         self._count(said.values)
         self._tell(Received(side=Side.DESTINATION, **_counts(said.values)))
-        if said.values["missing"]:
-            self._trouble(f"the source has ended, and {said.values['missing']} pages have not come")
+        if missing := said.values["missing"]:
+            self._trouble(f"the source has ended, and {missing} pages have not come")
+            if any(phase in _POSTCOPY for phase, _ in self._phases):  # RAM can be left out of a precopy alone
+                self._failure = f"the source has ended, and {missing} pages have not come"
         try:
             await self._keep(said)
         except OSError as exc:
@@ -330,7 +332,7 @@ class Receiver:
         """Write what was asked for; after that the source is let go.  Raises ``OSError``, and holds it."""
         if self.raw is not None or self.save is not None:
             await self._write(said)
-        self._let_go(said, 0)
+        self._let_go(said, 0 if self._failure is None else 1)
 
     async def _write(self, said: Said) -> None:
         # Few ask for files, and a source waits for SHUT meanwhile: loading this takes a tenth of a second.

@@ -17,7 +17,7 @@ dirty, does not answer.  And it may be placed twice, from two channels: the kern
 """
 
 import mmap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from typing import Final, NamedTuple
 
@@ -50,11 +50,22 @@ class BlockPages(NamedTuple):
 
 
 class PageMap:
-    """The map over ``buffer``, which holds ``bytes_needed(blocks)`` bytes, all 0 at first; processes may share it."""
+    """The map over ``buffer``, which holds ``bytes_needed(blocks)`` bytes, all 0 at first; processes may share it.
 
-    def __init__(self, blocks: Sequence[BlockPages], buffer: bytearray | mmap.mmap) -> None:
+    ``next_data(at)``: where from byte ``at`` on there may be anything but zeros, if the buffer is a sparse file.  A
+    block may claim 64 TiB: looking at all of its map would fill the holes, 16 GiB of them.
+    """
+
+    def __init__(
+        self,
+        blocks: Sequence[BlockPages],
+        buffer: bytearray | mmap.mmap,
+        *,
+        next_data: Callable[[int], int] = int,
+    ) -> None:
         self.blocks = tuple(blocks)
         self._buffer = buffer
+        self._next_data = next_data
         self._page_count = sum(block.page_count for block in blocks)
 
     @staticmethod
@@ -100,7 +111,7 @@ class PageMap:
     def received_count(self, block: int) -> int:
         """Host pages."""
         pages = self.blocks[block]
-        return sum(piece.count(_YES) for piece in self._pieces(0, pages))
+        return sum(piece.count(_YES) for _, piece in self._pieces(0, pages))
 
     @property
     def missing_count(self) -> int:
@@ -114,7 +125,7 @@ class PageMap:
         """
         pages = self.blocks[block]
         bits = 0
-        for at, piece in zip(range(0, pages.page_count, _PIECE), self._pieces(0, pages), strict=True):
+        for at, piece in self._pieces(0, pages):
             # Byte strings of 0 and 1, last page first, read as a number to the base 2.
             digits = piece[::-1].translate(_DIGITS)
             bits |= int(digits or b"0", 2) << at
@@ -127,13 +138,11 @@ class PageMap:
     def requested_missing(self) -> Iterator[tuple[int, int]]:
         """(block, start) of each page that was asked for and has not come: what a recovery asks for again."""
         for number, block in enumerate(self.blocks):
-            at = self._page_count + block.first
-            end = at + block.page_count
-            while (at := self._buffer.find(b"\1", at, end)) >= 0:
-                page = at - self._page_count
-                if not self._buffer[page]:
-                    yield number, (page - block.first) * block.page_size
-                at += 1
+            for first, piece in self._pieces(1, block):
+                at = -1
+                while (at := piece.find(_YES, at + 1)) >= 0:
+                    if not self._buffer[block.first + first + at]:
+                        yield number, (first + at) * block.page_size
 
     def requested_in(self, block: int, start: int, length: int) -> Iterator[int]:
         """The byte offsets of those pages in this range that were ever asked for."""
@@ -144,10 +153,14 @@ class PageMap:
             yield (at - self._page_count - pages.first) * pages.page_size
             at += 1
 
-    def _pieces(self, half: int, pages: BlockPages) -> Iterator[bytes]:
+    def _pieces(self, half: int, pages: BlockPages) -> Iterator[tuple[int, bytes]]:
+        """Of the block's bytes in one of the maps, each piece with its first page; those known to be 0 are left out."""
         base = half * self._page_count + pages.first
-        for at in range(0, pages.page_count, _PIECE):
-            yield bytes(self._buffer[base + at : base + min(at + _PIECE, pages.page_count)])
+        at = 0
+        while (at := max(self._next_data(base + at) - base, at)) < pages.page_count:
+            upto = min(at + _PIECE, pages.page_count)
+            yield at, bytes(self._buffer[base + at : base + upto])
+            at = upto
 
     # -- what happens
 

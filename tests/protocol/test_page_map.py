@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -32,9 +33,14 @@ class Pages(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.buffer = bytearray(PageMap.bytes_needed(BLOCKS))
-        self.listener, self.pager = PageMap(BLOCKS, self.buffer), PageMap(BLOCKS, self.buffer)
+        self.listener = PageMap(BLOCKS, self.buffer)
+        self.pager = PageMap(BLOCKS, self.buffer, next_data=self.next_data)  # as over a sparse file
         self.model = Model()
         self.listens = False
+
+    def next_data(self, at: int) -> int:
+        """A hole is what holds nothing but zeros."""
+        return next((place for place in range(at, len(self.buffer)) if self.buffer[place]), len(self.buffer))
 
     @rule(place=st.sampled_from(PLACES), count=st.integers(1, 9))
     def receive(self, place: tuple[int, int], count: int) -> None:
@@ -66,13 +72,15 @@ class Pages(RuleBasedStateMachine):
     def is_as_the_model_says(self) -> None:
         for place in PLACES:
             assert self.pager.state(*place) is self.model.state(place)
-        assert self.listener.missing_count == len(PLACES) - len(self.model.received)
-        assert set(self.pager.requested_missing()) == self.model.requested - self.model.received
+        for each in (self.listener, self.pager):
+            assert each.missing_count == len(PLACES) - len(self.model.received)
+            assert list(each.requested_missing()) == sorted(self.model.requested - self.model.received)
 
     @invariant()
     def bitmaps_tell_what_came(self) -> None:
         for number, block in enumerate(BLOCKS):
             bitmap = self.listener.bitmap(number, TARGET)
+            assert bitmap == self.pager.bitmap(number, TARGET)
             targets = block.length // TARGET
             assert len(bitmap) == -(-targets // 64) * 8
             for page in range(len(bitmap) * 8):
@@ -82,6 +90,39 @@ class Pages(RuleBasedStateMachine):
 
 
 TestPages = Pages.TestCase
+
+MISSING, REQUESTED, RECEIVED = PageState.MISSING, PageState.REQUESTED, PageState.RECEIVED
+# fmt: off
+TURNS = {  # the state before, what happens: the state after, and what the map says to it
+    (MISSING,   "receive"): (RECEIVED,  None),
+    (MISSING,   "request"): (REQUESTED, True),
+    (MISSING,   "discard"): (MISSING,   0),
+    (REQUESTED, "receive"): (RECEIVED,  None),
+    (REQUESTED, "request"): (REQUESTED, False),
+    (RECEIVED,  "receive"): (RECEIVED,  None),
+    (RECEIVED,  "request"): (RECEIVED,  False),
+    (RECEIVED,  "discard"): (MISSING,   1),
+}
+# fmt: on
+
+
+@pytest.mark.parametrize("place", [(0, 69 * 4096), (1, 1 << 14), (2, 0)])
+@pytest.mark.parametrize(("before", "what"), TURNS)
+def test_each_page_takes_the_four_transitions_and_no_other(
+    before: PageState, what: str, place: tuple[int, int]
+) -> None:
+    pages = PageMap(BLOCKS, bytearray(PageMap.bytes_needed(BLOCKS)))
+    block, start = place
+    size = BLOCKS[block].page_size
+    if before is REQUESTED:
+        pages.request(block, start)
+    if before is RECEIVED:
+        pages.receive(block, start, size)
+    assert pages.state(block, start) is before
+    said = pages.request(block, start) if what == "request" else getattr(pages, what)(block, start, size)
+    assert (pages.state(block, start), said) == TURNS[before, what]
+    others = [other for other in PLACES if other != place]
+    assert {pages.state(*other) for other in others} == {MISSING}
 
 
 @given(st.integers(0, 69), st.integers(1, 70))
