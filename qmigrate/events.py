@@ -7,22 +7,29 @@ a field that is not known here is still there.  ``plain()`` is the same for JSON
 
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, TypeAlias
+from typing import Any, Final, TypeAlias
 
 __all__ = [
     "Began",
+    "BlocksCame",
+    "ChannelCame",
     "CommandSent",
     "Decided",
     "Finished",
     "GuestChanged",
+    "Latency",
+    "Listening",
     "LiveEvent",
+    "NotSaved",
     "OnEvent",
     "PassBegan",
+    "Paused",
     "Progressed",
     "QemuSaid",
+    "Received",
     "Recovering",
     "Side",
     "SideFound",
@@ -69,6 +76,7 @@ def _plain(value: Any) -> Any:
     return dict(value) if isinstance(value, Mapping) else value
 
 
+_OF_ALL: Final = frozenset(each.name for each in fields(LiveEvent))
 OnEvent: TypeAlias = Callable[[LiveEvent], None]
 
 
@@ -188,3 +196,82 @@ class Finished(LiveEvent):
     sentence: str = ""
     switched: bool = False
     recoveries: int = 0
+
+
+# ---- of a stand-in destination
+
+
+@dataclass(frozen=True, kw_only=True)
+class Listening(LiveEvent):
+    """A source may come now; ``uri`` has the port that was taken, ``control`` is the control socket's path."""
+
+    uri: str
+    control: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelCame(LiveEvent):
+    """A connection said what it is: ``main``, ``multifd``, ``resumed``, ``pages`` (preempt)."""
+
+    kind: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlocksCame(LiveEvent):
+    """The source's RAM: each block's name, length and page size here, in bytes."""
+
+    blocks: Sequence[tuple[str, int, int]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received(LiveEvent):
+    """How far it has come: target pages by kind, those of the preempt channel too; the rest are host pages.
+
+    ``duplicates`` were there already when they came, ``requested`` were asked for, of ``faults``.
+    """
+
+    received_bytes: int = 0
+    normal: int = 0
+    zero: int = 0
+    duplicates: int = 0
+    discarded: int = 0
+    requested: int = 0
+    faults: int = 0
+    preempt: int = 0
+    touches: int = 0
+    writes: int = 0
+
+    @property
+    def numbers(self) -> dict[str, int]:
+        """All of them, by name."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _OF_ALL}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latency(LiveEvent):
+    """How long pages took so far: ``counts[i]`` from 2^i up to 2^(i+1) µs, as QEMU's postcopy-latency-dist.
+
+    ``where``: ``touchers``, ``package``: from the touch of a missing page until it was read; ``requests``,
+    ``preempt``: from REQ_PAGES until the page was in place, by the channel that it came on.
+    """
+
+    where: str
+    counts: Sequence[int]
+    mean_us: float
+    longest_us: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Paused(LiveEvent):
+    """The connection broke in postcopy.  The guest's memory is kept; who asks at ``control`` brings it back."""
+
+    reason: str
+    control: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class NotSaved(LiveEvent):
+    """All has come by postcopy, and could not be saved: this memory is the only copy.  Ask at ``control``."""
+
+    reason: str
+    control: str

@@ -1,19 +1,22 @@
 """``qmigrate receive``: stand in for a destination."""
 
 import argparse
+import os
 import sys
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
 from qmigrate.cli.migrate import positive
+from qmigrate.cli.receiving import ReceiveLines
+from qmigrate.cli.seen import Seen, add_seen
 from qmigrate.cli.tell import tell
 from qmigrate.errors import RefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
+    from qmigrate.capture.recorder import Recorder
     from qmigrate.endpoint.destination import Workload
-    from qmigrate.events import LiveEvent
-    from qmigrate.operations.receive import ReceiveResult
+    from qmigrate.operations.receive import Receiver, ReceiveResult
 
 __all__ = ["add_arguments", "run"]
 
@@ -22,23 +25,19 @@ DESCRIPTION = (
     "Listen as QEMU's -incoming does, and take what comes, precopy or postcopy: RAM into memory that faults where a "
     "page is missing (userfaultfd), device state unread. Ends with 0 when all was received, with 3 when it failed and "
     "the guest is still the source's, with 6 when it failed in postcopy and the guest is lost, with 2 when nothing "
-    "could begin."
+    "could begin, with 130 when it was interrupted before a source came. Ctrl-C in postcopy says what it would cost; "
+    "again, it ends."
 )
 EXAMPLES = (
     "qmigrate receive unix:/run/in.sock --raw ram/",
     "qmigrate receive tcp:0.0.0.0:4444 --touch random --touch zipf --touch-rate 1000",
     "qmigrate receive tcp:0.0.0.0:4444 --save guest.mig",
+    "qmigrate receive unix:/run/in.sock --record in.tap --report in.html",
     "qmigrate receive --recover tcp:0.0.0.0:4445 --control /run/receive.control",
 )
 
 PATTERNS: Final = ("sequential", "random", "zipf", "working-set")  # of uffd.toucher, which is loaded later
-INTERRUPTED: Final = 130
-WAITED: Final = {
-    "touchers": "from touch to read, touchers",
-    "package": "from touch to read, in the package",
-    "requests": "from request to place",
-    "preempt": "from request to place, on the preempt channel",
-}
+REFRESHES_EVERY_S: Final = 0.25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,9 +55,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write all that came as one stream that a stock QEMU loads; the source is told that all went well only "
         "once it is on disk",
     )
+    keeping.add_argument(
+        "--record",
+        metavar="FILE",
+        help="record all connections, both ways, as `qmigrate tap` does, for `dissect`; a full disk ends the "
+        "recording, not the migration",
+    )
+    keeping.add_argument("--overwrite", action="store_true", help="replace a recording that is there")
+    _add_channels(parser)
     _add_control(parser)
     _add_touching(parser)
+    add_seen(
+        parser,
+        page="a page for a browser: the phases and what came on one axis of time, and how long missing pages took",
+        schema="receive",
+    )
     parser.add_argument("--ndjson", action="store_true", help="every event as a JSON object on a line of its own")
+    parser.add_argument("-q", "--quiet", action="store_true", help="say nothing but how it ended")
+    parser.add_argument("-v", "--verbose", action="store_true", help="say also of each connection that comes")
+
+
+def _add_channels(parser: argparse.ArgumentParser) -> None:
+    channels = parser.add_argument_group("what connections are: their bytes tell, but not how many are to come")
+    channels.add_argument(
+        "--multifd",
+        metavar="N",
+        type=positive,
+        default=0,
+        help="wait for N multifd channels (default: those that are here when RAM begins; over a slow network one may "
+        "come later)",
+    )
+    channels.add_argument(
+        "--preempt",
+        action="store_true",
+        help="a connection that says nothing until postcopy begins is the one for requested pages, and they are waited "
+        "for at the end",
+    )
 
 
 def _add_control(parser: argparse.ArgumentParser) -> None:
@@ -89,6 +121,17 @@ def _add_touching(parser: argparse.ArgumentParser) -> None:
         "--touch-seed", metavar="N", type=int, default=0, help="another seed, other pages (default: 0)"
     )
     touching.add_argument(
+        "--touchers", metavar="N", type=positive, default=1, help="so many of each pattern (default: 1)"
+    )
+    touching.add_argument(
+        "--touch-trace",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="touch once what a recording (of tap, or --record) asked for, or what lines of BLOCK START, or BLOCK "
+        "START w for a write, say",
+    )
+    touching.add_argument(
         "--touch-in-package",
         action="store_true",
         help="also touch a missing page before each device in the package, as a device does that reads memory",
@@ -101,38 +144,120 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     if args.recover is not None:
         raise RefusedError("--recover is for a receive that runs already: give --control and no URI")
     import asyncio
+
+    with Seen(args, out) as seen, _recorder(args) as recorder:
+        try:
+            return asyncio.run(_receive(args, out, seen, recorder))
+        except (OSError, RefusedError):
+            if recorder is not None and recorder.is_empty:  # it could not even listen
+                Path(args.record).unlink(missing_ok=True)
+            raise
+
+
+def _recorder(args: argparse.Namespace) -> "AbstractContextManager[Recorder | None]":
+    if args.record is None:
+        return nullcontext()
+    from qmigrate.capture.recorder import Recorder
+
+    return Recorder(args.record, overwrite=args.overwrite, on_stop=_recording_stopped)
+
+
+def _recording_stopped(exc: OSError) -> None:
+    tell("the recording stopped, the migration goes on", exc.strerror or str(exc))
+
+
+async def _receive(args: argparse.Namespace, out: TextIO, seen: Seen, recorder: "Recorder | None") -> int:
+    from qmigrate.operations.receive import Receiver
+    from qmigrate.operations.traces import read_trace
+
+    with _teller(args, out) as teller:
+        receiver = Receiver(
+            args.uri,
+            raw=args.raw,
+            save=args.save,
+            control=args.control,
+            recorder=recorder,
+            workloads=_workloads(args),
+            traces=[read_trace(each) for each in args.touch_trace],
+            trace_rate=args.touch_rate,
+            touch_in_package=args.touch_in_package,
+            multifd=args.multifd,
+            preempt=args.preempt,
+            on_event=teller.take,
+        )
+        found = receiver.reception(await _received(receiver, teller))
+        if seen.is_wanted:
+            from qmigrate.report.receive_page import receive_page
+            from qmigrate.report.reception_json import reception_json
+
+            seen.keep(lambda: receive_page(found), lambda: reception_json(found))
+        return teller.end(found)
+
+
+async def _received(receiver: "Receiver", teller: ReceiveLines) -> "ReceiveResult":
+    """To its end, with signals."""
+    import asyncio
     import signal
 
-    from qmigrate.operations.receive import Receiver
+    task = asyncio.ensure_future(receiver.run())
+    was_told = False
 
-    lines = _Lines(args, out)
-    receiver = Receiver(
-        args.uri,
-        raw=args.raw,
-        save=args.save,
-        control=args.control,
-        workloads=_workloads(args),
-        touch_in_package=args.touch_in_package,
-        on_event=lines.take,
-    )
+    def interrupt() -> None:
+        nonlocal was_told
+        if receiver.place_of_guest == "lost" and not was_told:
+            was_told = True
+            teller.explain("postcopy: what is here is the only copy of the guest; interrupted again, it is lost")
+        elif receiver.place_of_guest != "here":  # else it is about to end by itself
+            task.cancel()
 
-    async def work() -> int:
-        task = asyncio.ensure_future(receiver.run())
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, task.cancel)
-        try:
-            return lines.finish(await task)
-        except asyncio.CancelledError:
-            return _interrupted(receiver.place_of_guest)
+    def hang_up() -> None:
+        """A terminal that goes away is no reason to lose a guest."""
+        if receiver.place_of_guest in ("none", "source"):
+            task.cancel()
 
-    return asyncio.run(work())
+    def suspend() -> None:
+        teller.suspend()
+        os.kill(os.getpid(), signal.SIGSTOP)  # we go on here when somebody says so
+        teller.resume()
+
+    loop = asyncio.get_running_loop()
+    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: interrupt, signal.SIGHUP: hang_up, signal.SIGTSTP: suspend}
+    for number, handler in handlers.items():
+        loop.add_signal_handler(number, handler)
+    refreshing = asyncio.ensure_future(_refresh(teller))
+    try:
+        return await task
+    except asyncio.CancelledError:
+        return receiver.interrupted()
+    finally:
+        refreshing.cancel()
+        await asyncio.wait([refreshing])
+        for number in handlers:
+            loop.remove_signal_handler(number)
+
+
+async def _refresh(teller: ReceiveLines) -> None:
+    import asyncio
+
+    while True:
+        teller.refresh()
+        await asyncio.sleep(REFRESHES_EVERY_S)
+
+
+def _teller(args: argparse.Namespace, out: TextIO) -> ReceiveLines:
+    """A display where there is a terminal for it, else lines."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        from qmigrate.cli.display import is_for
+        from qmigrate.cli.receive_display import ReceiveDisplay
+
+        if is_for(args):
+            return ReceiveDisplay(args, out)
+    return ReceiveLines(args, out)
 
 
 def _ask(args: argparse.Namespace, out: TextIO) -> int:
     """Something of a receive that runs."""
     import asyncio
-    from pathlib import Path
 
     from qmigrate.operations.control import ask
 
@@ -147,25 +272,13 @@ def _ask(args: argparse.Namespace, out: TextIO) -> int:
     return 0
 
 
-def _interrupted(place: str) -> int:
-    """Where the guest is, now that its connection is closed."""
-    match place:
-        case "source":
-            tell("interrupted: the guest is the source's")
-            return 3
-        case "lost":
-            tell("interrupted in postcopy: the guest is lost")
-            return 6
-    tell("interrupted before anything began")
-    return INTERRUPTED
-
-
 def _workloads(args: argparse.Namespace) -> "list[Workload]":
     from qmigrate.endpoint.destination import Workload
 
+    patterns = [pattern for pattern in args.touch for _ in range(args.touchers)]
     return [
         Workload(pattern=pattern, writes=args.touch_writes, rate=args.touch_rate, seed=args.touch_seed + number)
-        for number, pattern in enumerate(args.touch)
+        for number, pattern in enumerate(patterns)
     ]
 
 
@@ -177,93 +290,3 @@ def _share(argument: str) -> float:
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{argument!r} is no share: expected 0 to 1")
     return number
-
-
-class _Lines:
-    """Events as lines: for a person on standard error, or, with --ndjson, as data on ``out``."""
-
-    def __init__(self, args: argparse.Namespace, out: TextIO) -> None:
-        self._args = args
-        self._out = out
-        self._began_us: int | None = None
-
-    def take(self, event: "LiveEvent") -> None:
-        """Tell of one event."""
-        import json
-
-        if self._args.ndjson:
-            self._out.write(json.dumps(event.plain()) + "\n")
-            self._out.flush()
-        elif not self._args.quiet and (said := self._line(event)):
-            self._began_us = event.time_us if self._began_us is None else self._began_us
-            self._say(f"{(event.time_us - self._began_us) / 1e6:8.3f} s  {said}")
-
-    def finish(self, result: "ReceiveResult") -> int:
-        """How it ended; the exit code."""
-        if not result.ok:
-            tell(result.message)
-        elif not self._args.ndjson:
-            self._out.write(result.message + "\n")
-            for line in _numbers(result):
-                self._out.write(f"  {line}\n")
-        if self._args.ndjson:
-            import json
-
-            self._out.write(json.dumps(result.plain()) + "\n")
-        self._out.flush()
-        return result.exit_code
-
-    def _say(self, line: str) -> None:
-        from qmigrate.report.names import clean
-
-        if sys.stderr is not None:
-            sys.stderr.write(clean(line) + "\n")
-            sys.stderr.flush()
-
-    def _line(self, event: "LiveEvent") -> str:
-        from qmigrate import events
-        from qmigrate.operations import receive
-        from qmigrate.report.units import size
-
-        match event:
-            case receive.Listening():
-                return f"listening at {event.uri}; control socket {event.control}"
-            case receive.Paused():
-                return (
-                    f"the connection broke: {event.reason}. The guest's memory is kept here: have the source resume "
-                    f"after qmigrate receive --recover URI --control {event.control}"
-                )
-            case receive.NotSaved():
-                return (
-                    f"this memory is the only copy of the guest. Save it elsewhere: qmigrate receive --save FILE "
-                    f"--control {event.control}"
-                )
-            case receive.BlocksCame():
-                total = sum(length for _, length, _ in event.blocks)
-                return f"{len(event.blocks)} blocks of RAM, {size(total)}"
-            case receive.Latency():
-                return f"{WAITED[event.where]}: {_buckets(event.counts)}"
-            case events.StatusChanged():
-                return str(event.status)
-            case events.Troubled():
-                return event.message
-            case receive.Received() if self._args.verbose:
-                return f"{size(event.received_bytes)}, {event.normal} pages, {event.zero} zero pages"
-        return ""
-
-
-def _buckets(counts: "Sequence[int]") -> str:
-    return ", ".join(f"{count} in {1 << bucket} to {2 << bucket} µs" for bucket, count in enumerate(counts) if count)
-
-
-def _numbers(result: "ReceiveResult") -> list[str]:
-    """What a person wants to know of the pages."""
-    numbers = result.numbers
-    lines = [f"{numbers.get('normal', 0)} pages, {numbers.get('zero', 0)} zero pages"]
-    if result.is_postcopy:
-        lines.append(
-            f"{numbers.get('discarded', 0)} discarded, {numbers.get('requested', 0)} requested, "
-            f"{numbers.get('duplicates', 0)} that were there already"
-        )
-        lines.append(f"{numbers.get('touches', 0)} touches, {numbers.get('writes', 0)} of them writes")
-    return lines

@@ -3,7 +3,7 @@
 import argparse
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self, TextIO
@@ -20,21 +20,22 @@ __all__ = ["Seen", "add_seen", "looks_closely"]
 STANDARD_OUTPUT: Final = "-"
 
 
-def add_seen(parser: argparse.ArgumentParser) -> None:
+PAGE_HELP: Final = (
+    "a page for a browser: both sides on one axis of time, and in postcopy how long pages took (the destination "
+    "measures it then, if it can)"
+)
+
+
+def add_seen(parser: argparse.ArgumentParser, *, page: str = PAGE_HELP, schema: str = "migrate") -> None:
     group = parser.add_argument_group("what is kept of it, however it ends")
-    group.add_argument(
-        "--report",
-        metavar="FILE",
-        help="a page for a browser: both sides on one axis of time, and in postcopy how long pages took (the "
-        "destination measures it then, if it can)",
-    )
+    group.add_argument("--report", metavar="FILE", help=page)
     group.add_argument(
         "--json",
         metavar="FILE",
         nargs="?",
         const=STANDARD_OUTPUT,
         type=_output,
-        help="the same as data, on standard output if no FILE is said (schema: qmigrate/report/migrate.schema.json)",
+        help=f"the same as data, on standard output if no FILE is said (schema: qmigrate/report/{schema}.schema.json)",
     )
 
 
@@ -79,23 +80,28 @@ class Seen:
 
     def write(self, events: Iterable["LiveEvent"]) -> None:
         """All of it.  The migration is over: that a disk is full is told, and changes nothing of how it ended."""
-        if self._report is None and self._json is None and not self._on_stdout:
+        if not self.is_wanted:
             return
         from qmigrate.analysis.timeline import timeline
+        from qmigrate.report.migration_json import migration_json
+        from qmigrate.report.migration_page import migration_page
 
         line = timeline(events)
+        self.keep(lambda: migration_page(line), lambda: migration_json(line))
+
+    @property
+    def is_wanted(self) -> bool:
+        """Was anything of it asked for?"""
+        return self._report is not None or self._json is not None or self._on_stdout
+
+    def keep(self, page: Callable[[], str], data: Callable[[], str]) -> None:
+        """What of the two was asked for."""
         if self._report is not None:
-            from qmigrate.report.migration_page import migration_page
-
-            _finish(self._report, migration_page(line))
-        if self._json is not None or self._on_stdout:
-            from qmigrate.report.migration_json import migration_json
-
-            text = migration_json(line)
-            if self._json is not None:
-                _finish(self._json, text)
-            else:
-                self._out.write(text)
+            _finish(self._report, page())
+        if self._json is not None:
+            _finish(self._json, data())
+        elif self._on_stdout:
+            self._out.write(data())
 
 
 def _finish(file: "NewFile", text: str) -> None:

@@ -16,16 +16,17 @@ import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, NamedTuple, Self
 
 from qmigrate.endpoint.link import Link, LinkClosedError, Said
 from qmigrate.errors import QmigrateError
 from qmigrate.uffd.toucher import Workload
 
-__all__ = ["Destination", "ProcessDiedError", "Workload"]
+__all__ = ["Destination", "ProcessDiedError", "Touch", "Workload"]
 
 START_TIMEOUT_S: Final = 60.0
 END_TIMEOUT_S: Final = 10.0
@@ -36,14 +37,32 @@ class ProcessDiedError(QmigrateError):
     """One of the three ended before its time: a fault of ours, or somebody killed it."""
 
 
+class Touch(NamedTuple):
+    """One of a recorded trace, by the block's name; ``start`` in bytes."""
+
+    block: str
+    start: int
+    is_write: bool = False
+
+
 class Destination:
-    """The processes.  ``keep``: with ``loaded`` comes all that a saved stream needs."""
+    """The processes.  ``traces``: touchers that do just these; ``keep``: with ``loaded`` comes all that a saved stream
+    needs.
+    """
 
     def __init__(
-        self, *, workloads: Sequence[Workload] = (), touch_in_package: bool = False, keep: bool = False
+        self,
+        *,
+        workloads: Sequence[Workload] = (),
+        traces: Sequence[Sequence[Touch]] = (),
+        trace_rate: float | None = None,
+        touch_in_package: bool = False,
+        keep: bool = False,
     ) -> None:
         self._wishes: dict[str, Any] = {
             "workloads": [asdict(each) for each in workloads],
+            "traces": traces,
+            "trace_rate": trace_rate,
             "touch_in_package": touch_in_package,
         }
         self._keep = keep
@@ -92,8 +111,14 @@ class Destination:
         package = str(Path(__file__).parents[2])
         paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        # In a group of its own: Ctrl-C is for the command, which then says what it means.
         self._processes[name] = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=numbers, env=environment
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            pass_fds=numbers,
+            env=environment,
+            process_group=0,
         )
 
     async def __aexit__(
@@ -130,13 +155,26 @@ class Destination:
         """The answer to ``channels``: all multifd channels that there are; the caller keeps his descriptors."""
         self._links["listener"].tell("channels", descriptors=descriptors)
 
+    def too_late(self) -> None:
+        """A multifd channel came after RAM had begun: what it brings would be lost."""
+        self._tell("listener", "late")
+
+    def ask(self) -> None:
+        """How is it going?  Once postcopy runs; answered by ``paging`` and ``touching``."""
+        for name in ("pager", "guest"):
+            self._tell(name, "how")
+
     def finish(self, value: int) -> None:
         """The answer to ``loaded``: SHUT with this value."""
-        self._links["listener"].tell("finish", value=value)
+        self._tell("listener", "finish", value=value)
 
     def stop_touching(self) -> None:
         """Answered by ``touched``."""
-        self._links["guest"].tell("stop")
+        self._tell("guest", "stop")
+
+    def _tell(self, name: str, kind: str, **values: Any) -> None:
+        with suppress(LinkClosedError):  # said() tells of one that has ended
+            self._links[name].tell(kind, **values)
 
     # -- what they tell
 

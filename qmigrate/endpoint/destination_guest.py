@@ -36,6 +36,8 @@ class Guest:
         self.parent = parent
         self.listener = listener
         self.workloads = [Workload(**each) for each in wishes["workloads"]]
+        self.traces: list[list[tuple[str, int, bool]]] = wishes["traces"]
+        self.trace_rate: float | None = wishes["trace_rate"]
         self.touches_in_package = bool(wishes["touch_in_package"])
         self.touchers: list[Toucher] = []
         self.ram: GuestRam | None = None
@@ -121,10 +123,27 @@ class Guest:
 
         self.touchers = [
             Toucher(workload, addresses, sizes, is_missing, name=f"toucher {number}")
-            for number, workload in enumerate(self.workloads)
+            for number, workload in enumerate([*self.workloads, *self._traced(ram)])
         ]
         for toucher in self.touchers:
             toucher.start()
+
+    def _traced(self, ram: GuestRam) -> Iterator[Workload]:
+        """By this guest's blocks; what it has not is left out, and told."""
+        lengths = {block.name: (number, block.length) for number, block in enumerate(ram.pages.blocks)}
+        for trace in self.traces:
+            places = tuple(
+                Place(lengths[name][0], start - start % mmap.PAGESIZE, is_write)
+                for name, start, is_write in trace
+                if name in lengths and start < lengths[name][1]
+            )
+            if len(places) < len(trace):
+                message = (
+                    f"{len(trace) - len(places)} of {len(trace)} touches of the trace: this guest has no such pages"
+                )
+                self.parent.tell("trouble", message=message)
+            if places:
+                yield Workload(pattern="trace", trace=places, rate=self.trace_rate)
 
     def stop(self) -> None:
         """The end: nothing is sensitive any more, sleepers wake; tell what was measured."""
@@ -138,12 +157,17 @@ class Guest:
             self._loader.join()
             for toucher in self.touchers:  # it may just have started them
                 toucher.stop()
-        total = Histogram()
         for toucher in self.touchers:
             toucher.join()
+        self.tell("touched")
+
+    def tell(self, kind: str) -> None:
+        """What was measured so far."""
+        total = Histogram()
+        for toucher in self.touchers:
             total.join(toucher.histogram)
         self.parent.tell(
-            "touched",
+            kind,
             touches=sum(toucher.touches for toucher in self.touchers),
             writes=sum(toucher.writes for toucher in self.touchers),
             latency=asdict(total),
@@ -158,7 +182,8 @@ def main(lifeline: int, parent: Link, listener: Link) -> None:
     said = listener.expect("package", "none")
     if said.kind == "package":
         guest.start_loading(said)
-    parent.expect("stop")
+    while parent.expect("how", "stop").kind == "how":
+        guest.tell("touching")
     guest.stop()
 
 

@@ -29,6 +29,9 @@ from qmigrate.uffd.userfault import Userfaultfd
 POSTCOPY_READ: Final = 1 << 17  # bytes
 PROGRESS_S: Final = 0.25
 QUIET_S: Final = 0.5  # after which a tail that could be whole is taken to be
+LATE: Final = (
+    "a multifd channel came after RAM had begun, and what it brought is lost: say how many there are (--multifd N)"
+)
 GUEST_TIMEOUT_S: Final = 30.0  # to load a package of which all has come
 STUCK_S: Final = 1.0  # after which a page that is still missing does not come any more
 
@@ -256,11 +259,15 @@ class Listener:
         poll.register(channel.descriptor, select.POLLIN)
         if self.core.phase is Phase.LISTENING:
             poll.register(self.guest, select.POLLIN)
+        poll.register(self.parent, select.POLLIN)
         for descriptor in self.multifd.descriptors() if self.multifd is not None else ():
             poll.register(descriptor, select.POLLIN)
         ready = {descriptor for descriptor, _ in poll.poll()}
         if self.guest.fileno() in ready:
             self._loaded_by_guest()
+        if self.parent.fileno() in ready:
+            self.parent.expect("late")
+            raise QmigrateError(LATE)
         for descriptor in ready - {self.guest.fileno(), channel.descriptor}:
             assert self.multifd is not None
             self.multifd.read(descriptor)
@@ -350,8 +357,10 @@ class Listener:
         )
         for descriptor in kept.values():
             os.close(descriptor)
-        value = self.parent.expect("finish").values["value"]
-        self._shut(value)
+        said = self.parent.expect("finish", "late")
+        if said.kind == "late":
+            raise QmigrateError(LATE)
+        self._shut(said.values["value"])
 
     def _kept_files(self) -> dict[str, int]:
         """What a saved stream needs besides RAM, each part as a file in memory."""
@@ -415,7 +424,8 @@ class Listener:
     def _tell_progress(self) -> None:
         if time.monotonic() >= self._told + PROGRESS_S:
             self._told = time.monotonic()
-            self._tell("progress", **self._numbers())
+            waited = {} if self.placer is None else {"waited": asdict(self.placer.waited)}
+            self._tell("progress", **self._numbers(), **waited)
 
 
 def _is_readable(descriptor: int, timeout_s: float) -> bool:

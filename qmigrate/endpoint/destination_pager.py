@@ -53,6 +53,7 @@ class Pager:
         self.zeros = Placer(self.ram, self.queue.userfaultfd, addresses, Counts())
         self.requested = 0
         self.preempt: PreemptChannel | None = None
+        self.preempt_bytes = 0
         self.faults = 0
         self._block: int | None = None  # of the last request on this connection
 
@@ -97,6 +98,17 @@ class Pager:
         for block, start in self.ram.pages.requested_missing():
             self._ask(block, start)
 
+    def tell(self, kind: str) -> None:
+        """What was done so far."""
+        self.parent.tell(
+            kind,
+            faults=self.faults,
+            requested=self.requested,
+            received_bytes=self.preempt_bytes,
+            counts=asdict(self.counts),
+            waited=asdict(self.placer.waited),
+        )
+
     # -- the preempt channel
 
     def take_preempt(self, descriptor: int) -> None:
@@ -125,6 +137,7 @@ class Pager:
             self.drop_preempt()
             return
         feed.received(count)
+        self.preempt_bytes += count
         for came in self.preempt.pages.events():
             self.placer.place(came)
 
@@ -200,14 +213,10 @@ class _Process:
                 pager.resume(said.descriptors[0])
             case "drain", Pager():
                 self._draining = True
+            case "how", Pager() as pager:
+                pager.tell("paging")
             case "stop", Pager() as pager:
-                self.parent.tell(
-                    "paged",
-                    faults=pager.faults,
-                    requested=pager.requested,
-                    counts=asdict(pager.counts),
-                    waited=asdict(pager.placer.waited),
-                )
+                pager.tell("paged")
                 self.is_over = True
 
     def _drain(self, pager: Pager, *, is_quiet: bool) -> None:

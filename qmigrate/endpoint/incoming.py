@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from qmigrate.endpoint.transport import SocketAddress, listen
+from qmigrate.endpoint.transport import SocketAddress, listen_anew
 from qmigrate.errors import RefusedError
 
 __all__ = ["Arrived", "ChannelKind", "Incoming"]
@@ -60,7 +60,7 @@ class Incoming:
         self._path: Path | None = None
         self._arrived: asyncio.Queue[Arrived] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
-        self._unidentified: set[socket.socket] = set()
+        self._unidentified: dict[socket.socket, asyncio.Future[ChannelKind | None]] = {}  # in order
 
     async def __aenter__(self) -> Self:
         try:
@@ -109,6 +109,13 @@ class Incoming:
         if self._path is not None:
             self._path.unlink(missing_ok=True)
 
+    def take_silent(self) -> None:
+        """Who has connected and said nothing yet is the channel of the requested pages: the first of them."""
+        for said in self._unidentified.values():
+            if not said.done():
+                said.set_result(ChannelKind.PAGES)
+                return
+
     async def settled(self) -> None:
         """Until every connection that was made, and said something, before now has been given."""
         with suppress(TimeoutError):  # where no more can be accepted
@@ -136,7 +143,7 @@ class Incoming:
             address = SocketAddress.parse(self.uri)
         except ValueError as exc:
             raise RefusedError(str(exc)) from exc
-        self._listener = await listen(address)
+        self._listener = await listen_anew(address)
         if address.path is None:
             self.uri = str(SocketAddress(host=address.host, port=self._listener.getsockname()[1]))
         else:
@@ -209,17 +216,16 @@ class Incoming:
             if peer.family != socket.AF_UNIX:
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 _keep_alive(peer)
-            self._unidentified.add(peer)
+            said = self._unidentified[peer] = asyncio.get_running_loop().create_future()
             try:
-                await _readable(peer)
-                first = peer.recv(1, socket.MSG_PEEK)
+                kind = await _said(peer, said)
             except OSError:
                 return
             finally:
-                self._unidentified.discard(peer)
-            if first:
+                del self._unidentified[peer]
+            if kind is not None:
                 peer.setblocking(True)
-                self._arrived.put_nowait(Arrived(_kind(first[0]), peer.detach(), True))
+                self._arrived.put_nowait(Arrived(kind, peer.detach(), True))
 
 
 def _keep_alive(peer: socket.socket) -> None:
@@ -240,16 +246,20 @@ def _kind(first: int) -> ChannelKind:
     return ChannelKind.PAGES
 
 
-def _settle(ready: "asyncio.Future[None]") -> None:
-    if not ready.done():
-        ready.set_result(None)
+def _settle(said: "asyncio.Future[ChannelKind | None]") -> None:
+    if not said.done():
+        said.set_result(None)
 
 
-async def _readable(peer: socket.socket) -> None:
+async def _said(peer: socket.socket, said: "asyncio.Future[ChannelKind | None]") -> ChannelKind | None:
+    """What it is, once it has said something, or ``said`` was set; None where it has gone.  Raises ``OSError``."""
     loop = asyncio.get_running_loop()
-    ready: asyncio.Future[None] = loop.create_future()
-    loop.add_reader(peer.fileno(), _settle, ready)
+    loop.add_reader(peer.fileno(), _settle, said)
     try:
-        await ready
+        told = await said
     finally:
         loop.remove_reader(peer.fileno())
+    if told is not None:
+        return told
+    first = peer.recv(1, socket.MSG_PEEK)
+    return _kind(first[0]) if first else None

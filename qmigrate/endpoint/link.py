@@ -32,10 +32,11 @@ class Said:
 
 
 class Link:
-    """One end.  Takes over ``peer``, which blocks."""
+    """One end.  Takes over ``peer``, which blocks.  Several threads may tell, one hears."""
 
     def __init__(self, peer: socket.socket) -> None:
         self.peer = peer
+        self._telling = threading.Lock()
 
     @classmethod
     def inherited(cls, descriptor: int) -> "Link":
@@ -52,9 +53,10 @@ class Link:
         """Send one; the descriptors stay ours too.  Raises ``LinkClosedError``."""
         text = json.dumps([kind, values]).encode("ascii")
         try:
-            self.peer.sendall(_HEAD.pack(len(text), len(descriptors)) + text)
-            for first in range(0, len(descriptors), _AT_ONCE):
-                socket.send_fds(self.peer, [b"."], list(descriptors[first : first + _AT_ONCE]))
+            with self._telling:
+                self.peer.sendall(_HEAD.pack(len(text), len(descriptors)) + text)
+                for first in range(0, len(descriptors), _AT_ONCE):
+                    socket.send_fds(self.peer, [b"."], list(descriptors[first : first + _AT_ONCE]))
         except OSError as exc:
             raise LinkClosedError from exc
 

@@ -1,10 +1,12 @@
 """Sockets by QEMU's URIs: ``unix:PATH`` and ``tcp:HOST:PORT``."""
 
 import asyncio
+import errno
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 
-__all__ = ["SocketAddress", "connect", "listen"]
+__all__ = ["SocketAddress", "connect", "is_served", "listen", "listen_anew"]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,32 @@ async def listen(address: SocketAddress) -> socket.socket:
         listener.close()
         raise
     return listener
+
+
+async def listen_anew(address: SocketAddress) -> socket.socket:
+    """As QEMU does it: a socket that a dead process left behind is replaced; but none at which somebody listens.
+
+    Raises ``OSError``, which names the address.
+    """
+    try:
+        return await listen(address)
+    except OSError as exc:
+        if exc.errno != errno.EADDRINUSE or address.path is None or await is_served(address.path):
+            exc.filename = str(address)
+            raise
+    Path(address.path).unlink()
+    return await listen(address)
+
+
+async def is_served(path: str) -> bool:
+    """Does anybody listen there, or is it no socket at all?"""
+    if not Path(path).is_socket():
+        return True
+    try:
+        (await connect(SocketAddress(path=path))).close()
+    except ConnectionRefusedError:
+        return False
+    return True
 
 
 async def connect(address: SocketAddress) -> socket.socket:

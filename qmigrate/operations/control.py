@@ -5,6 +5,7 @@ answered by ``{"done": TEXT}`` or ``{"error": TEXT}``.  Only the user whose it i
 """
 
 import asyncio
+import errno
 import json
 import os
 import socket
@@ -14,6 +15,7 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
+from qmigrate.endpoint.transport import is_served
 from qmigrate.errors import QmigrateError, RefusedError
 
 __all__ = ["ask", "control_socket", "default_path"]
@@ -48,18 +50,30 @@ async def control_socket(path: Path, answer: Answer) -> AsyncGenerator[None]:
         finally:
             writer.close()
 
-    listener = socket.socket(socket.AF_UNIX)
-    try:
-        os.fchmod(listener.fileno(), 0o600)  # before bind(): the file has that mode from its first moment
-        listener.bind(str(path))
-    except OSError as exc:
-        listener.close()
-        raise OSError(exc.errno, exc.strerror, str(path)) from exc
+    listener = await _bound(path)
     try:
         async with await asyncio.start_unix_server(serve, sock=listener, limit=_LONGEST):
             yield
     finally:
         path.unlink(missing_ok=True)
+
+
+async def _bound(path: Path) -> socket.socket:
+    """What a dead process left behind is replaced."""
+    listener = socket.socket(socket.AF_UNIX)
+    try:
+        os.fchmod(listener.fileno(), 0o600)  # before bind(): the file has that mode from its first moment
+        try:
+            listener.bind(str(path))
+        except OSError as exc:
+            if exc.errno != errno.EADDRINUSE or await is_served(str(path)):
+                raise
+            path.unlink()
+            listener.bind(str(path))
+    except OSError as exc:
+        listener.close()
+        raise OSError(exc.errno, exc.strerror, str(path)) from exc
+    return listener
 
 
 async def _answered(line: bytes, answer: Answer) -> dict[str, str]:

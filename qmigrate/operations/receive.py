@@ -8,19 +8,38 @@ precopy failed it is still the source's; once postcopy runs here, it is ours.
 
 import asyncio
 import os
+import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from qmigrate.endpoint.destination import Destination, ProcessDiedError, Workload
+from qmigrate.analysis.reception import ReceiveResult, Reception, reception
+from qmigrate.endpoint.destination import Destination, ProcessDiedError, Touch, Workload
 from qmigrate.endpoint.incoming import Arrived, ChannelKind, Incoming
 from qmigrate.endpoint.link import Said
 from qmigrate.errors import QmigrateError, RefusedError
-from qmigrate.events import LiveEvent, OnEvent, Side, StatusChanged, Troubled
+from qmigrate.events import (
+    BlocksCame,
+    ChannelCame,
+    Latency,
+    Listening,
+    LiveEvent,
+    NotSaved,
+    OnEvent,
+    Paused,
+    Received,
+    Side,
+    StatusChanged,
+    Troubled,
+)
 from qmigrate.operations.control import control_socket, default_path
 from qmigrate.protocol.phases import Phase
+
+if TYPE_CHECKING:
+    from qmigrate.capture.recorder import Recorder
+    from qmigrate.endpoint.recorded import Recorded
 
 __all__ = [
     "BlocksCame",
@@ -34,91 +53,10 @@ __all__ = [
 ]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Listening(LiveEvent):
-    """A source may come now; ``uri`` has the port that was taken, ``control`` is the control socket's path."""
-
-    uri: str
-    control: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Paused(LiveEvent):
-    """The connection broke in postcopy.  The guest's memory is kept; who asks at ``control`` brings it back."""
-
-    reason: str
-    control: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class NotSaved(LiveEvent):
-    """All has come by postcopy, and could not be saved: this memory is the only copy.  Ask at ``control``."""
-
-    reason: str
-    control: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlocksCame(LiveEvent):
-    """The source's RAM: each block's name, length and page size here, in bytes."""
-
-    blocks: Sequence[tuple[str, int, int]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Received(LiveEvent):
-    """How far it has come: target pages by kind; host pages that came twice, and that were discarded."""
-
-    received_bytes: int = 0
-    normal: int = 0
-    zero: int = 0
-    duplicates: int = 0
-    discarded: int = 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Latency(LiveEvent):
-    """How long pages took: ``counts[i]`` from 2^i up to 2^(i+1) µs, as QEMU's postcopy-latency-dist.
-
-    ``where``: ``touchers``, ``package``: from the touch of a missing page until it was read; ``requests``,
-    ``preempt``: from REQ_PAGES until the page was in place, by the channel that it came on.
-    """
-
-    where: str
-    counts: Sequence[int]
-    mean_us: float
-    longest_us: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReceiveResult:
-    """The end.  ``exit_code`` as design.md has it: 0 as asked, 3 the guest is the source's, 6 lost."""
-
-    exit_code: int
-    message: str
-    is_postcopy: bool = False
-    numbers: Mapping[str, int] = field(default_factory=dict)
-    phases: Sequence[tuple[str, int]] = ()
-    """Each phase with the time when it began, in microseconds since 1970."""
-
-    @property
-    def ok(self) -> bool:
-        return self.exit_code == 0
-
-    def plain(self) -> dict[str, Any]:
-        """As JSON has it, the last of the events."""
-        return {
-            "event": "finished",
-            "exit_code": self.exit_code,
-            "message": self.message,
-            "postcopy": self.is_postcopy,
-            "numbers": dict(self.numbers),
-            "phases": [{"phase": phase, "time_us": at} for phase, at in self.phases],
-        }
-
-
 STILL_ON_SOURCE: Final = 3
 LOST: Final = 6
+INTERRUPTED: Final = 130
+MULTIFD_PATIENCE_S: Final = 5.0
 _COUNTED: Final = ("received_bytes", "normal", "zero", "duplicates", "discarded")
 _POSTCOPY: Final = frozenset(phase.value for phase in (Phase.LISTENING, Phase.RUNNING, Phase.PAUSED, Phase.RECOVERING))
 
@@ -128,7 +66,10 @@ class Receiver:
 
     ``raw``: a folder that RAM is written into, a file a block.  ``save``: a file for all that came, as one stream that
     a stock QEMU loads.  ``control``: where the control socket is, None for a default, of which an event tells.
-    ``workloads``: what touches memory once the guest would run.  Events go to ``on_event``.
+    ``recorder``: all connections are recorded there; it stays open.  ``workloads``: what touches memory once the guest
+    would run; ``traces``: recorded touches, at most ``trace_rate`` a second.  ``multifd``: so many of these channels
+    come, wait for them; ``preempt``: a connection that has said nothing when postcopy begins is that of the requested
+    pages.  Events go to ``on_event``.
     """
 
     def __init__(
@@ -138,48 +79,89 @@ class Receiver:
         raw: str | os.PathLike[str] | None = None,
         save: str | os.PathLike[str] | None = None,
         control: str | os.PathLike[str] | None = None,
+        recorder: "Recorder | None" = None,
         workloads: Sequence[Workload] = (),
+        traces: Sequence[Sequence[Touch]] = (),
+        trace_rate: float | None = None,
         touch_in_package: bool = False,
+        multifd: int = 0,
+        preempt: bool = False,
         on_event: OnEvent | None = None,
     ) -> None:
         self.uri = uri
         self.raw = None if raw is None else Path(raw)
         self.save = None if save is None else Path(save)
         self.control = default_path() if control is None else Path(control)
-        if self.save is not None and any(workload.writes for workload in workloads):
+        writes = any(each.writes for each in workloads) or any(touch.is_write for each in traces for touch in each)
+        if self.save is not None and writes:
             raise RefusedError("what is saved must be what came: with --save nothing may write to memory")
         self._destination = Destination(
-            workloads=workloads, touch_in_package=touch_in_package, keep=self.save is not None
+            workloads=workloads,
+            traces=traces,
+            trace_rate=trace_rate,
+            touch_in_package=touch_in_package,
+            keep=self.save is not None,
         )
-        self._tell: OnEvent = on_event or _no_one
-        self._numbers: dict[str, int] = {}
+        self.events: list[LiveEvent] = []
+        """All that was told; of a histogram that grows, the last."""
+        self._on_event = on_event
+        self._recorder = recorder
+        self._recorded: Recorded | None = None
+        self._numbers: dict[str, dict[str, int]] = {}  # by the process that counts
         self._phases: list[tuple[str, int]] = []
         self._connected = False
         self._paused = False
         self._accepting: asyncio.Task[None] | None = None
         self._incoming: Incoming | None = None
         self._multifd: list[int] = []  # channels that the listener has not been given yet
+        self._multifd_count = multifd
+        self._multifd_asked = self._multifd_given = False
+        self._preempt = preempt
         self._failure: str | None = None
         self._received: Said | None = None
+        self._writing_stops = threading.Event()
+        self._all_is_here = False
 
     @property
     def place_of_guest(self) -> str:
-        """Whose the guest is if everything ends now: ``none`` before a source came, ``source``, ``lost``."""
-        if any(phase in _POSTCOPY for phase, _ in self._phases):
+        """Whose the guest is if everything ends now: ``none`` before a source came, ``source``, ``here``, ``lost``."""
+        if self._all_is_here:
+            return "here"
+        if self._is_postcopy:
             return "lost"
         return "source" if self._connected else "none"
 
+    def reception(self, result: ReceiveResult) -> Reception:
+        """All that was seen of it, for a report."""
+        return reception(self.events, result)
+
     async def run(self) -> ReceiveResult:
-        """Until it is over.  Raises ``RefusedError`` and ``OSError`` where nothing could begin."""
+        """Until it is over.  Raises ``RefusedError`` and ``OSError`` where nothing could begin.
+
+        Where the task is cancelled once it listens, that is an end, too.
+        """
+        try:
+            return await self._run()
+        except asyncio.CancelledError:
+            if not any(isinstance(event, Listening) for event in self.events):
+                raise
+            return self.interrupted()
+
+    async def _run(self) -> ReceiveResult:
         async with AsyncExitStack() as stack:
+            if self._recorder is not None:
+                from qmigrate.endpoint.recorded import Recorded
+
+                self._recorded = Recorded(self._recorder)
+                stack.push_async_callback(self._recorded.close)
             if self.raw is not None:
                 self.raw.mkdir(parents=True, exist_ok=True)
             await stack.enter_async_context(control_socket(self.control, self._asked))
             await stack.enter_async_context(self._destination)
             stack.callback(self._drop_multifd)
+            stack.callback(self._writing_stops.set)
             stack.push_async_callback(self._stop_accepting)
-            uri = await self._listen(self.uri)
-            self._tell(Listening(side=Side.DESTINATION, uri=uri, control=str(self.control)))
+            await self._listen(self.uri)
             try:
                 return await self._follow()
             except ProcessDiedError as exc:
@@ -201,11 +183,26 @@ class Receiver:
         return await listens
 
     async def _give_multifd(self) -> None:
-        """RAM begins: by now a source has made all its channels, so those that are not seen yet are about to be."""
+        """RAM begins: by now a source has made all its channels, so those that are not seen yet are about to be.
+
+        Or they are on their way through a slow network, which no byte tells: unless we know how many there are.
+        """
         if self._incoming is not None:
             await self._incoming.settled()
-        self._destination.connect_multifd(self._multifd)
-        self._drop_multifd()
+        self._multifd_asked = True
+        self._give_multifd_if_all()
+        if not self._multifd_given:
+            asyncio.get_running_loop().call_later(MULTIFD_PATIENCE_S, self._miss_multifd)
+
+    def _give_multifd_if_all(self) -> None:
+        if self._multifd_asked and not self._multifd_given and len(self._multifd) >= self._multifd_count:
+            self._multifd_given = True
+            self._destination.connect_multifd(self._multifd)
+            self._drop_multifd()
+
+    def _miss_multifd(self) -> None:
+        if not self._multifd_given:
+            self._trouble(f"{len(self._multifd)} of {self._multifd_count} multifd channels have come: waiting for more")
 
     def _drop_multifd(self) -> None:
         for descriptor in self._multifd:
@@ -220,28 +217,52 @@ class Receiver:
     async def _accept(self, uri: str, listens: "asyncio.Future[str]") -> None:
         async with Incoming(uri) as incoming:
             self._incoming = incoming
+            self._tell(Listening(side=Side.DESTINATION, uri=incoming.uri, control=str(self.control)))
             listens.set_result(incoming.uri)
             async for arrived in incoming:
                 try:
-                    self._arrived(arrived)
+                    self._arrived(arrived, incoming.uri)
                 finally:
                     os.close(arrived.descriptor)
 
-    def _arrived(self, arrived: Arrived) -> None:
+    def _arrived(self, arrived: Arrived, uri: str) -> None:
+        if self._recorded is None:
+            self._take(arrived)
+            return
+        recorded = self._recorded.through(arrived, uri)
+        try:
+            self._take(recorded)
+        finally:
+            os.close(recorded.descriptor)
+
+    def _take(self, arrived: Arrived) -> None:
         """The first connection is the main channel, whatever it says; of others their first byte tells."""
         match arrived.kind:
             case ChannelKind.RESUMED if self._paused:
                 self._paused = False
+                self._came(ChannelKind.RESUMED)
                 self._destination.connect(arrived.descriptor, way_back=arrived.way_back)
             case ChannelKind.PAGES if self._connected:
+                self._came(ChannelKind.PAGES)
                 self._destination.connect_preempt(arrived.descriptor)
+            case ChannelKind.MULTIFD if self._multifd_given:
+                self._destination.too_late()
             case ChannelKind.MULTIFD:
+                self._came(ChannelKind.MULTIFD)
                 self._multifd.append(os.dup(arrived.descriptor))
+                self._give_multifd_if_all()
             case _ if self._connected:
                 self._trouble(f"another connection came ({arrived.kind.value}): it is closed")
             case _:
                 self._connected = True
+                self._phase_began(Phase.PRECOPY.value, self._came(ChannelKind.MAIN))
                 self._destination.connect(arrived.descriptor, way_back=arrived.way_back)
+
+    def _came(self, kind: ChannelKind) -> int:
+        """When."""
+        event = ChannelCame(side=Side.DESTINATION, kind=kind.value)
+        self._tell(event)
+        return event.time_us
 
     # -- the control socket
 
@@ -273,6 +294,7 @@ class Receiver:
                     self._destination.stop_touching()
                 case "touched":
                     self._touched(said.values)
+                    self._tell_numbers()
                     return self._result()
                 case _:
                     self._heard(said)
@@ -282,16 +304,19 @@ class Receiver:
         values, at = said.values, said.values.get("time_us", 0)
         match said.kind:
             case "phase":
-                self._phases.append((values["phase"], at))
-                self._tell(StatusChanged(side=Side.DESTINATION, time_us=at, status=values["phase"]))
+                self._phase_began(values["phase"], at)
             case "blocks":
                 blocks = [(str(name), int(length), int(size)) for name, length, size in values["blocks"]]
                 self._tell(BlocksCame(side=Side.DESTINATION, time_us=at, blocks=blocks))
             case "progress":
                 self._count(values)
-                self._tell(Received(side=Side.DESTINATION, time_us=at, **_counts(values)))
+                self._tell_numbers()
+                if "waited" in values:  # the others are asked: who serves faults has no time to tell by itself
+                    self._measured("requests", values["waited"])
+                    self._destination.ask()
             case "failed":
                 self._count(values)
+                self._tell_numbers()
                 self._failure = values["message"]
                 self._trouble(values["message"])
             case "paused":
@@ -302,15 +327,40 @@ class Receiver:
                 )
             case "trouble":
                 self._trouble(values["message"])
-            case "paged":
-                self._numbers |= {"faults": values["faults"], "requested": values["requested"]}
-                self._numbers["preempt"] = values["counts"]["normal"] + values["counts"]["zero"]
-                for name, count in values["counts"].items():
-                    self._numbers[name] = self._numbers.get(name, 0) + count
+            case "paged" | "paging":
+                counts = values["counts"]
+                others = {name: values[name] for name in ("faults", "requested", "received_bytes")}
+                self._numbers["pager"] = {**counts, **others, "preempt": counts["normal"] + counts["zero"]}
                 self._measured("preempt", values["waited"])
+            case "touching":
+                self._touched(values)
+
+    def _phase_began(self, phase: str, at: int | None = None) -> None:
+        at = time.time_ns() // 1000 if at is None else at
+        self._phases.append((phase, at))
+        self._tell(StatusChanged(side=Side.DESTINATION, time_us=at, status=phase))
+        if phase == Phase.LISTENING.value and self._preempt and self._incoming is not None:
+            self._incoming.take_silent()
 
     def _count(self, values: Mapping[str, Any]) -> None:
-        self._numbers |= _counts(values)
+        self._numbers["listener"] = _counts(values)
+
+    def _totals(self) -> dict[str, int]:
+        totals: dict[str, int] = {}
+        for counted in self._numbers.values():
+            for name, count in counted.items():
+                totals[name] = totals.get(name, 0) + count
+        return totals
+
+    def _tell_numbers(self) -> None:
+        self._tell(Received(side=Side.DESTINATION, **self._totals()))
+
+    def _tell(self, event: LiveEvent) -> None:
+        if isinstance(event, Latency):
+            self.events = [each for each in self.events if not _is_older(each, event)]
+        self.events.append(event)
+        if self._on_event is not None:
+            self._on_event(event)
 
     def _trouble(self, message: str) -> None:
         self._tell(Troubled(side=Side.DESTINATION, message=message))
@@ -318,11 +368,12 @@ class Receiver:
     async def _loaded(self, said: Said) -> None:
         """All is here: keep what was asked for, then say SHUT."""
         self._count(said.values)
-        self._tell(Received(side=Side.DESTINATION, **_counts(said.values)))
+        self._tell_numbers()
         if missing := said.values["missing"]:
-            self._trouble(f"the source has ended, and {missing} pages have not come")
-            if any(phase in _POSTCOPY for phase, _ in self._phases):  # RAM can be left out of a precopy alone
-                self._failure = f"the source has ended, and {missing} pages have not come"
+            reason = f"the source has ended, and {missing} pages have not come"
+            self._trouble(reason)
+            if self._is_postcopy:  # RAM can be left out of a precopy alone
+                self._failure = reason
         try:
             await self._keep(said)
         except OSError as exc:
@@ -341,8 +392,9 @@ class Receiver:
         values = said.values
         blocks = [tuple(block) for block in values["ram"].get("blocks", [])]
         memory = said.descriptors[2 : 2 + len(blocks)]
+        stops = self._writing_stops
         if self.raw is not None:
-            await asyncio.to_thread(write_raw, self.raw, blocks, memory)
+            await asyncio.to_thread(write_raw, self.raw, blocks, memory, stops)
         if self.save is not None and blocks:
             parts = Parts(
                 blocks=blocks,
@@ -352,12 +404,13 @@ class Receiver:
                 section_id=values["section"]["id"],
                 footers=values["section"]["footers"],
             )
-            await asyncio.to_thread(write_stream, self.save, parts)
+            await asyncio.to_thread(write_stream, self.save, parts, stops)
 
     def _let_go(self, said: Said, value: int) -> None:
         for descriptor in said.descriptors:
             os.close(descriptor)
         self._received = None
+        self._all_is_here = value == 0
         self._destination.finish(value)
 
     def _not_kept(self, said: Said, reason: str) -> None:
@@ -371,7 +424,7 @@ class Receiver:
         self._let_go(said, 1)
 
     def _touched(self, values: Mapping[str, Any]) -> None:
-        self._numbers |= {"touches": values["touches"], "writes": values["writes"]}
+        self._numbers["guest"] = {"touches": values["touches"], "writes": values["writes"]}
         self._measured("touchers", values["latency"])
         self._measured("package", values["in_package"])
 
@@ -389,24 +442,40 @@ class Receiver:
             )
 
     def _result(self) -> ReceiveResult:
-        is_postcopy = any(phase in _POSTCOPY for phase, _ in self._phases)
         if self._failure is None:
-            message, code = "the migration was received", 0
-        elif is_postcopy:
-            message, code = f"it failed in postcopy, the guest is lost: {self._failure}", LOST
-        else:
-            message, code = f"it failed, the guest is the source's: {self._failure}", STILL_ON_SOURCE
+            return self._ended(0, "the migration was received", "here")
+        if self._is_postcopy:
+            return self._ended(LOST, f"it failed in postcopy, the guest is lost: {self._failure}", "lost")
+        return self._ended(STILL_ON_SOURCE, f"it failed, the guest is the source's: {self._failure}", "source")
+
+    def interrupted(self) -> ReceiveResult:
+        """The end where it was cancelled: where the guest is, now that its connection is closed."""
+        match self.place_of_guest:
+            case "here":
+                return self._ended(0, "interrupted when the migration had been received", "here")
+            case "source":
+                return self._ended(STILL_ON_SOURCE, "interrupted: the guest is the source's", "source")
+            case "lost":
+                return self._ended(LOST, "interrupted in postcopy: the guest is lost", "lost")
+        return self._ended(INTERRUPTED, "interrupted before anything began", "none")
+
+    @property
+    def _is_postcopy(self) -> bool:
+        return any(phase in _POSTCOPY for phase, _ in self._phases)
+
+    def _ended(self, code: int, message: str, place: str) -> ReceiveResult:
         return ReceiveResult(
             exit_code=code,
             message=message,
-            is_postcopy=is_postcopy,
-            numbers=dict(self._numbers),
+            place=place,
+            is_postcopy=self._is_postcopy,
+            numbers=self._totals(),
             phases=tuple(self._phases),
         )
 
 
-def _no_one(_: LiveEvent) -> None:
-    """Nobody listens to events."""
+def _is_older(told: LiveEvent, event: Latency) -> bool:
+    return isinstance(told, Latency) and told.where == event.where
 
 
 def _counts(values: Mapping[str, Any]) -> dict[str, int]:

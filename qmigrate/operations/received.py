@@ -4,9 +4,11 @@ RAM goes from the memory files of the destination's processes into files as ``ex
 names until all of it is there.
 """
 
+import errno
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -47,10 +49,15 @@ class Parts:
     footers: bool
 
 
-def write_raw(folder: Path, blocks: Sequence[Sequence[int | str]], descriptors: Sequence[int]) -> None:
+def write_raw(
+    folder: Path,
+    blocks: Sequence[Sequence[int | str]],
+    descriptors: Sequence[int],
+    stops: threading.Event | None = None,
+) -> None:
     """Each block (name, length, page size) as a sparse file of its full length, and ``blocks.json``.
 
-    Raises ``OSError``; then nothing of it is left.
+    Raises ``OSError``, ``InterruptedError`` where it was to stop; then nothing of it is left.
     """
     names = file_names([str(name) for name, _, _ in blocks])
     with ExitStack() as stack:
@@ -59,11 +66,12 @@ def write_raw(folder: Path, blocks: Sequence[Sequence[int | str]], descriptors: 
             target = folder / names[str(name)]
             temporary = folder / f".{target.name}.{os.getpid()}.part"
             stack.callback(temporary.unlink, missing_ok=True)
-            _write_block(temporary, descriptor, int(length))
+            _write_block(temporary, descriptor, int(length), stops)
             finished.append((temporary, target))
         index = folder / f".blocks.json.{os.getpid()}.part"
         stack.callback(index.unlink, missing_ok=True)
         index.write_text(json.dumps(_index(blocks, names), indent=2) + "\n")
+        _go_on(stops)
         for temporary, target in (*finished, (index, folder / "blocks.json")):
             temporary.replace(target)
 
@@ -72,22 +80,29 @@ def _index(blocks: Sequence[Sequence[int | str]], names: dict[str, str]) -> list
     return [{"name": name, "file": names[str(name)], "length": length, "address": None} for name, length, _ in blocks]
 
 
-def _write_block(path: Path, descriptor: int, length: int) -> None:
+def _go_on(stops: threading.Event | None) -> None:
+    """Whoever wanted it has gone."""
+    if stops is not None and stops.is_set():
+        raise InterruptedError(errno.EINTR, "interrupted")
+
+
+def _write_block(path: Path, descriptor: int, length: int, stops: threading.Event | None) -> None:
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     out = os.open(path, flags, 0o666)
     try:
         os.ftruncate(out, length)
         for start, end in data_ranges(descriptor, length):
-            _copy(descriptor, out, start, end)
+            _copy(descriptor, out, start, end, stops)
     except OSError as exc:
         raise OSError(exc.errno, exc.strerror, str(path)) from exc
     finally:
         os.close(out)
 
 
-def _copy(descriptor: int, out: int, at: int, end: int) -> None:
+def _copy(descriptor: int, out: int, at: int, end: int, stops: threading.Event | None) -> None:
     """Not by sendfile(), which refuses memory on huge pages."""
     while at < end:
+        _go_on(stops)
         piece = os.pread(descriptor, min(end - at, _PIECE), at)
         at += os.pwrite(out, piece, at)
 
@@ -109,18 +124,21 @@ def data_ranges(descriptor: int, length: int) -> Iterator[tuple[int, int]]:
 # -- a stream
 
 
-def write_stream(path: Path, parts: Parts) -> None:
+def write_stream(path: Path, parts: Parts, stops: threading.Event | None = None) -> None:
     """One plain stream: what came by precopy as it was, by postcopy with an empty description.
 
-    It has its name, and is on disk, when this returns.  Raises ``OSError``; then nothing of it is left.
+    It has its name, and is on disk, when this returns.  Raises ``OSError``, ``InterruptedError`` where it was to stop;
+    then nothing of it is left.
     """
     temporary = path.with_name(f".{path.name[:200]}.{os.getpid()}.part")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     try:
         with os.fdopen(os.open(temporary, flags, 0o666), "wb") as out:
             for piece in _stream(parts):
+                _go_on(stops)
                 out.write(piece)
             _settle(out)
+        _go_on(stops)
         temporary.replace(path)
         _settle_folder(path.parent)
     except OSError as exc:

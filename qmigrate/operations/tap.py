@@ -9,7 +9,6 @@ connections stay.
 """
 
 import asyncio
-import errno
 import os
 import socket
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from typing import Final, Self
 
 from qmigrate.capture.recorder import Recorder
 from qmigrate.endpoint.joined import Joined
-from qmigrate.endpoint.transport import SocketAddress, connect, listen
+from qmigrate.endpoint.transport import SocketAddress, connect, listen_anew
 from qmigrate.events import LiveEvent, OnEvent
 from qmigrate.format.channel import Channel
 
@@ -91,7 +90,7 @@ class Tap:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._listener = await _listen(self.address)
+        self._listener = await listen_anew(self.address)
         if self.address.path is None:
             self.address = SocketAddress(host=self.address.host, port=self._listener.getsockname()[1])
         self._accepting = asyncio.create_task(self._accept(self._listener))
@@ -214,30 +213,6 @@ class Tap:
     def _tell(self, event: LiveEvent) -> None:
         if self._on_event is not None:
             self._on_event(event)
-
-
-async def _listen(address: SocketAddress) -> socket.socket:
-    """As QEMU does it: a socket that a dead process left behind is replaced."""
-    try:
-        return await listen(address)
-    except OSError as exc:
-        if exc.errno != errno.EADDRINUSE or address.path is None or await _is_served(address):
-            exc.filename = str(address)
-            raise
-    Path(address.path).unlink()
-    return await listen(address)
-
-
-async def _is_served(address: SocketAddress) -> bool:
-    """Does anybody listen there, or is it no socket at all?"""
-    assert address.path is not None
-    if not Path(address.path).is_socket():
-        return True
-    try:
-        (await connect(address)).close()
-    except ConnectionRefusedError:
-        return False
-    return True
 
 
 def _uri(address: object) -> str:

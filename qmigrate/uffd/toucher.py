@@ -27,10 +27,11 @@ _TOUCHED_BYTES: Final = 8
 
 
 class Place(NamedTuple):
-    """A page: the block's number, and its byte offset there."""
+    """A page: the block's number, and its byte offset there; ``is_write`` of a trace says what was done."""
 
     block: int
     start: int
+    is_write: bool = False
 
 
 @dataclass
@@ -67,7 +68,10 @@ class Histogram:
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What one toucher does.  ``rate`` in touches a second, None: as fast as it can; ``writes`` is a share."""
+    """What one toucher does.  ``rate`` in touches a second, None: as fast as it can; ``writes`` is a share.
+
+    ``trace``: exactly these, once, instead of a pattern.
+    """
 
     pattern: str = "random"
     writes: float = 0.0
@@ -165,7 +169,8 @@ class Toucher(threading.Thread):
         for place in places(self.workload, self._sizes):
             if self._stopped.is_set() or self._is_too_early(began):
                 return
-            self._touch(place, ctypes.addressof(scratch), chance.random() < self.workload.writes)
+            is_write = place.is_write or chance.random() < self.workload.writes
+            self._touch(place, ctypes.addressof(scratch), is_write)
 
     def _is_too_early(self, began: float) -> bool:
         """Wait until the rate allows the next touch; True where it was stopped meanwhile."""

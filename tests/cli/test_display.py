@@ -16,6 +16,7 @@ from qmigrate.cli.lines import EventLines
 from qmigrate.events import Side
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.whereabouts import Place, Reach, View, Whereabouts
+from qmigrate.report.reception_words import moment_words
 from qmigrate.report.wording import wording
 from tests import stories
 from tests.report.papers import Terminal
@@ -266,7 +267,7 @@ def test_the_display_says_at_the_end_what_it_came_to(monkeypatch: pytest.MonkeyP
 def test_every_event_is_told_or_left_out_on_purpose() -> None:
     """A new kind of event is not forgotten in words."""
     kinds = {each for each in vars(events).values() if isinstance(each, type) and issubclass(each, events.LiveEvent)}
-    numbers_and_none = {events.LiveEvent, events.Progressed}
-    words = inspect.getsource(wording)
+    numbers_and_none = {events.LiveEvent, events.Progressed, events.Received, events.Latency}
+    words = inspect.getsource(wording) + inspect.getsource(moment_words)
     assert [each.__name__ for each in kinds - numbers_and_none if f"events.{each.__name__}(" not in words] == []
     assert {lines.line_of(event, True) for event in stories.postcopy().events} >= {"", "source: device"}

@@ -29,7 +29,10 @@ def test_a_file_is_received_and_the_answer_says_what_came(
 ) -> None:
     assert main(["receive", f"file:{stream}", "-q", *control]) == 0
     captured = capsys.readouterr()
-    assert captured.out.splitlines()[:2] == ["the migration was received", "  5 pages, 15 zero pages"]
+    said, received, pages, phases = captured.out.splitlines()
+    assert (said, pages) == ("the migration was received", "  pages     5 pages, 15 zero pages")
+    assert received.startswith("  received  21.2 KiB in ")
+    assert phases.startswith("  phases    precopy at 0, ended at ")
     assert captured.err == ""
 
 
