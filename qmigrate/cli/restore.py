@@ -5,6 +5,7 @@ import sys
 from typing import TYPE_CHECKING, Final, TextIO
 
 from qmigrate.cli.live import add_patience
+from qmigrate.cli.restored import Kept
 from qmigrate.cli.tell import tell
 from qmigrate.errors import RefusedError
 
@@ -18,9 +19,9 @@ HELP = "run a saved guest at once, in any stock QEMU: its pages come as it asks 
 DESCRIPTION = (
     "Serve a saved stream over postcopy to a QEMU that waits with -incoming defer: its devices first, then the guest "
     "runs, and each page comes when it is asked for, the rest in between. The QEMU is one that runs (--qmp), or one "
-    "that is started here and ends with this command (-- QEMU...; its standard streams go nowhere). Ends with 0 when "
-    "all is in, with 2 when nothing began, with 3 when it failed before the guest ran, with 4 to 7 as `migrate` does "
-    "by where the guest is then."
+    "that is started here and ends with this command (-- QEMU...; its standard streams go nowhere). A terminal that "
+    "goes away ends nothing once the guest runs. Ends with 0 when all is in, with 2 when nothing began, with 3 when it "
+    "failed before the guest ran, with 4 to 7 as `migrate` does by where the guest is then."
 )
 EXAMPLES = (
     "qmigrate restore guest.mig --qmp /run/vm/qmp.sock",
@@ -31,6 +32,14 @@ EXAMPLES = (
 
 INTERRUPTED: Final = 130
 PROGRESS_EVERY_US: Final = 1_000_000
+RECOVERIES: Final = 5
+
+
+def attempts(argument: str) -> int:
+    """A number from 0."""
+    if not (argument.isascii() and argument.isdigit()):
+        raise argparse.ArgumentTypeError(f"{argument!r} is no number of attempts")
+    return int(argument)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--qmp", metavar="ADDRESS", help="the QMP of a QEMU that waits: a unix socket's path, HOST:PORT"
     )
     parser.add_argument("--uri", help="where it is to listen, as we reach it (default: beside its QMP socket)")
+    parser.add_argument("--listen", metavar="URI", help="where it is to listen itself, if that is not --uri: a tunnel")
     parser.add_argument(
         "--channel",
         metavar="FILE",
@@ -61,6 +71,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_false",
         help="one connection for all pages (default: what is asked for has its own, where QEMU can, since 7.1)",
     )
+    how.add_argument(
+        "--auto-recover",
+        metavar="N",
+        type=attempts,
+        default=RECOVERIES,
+        help=f"a connection that breaks is made anew, N times at most (default: {RECOVERIES}; 0: not)",
+    )
+    parser.add_argument(
+        "--report", metavar="FILE", help="a page for a browser: what came when, and how long pages took"
+    )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="how it ended as JSON, with all times and latencies")
     output.add_argument("--ndjson", action="store_true", help="every event as a JSON object on a line of its own")
@@ -76,18 +96,23 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     from qmigrate.operations.restore import Restorer
 
-    lines = Lines(args, out)
-    restorer = Restorer(
-        args.file,
-        channels=tuple(args.channel),
-        eager=args.eager,
-        paused=args.paused,
-        resume=args.resume,
-        preempt=args.preempt,
-        answer_timeout_s=args.answer_timeout,
-        on_event=lines.take,
-    )
-    return asyncio.run(_interruptible(args, restorer, lines))
+    with Kept(args.report) as kept:
+        lines = Lines(args, out, kept)
+        restorer = Restorer(
+            args.file,
+            channels=tuple(args.channel),
+            eager=args.eager,
+            paused=args.paused,
+            resume=args.resume,
+            preempt=args.preempt,
+            recoveries=args.auto_recover,
+            owned=bool(args.qemu),
+            answer_timeout_s=args.answer_timeout,
+            on_event=lines.take,
+        )
+        status = asyncio.run(_interruptible(args, restorer, lines))
+    lines.raise_what_broke(status)
+    return status
 
 
 async def _interruptible(args: argparse.Namespace, restorer: "Restorer", lines: "Lines") -> int:
@@ -100,10 +125,14 @@ async def _interruptible(args: argparse.Namespace, restorer: "Restorer", lines: 
         if not restorer.interrupt() and not lines.warns_of_end():
             task.cancel()
 
+    def hang_up() -> None:
+        if not restorer.hang_up() and not lines.ends_with_us:
+            task.cancel()
+
     loop = asyncio.get_running_loop()
-    # A terminal that goes away means the same: what depends on us is not left because of it.
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, interrupt)
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
     try:
         return await task
     except asyncio.CancelledError:
@@ -117,7 +146,7 @@ async def _into_running(args: argparse.Namespace, restorer: "Restorer", lines: "
     from qmigrate.qmp.session import Session
 
     async with Session.connect(args.qmp, timeout_s=min(10.0, args.answer_timeout)) as session:
-        return lines.finish(await restorer.run(session, uri=args.uri))
+        return lines.finish(await restorer.run(session, uri=args.uri, listen=args.listen))
 
 
 async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "Lines") -> int:
@@ -137,7 +166,7 @@ async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "Lines
         try:
             async with Machine(command[0], command[1:], own_group=True) as machine:
                 uri = args.uri or f"unix:{folder}/incoming"
-                result = await restorer.run_saved(await reading, machine.session, uri=uri)
+                result = await restorer.run_saved(await reading, machine.session, uri=uri, listen=args.listen)
                 status = lines.finish(result)
                 if result.exit_code in (0, 4):
                     lines.ends_with_us = True
@@ -150,11 +179,16 @@ async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "Lines
 
 
 class Lines:
-    """Events as lines: for a person on standard error, or, with --ndjson, as data on ``out``."""
+    """Events as lines: for a person on standard error, or, with --ndjson, as data on ``out``.
 
-    def __init__(self, args: argparse.Namespace, out: TextIO) -> None:
+    That nobody reads them any more ends nothing: then there is silence, and what it was is told at the end.
+    """
+
+    def __init__(self, args: argparse.Namespace, out: TextIO, kept: Kept | None = None) -> None:
         self._args = args
         self._out = out
+        self._kept = kept
+        self._broken: OSError | None = None
         self._began_us: int | None = None
         self._progress_us = 0
         self.status: int | None = None
@@ -171,9 +205,10 @@ class Lines:
         """Tell of one event."""
         import json
 
+        if self._kept is not None:
+            self._kept.take(event)
         if self._args.ndjson:
-            self._out.write(json.dumps(event.plain()) + "\n")
-            self._out.flush()
+            self._write(json.dumps(event.plain()))
         elif not self._args.quiet and (said := self._line(event)):
             self._began_us = event.time_us if self._began_us is None else self._began_us
             self._say(f"{(event.time_us - self._began_us) / 1e6:8.3f} s  {said}")
@@ -186,13 +221,25 @@ class Lines:
         if not result.ok:
             tell(result.message)
         if self._args.ndjson or self._args.json:
-            self._out.write(json.dumps(result.plain()) + "\n")
+            self._write(json.dumps(result.plain()))
         elif result.ok:
-            self._out.write(result.message + "\n")
-            for line in _numbers(result):
-                self._out.write(f"  {line}\n")
-        self._out.flush()
+            self._write("\n  ".join([result.message, *_numbers(result)]))
+        if self._kept is not None:
+            self._kept.write(self._args, result)
         return result.exit_code
+
+    def raise_what_broke(self, status: int) -> None:
+        """Where all else went well, that standard output did not take what was to be said."""
+        if self._broken is not None and not status:
+            raise self._broken
+
+    def _write(self, text: str) -> None:
+        if self._broken is None:
+            try:
+                self._out.write(text + "\n")
+                self._out.flush()
+            except OSError as exc:
+                self._broken = exc
 
     def _say(self, line: str) -> None:
         from contextlib import suppress
@@ -208,6 +255,7 @@ class Lines:
         from qmigrate import events
         from qmigrate.operations import restore
         from qmigrate.report.units import size
+        from qmigrate.report.wording import wording
 
         match event:
             case restore.Indexed():
@@ -223,6 +271,8 @@ class Lines:
                 return f"destination: the guest {'runs' if event.running else 'stopped'}"
             case events.Decided():
                 return f"{event.decision}: {event.reason}"
+            case events.Recovering():
+                return wording(event)
             case events.Troubled():
                 return event.message
             case events.CommandSent() if self._args.verbose:
@@ -244,15 +294,14 @@ class Lines:
 
 def _numbers(result: "ServingResult") -> list[str]:
     """What a person wants to know of it."""
+    from qmigrate.report.restore_page import MOMENTS
     from qmigrate.report.units import count, duration, size
 
     counts, moments = result.counts, result.moments
     lines = [
         f"{count(counts.pages)} pages, {count(counts.requested)} of them asked for, {size(counts.sent_bytes)} sent"
     ]
-    for name, words in (("loaded", "devices loaded"), ("first_answer", "first page answered"), ("filled", "all sent")):
-        if name in moments:
-            lines.append(f"{words} after {duration(moments[name])}")
+    lines += [f"{words} after {duration(moments[name])}" for name, words in MOMENTS.items() if name in moments]
     if answered := sum(result.latency.counts):
         lines.append(
             f"a page that was asked for was sent after {duration(result.latency.total_ns / 1000 / answered)} on "

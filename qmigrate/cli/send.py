@@ -70,7 +70,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         page_sizes=dict(args.host_page),
         on_event=lines.take,
     )
-    return asyncio.run(_interruptible(args.uri, sender, lines))
+    status = asyncio.run(_interruptible(args.uri, sender, lines))
+    lines.raise_what_broke(status)
+    return status
 
 
 async def _interruptible(uri: str, sender: "Sender", lines: Lines) -> int:
@@ -83,8 +85,14 @@ async def _interruptible(uri: str, sender: "Sender", lines: Lines) -> int:
         if not sender.interrupt():
             task.cancel()
 
+    def hang_up() -> None:
+        if not sender.hang_up():
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, interrupt)
+        loop.add_signal_handler(number, interrupt)
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
     try:
         return lines.finish(await task)
     except asyncio.CancelledError:

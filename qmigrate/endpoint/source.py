@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from qmigrate.capture.saved import Saved
+from qmigrate.endpoint.over_time import OverTime
 from qmigrate.errors import StreamError
 from qmigrate.format.stream import EndOfFile, VmDescriptionHeader
 from qmigrate.protocol.source import LOADED, HostPages, Ponged, Requested, Resumed, Source, Span, Stopped
@@ -33,7 +34,9 @@ class Moment(Enum):
 
     SWITCHED = "the package is sent"
     LOADED = "the devices are loaded"
+    FIRST_REQUEST = "the first page is asked for"
     FIRST_ANSWER = "the first page that was asked for is sent"
+    SIGN = "the first page is asked for since the guest runs"
     FILLED = "all pages are sent"
     RESUMED = "it goes on after a broken connection"
 
@@ -102,7 +105,10 @@ class Server:
         self.saved = saved
         self.counts = Counts(total=sum(block.used_length // saved.page_size for block in saved.blocks))
         self.answered = Answered()
+        self.over_time = OverTime(time.monotonic_ns)
         self.is_switched = False
+        self.has_run = False
+        """Said by whoever hears of it: the next request is the guest's own."""
         self._core = Source(
             [
                 HostPages(block.name, block.used_length, max(page_sizes[block.name], saved.page_size))
@@ -149,9 +155,17 @@ class Server:
         return self._pump(peer, self._pieces(), urgent)
 
     def resume(self, peer: socket.socket, urgent: socket.socket | None = None) -> Ended:
-        """A destination that is paused, since whoever served it is gone: what it has not, it gets from here on."""
-        self._core.adopt()
+        """A destination that is paused, since its connection to whoever served it broke, us or another who is gone:
+        what it has not, it gets from here on.
+        """
+        if self.is_switched:
+            self._core.lose()
+        else:
+            self._core.adopt()
         self.is_switched = True
+        self._main.span = None
+        self._asked.clear()  # what still waits asks again
+        self._told.discard(Moment.RESUMED)
         self._main.out = [self._core.resume()]
         return self._pump(peer, self._pieces_after_bitmaps(), urgent)
 
@@ -198,6 +212,7 @@ class Server:
         if span is None:
             return
         self.counts.pages += span.count
+        self.over_time.now().pages += span.count
         if span.requested:
             self.counts.requested += span.count
             asked = self._asked.pop((span.block, span.first * self.saved.page_size), None)
@@ -285,6 +300,7 @@ class Server:
         except BlockingIOError:
             return
         self.counts.sent_bytes += sent
+        self.over_time.now().sent_bytes += sent
         while lane.out and sent >= len(lane.out[0]):
             sent -= len(lane.out.pop(0))
         if sent:
@@ -319,6 +335,8 @@ class Server:
         match event:
             case Requested(block=block, start=start, is_new=is_new):
                 self.counts.requests += 1
+                self.over_time.now().requests += 1
+                self._tell(Moment.SIGN if self.has_run else Moment.FIRST_REQUEST)
                 if is_new:
                     self._asked[block, start] = time.perf_counter_ns()
             case Ponged(token=token) if token == LOADED:

@@ -17,7 +17,18 @@ from qmigrate.operations.watch import Watched
 from qmigrate.qmp.features import Features
 from qmigrate.qmp.postcopy import PAUSED, resuming
 
-__all__ = ["Attempt", "Recoveries", "bring_back", "heard", "pause_both", "pause_one", "until"]
+__all__ = [
+    "NAME_A_PORT",
+    "NOTICES_WITHIN_S",
+    "Attempt",
+    "Recoveries",
+    "bring_back",
+    "heard",
+    "listen_anew",
+    "pause_both",
+    "pause_one",
+    "until",
+]
 
 NOTICES_WITHIN_S: Final = 2.0
 RETRIES_AFTER_S: Final = 0.5
@@ -120,7 +131,7 @@ async def bring_back(
     """One attempt.  Raises QmpError where a side is gone."""
     source, destination = sides[Side.SOURCE], sides[Side.DESTINATION]
     both = [source, destination]
-    if refusal := await _listen_again(destination, listen):
+    if refusal := await listen_anew(destination, listen):
         return Attempt(f"destination: {refusal}")
     if takes_any_port(uri):
         try:
@@ -153,7 +164,7 @@ async def bring_back(
     return Attempt(f"source: {source.info.get('error-desc') or what}", connected=left())
 
 
-async def _listen_again(destination: Watched, listen: str) -> str:
+async def listen_anew(destination: Watched, listen: str) -> str:
     """Have it listen; why it does not, or empty.
 
     QEMU 5.2 listens at one address until somebody comes.  To send the source elsewhere would be in vain.

@@ -9,8 +9,8 @@ pages are in.  So told to stop before that we leave nothing running; after it we
 
 import asyncio
 import os
+import time
 from collections.abc import Callable
-from contextlib import AsyncExitStack
 from functools import partial
 from socket import socket
 from typing import Final
@@ -18,10 +18,14 @@ from typing import Final
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.saved import Saved
 from qmigrate.endpoint.source import End, Ended, Server
-from qmigrate.errors import QemuDiedError, QmpCommandError, QmpError
-from qmigrate.events import OnEvent, Side, Troubled
-from qmigrate.operations.restoring import fits, listen, listen_again
+from qmigrate.errors import QemuDiedError, QmpCommandError, QmpError, RefusedError
+from qmigrate.events import GuestChanged, LiveEvent, OnEvent, Side, Troubled
+from qmigrate.operations.reconnecting import Reconnecting
+from qmigrate.operations.recover import Recoveries
+from qmigrate.operations.restoring import fits, listen_again
+from qmigrate.operations.restoring import listen as prepared
 from qmigrate.operations.serving import (
+    DEPENDS_WHOLLY,
     DONE,
     LOST,
     PAUSED,
@@ -47,13 +51,15 @@ MENDABLE: Final = (
     "`qmigrate restore --resume` goes on"
 )
 COMPLETION_TIMEOUT_S: Final = 60.0
+RECOVERIES: Final = 5
 
 
 class Restorer(Serving):
     """One saved guest, restored once.  ``eager``: by precopy, all pages before it runs.  ``paused``: it does not run.
 
     ``resume``: the destination has it already, and is paused since whoever served it is gone.  ``preempt``: what is
-    asked for goes over a connection of its own, where the destination can (since 7.1).
+    asked for goes over a connection of its own, where the destination can (since 7.1).  ``recoveries``: how often a
+    connection that breaks is made anew; None: always.  ``owned``: that QEMU ends with us, whatever its guest is doing.
     """
 
     def __init__(
@@ -65,6 +71,8 @@ class Restorer(Serving):
         paused: bool = False,
         resume: bool = False,
         preempt: bool = True,
+        recoveries: int | None = RECOVERIES,
+        owned: bool = False,
         answer_timeout_s: float = 30.0,
         on_event: OnEvent | None = None,
     ) -> None:
@@ -73,12 +81,19 @@ class Restorer(Serving):
         self.paused = paused
         self.resume = resume
         self.preempt = preempt
+        self.recoveries = recoveries
+        self.owned = owned
+        if owned:
+            self.depends = DEPENDS_WHOLLY
         self._answer_timeout_s = answer_timeout_s
 
     # -- the course of it
 
-    async def run(self, session: Session, *, uri: str | None = None) -> ServingResult:
-        """Into the QEMU of this session, until all is in.  Before it began: ``RefusedError``, ``QmpError``."""
+    async def run(self, session: Session, *, uri: str | None = None, listen: str | None = None) -> ServingResult:
+        """Into the QEMU of this session, until all is in.  Before it began: ``RefusedError``, ``QmpError``.
+
+        ``uri``: where we reach it; it listens at ``listen``, or there.
+        """
         with Migration(self.path, channels=self._channels) as migration:
             # What QEMU can do takes it a while to tell, and is remembered for later.
             asking = asyncio.create_task(Features.of(session, timeout_s=self._answer_timeout_s))
@@ -87,30 +102,90 @@ class Restorer(Serving):
             finally:
                 await asyncio.gather(asking, return_exceptions=True)
             with saved:
-                return await self.run_saved(saved, session, uri=uri)
+                return await self.run_saved(saved, session, uri=uri, listen=listen)
 
-    async def run_saved(self, saved: Saved, session: Session, *, uri: str | None = None) -> ServingResult:
+    async def run_saved(
+        self, saved: Saved, session: Session, *, uri: str | None = None, listen: str | None = None
+    ) -> ServingResult:
         """The same, of a file that has been read."""
         news = asyncio.Event()
-        there = Watched(Side.DESTINATION, session, self._tell, news, answer_timeout_s=self._answer_timeout_s)
+        there = Watched(Side.DESTINATION, session, self._heard, news, answer_timeout_s=self._answer_timeout_s)
         there.may_block = lambda: True  # its main loop may wait for a page of ours
         async with there.watching():
+            wanted = listen or uri
             if self.resume:
-                where, page_sizes, preempt = await listen_again(saved, there, uri)
+                where, page_sizes, preempt = await listen_again(saved, there, wanted)
             else:
                 page_sizes = await fits(saved, there)
                 self._warn(saved)
-                where, preempt = await listen(there, uri, lazy=not self.eager, paused=self.paused, preempt=self.preempt)
-            async with AsyncExitStack() as stack:
-                peer = stack.enter_context(await self._connected(where))
-                # 7.2 begins to load only when it has both, later ones take the second at any time after the first.
-                urgent = stack.enter_context(await self._connected(where)) if preempt else None
-                server = stack.enter_context(self._serving(saved, page_sizes))
-                ended = await self._served(server, peer, self._work(server, urgent))
-                for each in (peer, urgent):
-                    if each is not None:
-                        each.close()
-                return await self._result(ended, server, there)
+                where, preempt = await prepared(
+                    there, wanted, lazy=not self.eager, paused=self.paused, preempt=self.preempt
+                )
+            self._tell(there.found())
+            if uri and listen:
+                where = uri
+            lines = await self._lines(where, preempt)
+            with self._serving(saved, page_sizes) as server:
+                ended = await self._over(lines, server, self._work(server))
+                again = Reconnecting(
+                    there,
+                    news,
+                    self._tell,
+                    listen=wanted or where,
+                    uri=uri or where,
+                    limit=self.recoveries,
+                    is_off=lambda: self.is_off,
+                )
+                ended = await self._mended(ended, server, again, preempt)
+                return await self._result(ended, server, there, again.recoveries)
+
+    def _heard(self, event: LiveEvent) -> None:
+        """Of the destination."""
+        if isinstance(event, GuestChanged) and event.running and "running" not in self._moments:
+            self._moments["running"] = (time.monotonic_ns() - self._began) // 1000
+            if self._server is not None:
+                self._server.has_run = True
+        self._tell(event)
+
+    # -- its connections
+
+    async def _lines(self, where: str, preempt: bool) -> list[socket]:
+        """The main one; behind it that for what is asked for, where there is one.
+
+        7.2 begins to load only when it has both, later ones take the second at any time after the first.
+        """
+        lines = [await self._connected(where)]
+        try:
+            if preempt:
+                lines.append(await self._connected(where))
+        except BaseException:
+            lines[0].close()
+            raise
+        return lines
+
+    async def _over(self, lines: list[socket], server: Server, work: Callable[..., Ended]) -> Ended:
+        """Serve over these, which are closed then: a destination that hears nothing more pauses."""
+        urgent = lines[1] if len(lines) > 1 else None
+        try:
+            return await self._served(server, lines[0], work if self.eager else partial(work, urgent=urgent))
+        finally:
+            for each in lines:
+                each.close()
+
+    async def _mended(self, ended: Ended, server: Server, again: Reconnecting, preempt: bool) -> Ended:
+        """Where the connection broke, it is made anew as often as that may be."""
+        while ended.end is End.BROKEN and server.is_switched and not self.eager:
+            where = await again.listens(ended.reason)
+            if where is None:
+                return ended
+            try:
+                lines = await self._lines(where, preempt)
+            except RefusedError as exc:
+                ended = Ended(End.BROKEN, str(exc))
+                continue
+            again.tried("")
+            ended = await self._over(lines, server, server.resume)
+        return ended
 
     def _warn(self, saved: Saved) -> None:
         self._tell(Troubled(message=TWICE))
@@ -118,27 +193,32 @@ class Restorer(Serving):
             # The paused state is not carried by postcopy: seen of 5.2 to 11.1.
             self._tell(Troubled(message="the guest was paused when it was saved, and will run (--paused: it won't)"))
 
-    def _work(self, server: Server, urgent: socket | None) -> Callable[[socket], Ended]:
+    def _work(self, server: Server) -> Callable[..., Ended]:
         if self.eager:
             return server.send
-        return partial(server.resume if self.resume else server.serve, urgent=urgent)
+        return server.resume if self.resume else server.serve
 
     # -- how it ended
 
-    async def _result(self, ended: Ended, server: Server, there: Watched) -> ServingResult:
+    async def _result(self, ended: Ended, server: Server, there: Watched, tries: Recoveries) -> ServingResult:
         if ended.end is End.REFUSED and not self._has_run(there):
             # It said so itself, by SHUT.  By QMP it may not answer any more: 10.0 and 11.1 do not always.
             reason = f"the destination failed before the guest ran: {ended.reason}; end that QEMU"
-            return self._ended(STILL_IN_FILE, reason, server, there)
-        if ended.end is End.DONE:
+            return self._ended(STILL_IN_FILE, reason, server, there, tries)
+        if ended.end is End.DONE or (ended.end is End.BROKEN and there.status == "completed"):
             ended = await self._completed(there)
         if ended.end is End.DONE:
-            paused = f"all is in; the guest is {there.run_state} there"
-            return self._ended(DONE, "the guest runs, all its pages are in" if there.running else paused, server, there)
+            said = (
+                "the guest runs, all its pages are in"
+                if there.running
+                else f"all is in; the guest is {there.run_state} there"
+            )
+            return self._ended(DONE, said + tries.summary, server, there, tries)
         if not server.is_switched:
-            return self._ended(STILL_IN_FILE, f"{ended.reason}{await self._why(there)}", server, there)
+            return self._ended(STILL_IN_FILE, f"{ended.reason}{await self._why(there)}", server, there, tries)
         code, sentence = await self._place(there)
-        return self._ended(code, f"{ended.reason}: {sentence}", server, there)
+        reason = tries.why if ended.end is End.BROKEN and tries.count else ended.reason
+        return self._ended(code, f"{reason}: {sentence}", server, there, tries)
 
     async def _completed(self, there: Watched) -> Ended:
         """It has all pages: what does it say itself?"""
@@ -176,11 +256,14 @@ class Restorer(Serving):
             return UNKNOWN, f"the destination does not say where the guest is ({exc.message}){ran}"
         if there.status == "completed":
             return RUNS_THERE, "yet the destination has all its pages"
+        if self.owned:
+            return LOST, "the QEMU that was started for it ends with this command: what the guest did is lost"
         return PAUSED, MENDABLE
 
     def _has_run(self, there: Watched) -> bool:
         """Did its devices come to life?  Either of the two says so: RUN follows at once."""
         return "loaded" in self._moments or there.took_over
 
-    def _ended(self, code: int, message: str, server: Server, there: Watched) -> ServingResult:
-        return self._result_of(server, code, message, running=there.running if there.run_state else None)
+    def _ended(self, code: int, message: str, server: Server, there: Watched, tries: Recoveries) -> ServingResult:
+        running = there.running if there.run_state else None
+        return self._result_of(server, code, message, running=running, recoveries=tries.count)

@@ -6,13 +6,14 @@ import socket
 import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Thread
 from typing import Any, Final
 
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.saved import Saved, read_saved
+from qmigrate.endpoint.over_time import OverTime
 from qmigrate.endpoint.source import Answered, Counts, Ended, Moment, Server
 from qmigrate.endpoint.transport import SocketAddress, connect
 from qmigrate.errors import NoStreamError, RefusedError, StreamError
@@ -30,6 +31,10 @@ UNKNOWN: Final = 7
 DEPENDS: Final = (
     "the guest runs there now, and needs this process until all its pages are in. It goes on. Once more ends it, and "
     "leaves the guest waiting for pages (`qmigrate restore --resume` brings them)"
+)
+DEPENDS_WHOLLY: Final = (
+    "the guest runs now, in a QEMU that ends with this command. It goes on. Once more ends both, and what the guest "
+    "did since it ran is lost"
 )
 CONNECT_TIMEOUT_S: Final = 10.0
 PROGRESS_EVERY_S: Final = 0.25
@@ -70,7 +75,8 @@ class Served(LiveEvent):
 class ServingResult:
     """The end.  ``exit_code`` as design.md has it; 3 is: the guest is in the file, as it was.
 
-    ``moments`` in microseconds after the beginning; ``latency`` of answers, in this process.
+    ``moments`` in microseconds after the beginning; ``latency`` of answers, in this process; ``over_time`` counts from
+    the same beginning.  ``recoveries``: how often it was tried to bring it back.
     """
 
     exit_code: int
@@ -79,6 +85,8 @@ class ServingResult:
     counts: Counts = field(default_factory=Counts)
     latency: Answered = field(default_factory=Answered)
     moments: Mapping[str, int] = field(default_factory=dict)
+    recoveries: int = 0
+    over_time: OverTime | None = None
 
     @property
     def ok(self) -> bool:
@@ -103,6 +111,8 @@ class ServingResult:
                 "mean_us": round(self.latency.total_ns / answered / 1000, 1) if answered else None,
                 "longest_us": round(self.latency.longest_ns / 1000, 1) if answered else None,
             },
+            "recoveries": self.recoveries,
+            "over_time": None if self.over_time is None else self.over_time.plain(),
         }
 
 
@@ -119,6 +129,7 @@ class Serving:
         self._moments: dict[str, int] = {}
         self._server: Server | None = None
         self._interrupted = 0
+        self.depends = DEPENDS
 
     # -- being told to stop
 
@@ -126,6 +137,17 @@ class Serving:
     def is_switched(self) -> bool:
         """May the guest run there already?"""
         return self._server is not None and self._server.is_switched
+
+    @property
+    def is_off(self) -> bool:
+        """Was it told to stop, and stops?"""
+        return self._interrupted > (1 if self.is_switched else 0)
+
+    def hang_up(self) -> bool:
+        """The terminal went away.  Before the guest may run that is being told to stop; after it that changes nothing,
+        however often it comes: what depends on us is not left because of it.  False as of ``interrupt()``.
+        """
+        return self.is_switched or self.interrupt()
 
     def interrupt(self) -> bool:
         """Told to stop.  False where nothing is served: then whoever runs it is to be cancelled."""
@@ -135,7 +157,7 @@ class Serving:
         if not self.is_switched or self._interrupted > 1:
             self._server.stop()
         else:
-            self._tell(Decided(side=Side.DESTINATION, decision="go on", reason=DEPENDS))
+            self._tell(Decided(side=Side.DESTINATION, decision="go on", reason=self.depends))
         return True
 
     # -- the file
@@ -167,13 +189,16 @@ class Serving:
         """A server, which can be told to stop as long as the block lasts."""
         loop = asyncio.get_running_loop()
         with Server(saved, page_sizes, on_moment=lambda moment: self._moment(loop, moment)) as server:
+            server.over_time.began_ns = self._began
             self._server = server
             try:
                 yield server
             finally:
                 self._server = None
 
-    def _result_of(self, server: Server, code: int, message: str, *, running: bool | None) -> ServingResult:
+    def _result_of(
+        self, server: Server, code: int, message: str, *, running: bool | None, recoveries: int = 0
+    ) -> ServingResult:
         return ServingResult(
             exit_code=code,
             message=message,
@@ -181,6 +206,8 @@ class Serving:
             counts=server.counts,
             latency=server.answered,
             moments=dict(self._moments),
+            recoveries=recoveries,
+            over_time=server.over_time,
         )
 
     async def _connected(self, uri: str) -> socket.socket:
@@ -236,7 +263,8 @@ class Serving:
         after_us = (time.monotonic_ns() - self._began) // 1000
         self._moments[moment.name.lower()] = after_us
         event = Restored(side=Side.DESTINATION, moment=moment.value, after_us=after_us)
-        loop.call_soon_threadsafe(self._tell, event)
+        with suppress(RuntimeError):  # the loop has ended: nobody is told any more
+            loop.call_soon_threadsafe(self._tell, event)
 
 
 def _in_thread(serve: Callable[[socket.socket], Ended], peer: socket.socket) -> "Future[Ended]":

@@ -8,7 +8,7 @@ from qmigrate.report.chart import percent
 from qmigrate.report.page import escaped, facts, section
 from qmigrate.report.units import count, duration, plural, share
 
-__all__ = ["latency_section"]
+__all__ = ["histogram", "latency_section"]
 
 _MOST_ROWS: Final = 4
 
@@ -31,7 +31,7 @@ def latency_section(latency: Latency) -> str:
         lead = "The guest waited for no page."
     else:
         lead = "How long the guest waited for pages; how long single requests took, this QEMU does not tell."
-    return section("Waiting for pages", _histogram(latency), facts(rows), lead=lead)
+    return section("Waiting for pages", histogram(latency), facts(rows), lead=lead)
 
 
 def _each_cpu(waited_ms: Sequence[int]) -> list[tuple[str, str]]:
@@ -54,7 +54,7 @@ def _below(bucket: Bucket) -> str:
     )
 
 
-def _histogram(latency: Latency) -> str:
+def histogram(latency: Latency) -> str:
     """From the first bucket that holds anything to the last; empty ones between them, too."""
     buckets = _filled(latency.buckets)
     if not buckets:
