@@ -7,19 +7,19 @@ that has the machine.
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from types import TracebackType
-from typing import Final, Self
+from dataclasses import replace
+from typing import IO, Final
 
 from qmigrate.capture.index import PageIndex
 from qmigrate.capture.migration import Migration
+from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import Command
 from qmigrate.format.device import VmState
 from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, VmDescription
 from qmigrate.format.feed import Feed
 from qmigrate.format.mapped_ram import MappedBlock
-from qmigrate.format.ram import BlockList, BlockListHeader, Pages, RamBlock, RamRecord
+from qmigrate.format.ram import BlockList, BlockListHeader, Pages, RamRecord
 from qmigrate.format.stream import (
     CapabilityName,
     ConfigurationCapabilities,
@@ -41,53 +41,17 @@ _CANT_BE: Final = "x-ignore-shared"
 _BLOCK: Final = "block"  # disks' contents, until 9.0
 
 
-@dataclass
-class Saved:
-    """One saved guest.  Closes its index, not its input.
-
-    ``opening``: FileHeader and CONFIGURATION; ``before`` and ``behind`` are the sections other than RAM that came
-    before its START, and after; ``devices`` the FULL ones after RAM; ``description`` as it came, empty without one.
-    ``page_size`` is the target's, in bytes.  ``was_running`` is None where the stream does not tell.
-    ``absent``: target pages that were never sent, as the guest does not use them; they are zero.
-    """
-
-    index: PageIndex
-    opening: bytes = b""
-    machine_type: str | None = None
-    before: bytes = b""
-    behind: bytes = b""
-    devices: bytes = b""
-    description: bytes = b""
-    section_id: int = 0
-    footers: bool = False
-    was_running: bool | None = None
-    has_balloon: bool = False
-    absent: int = 0
-    blocks: list[RamBlock] = field(default_factory=list)
-
-    @property
-    def page_size(self) -> int:
-        return self.index.page_size
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.index.close()
-
-
-def read_saved(migration: Migration) -> Saved:
+def read_saved(migration: Migration, *, spill: IO[bytes] | None = None) -> Saved:
     """All of it, in one pass.  Raises ``StreamError`` where the stream is damaged or ends early, ``RefusedError`` where
-    it is none that a guest can be restored from.
+    it is none that a guest can be restored from.  ``spill`` is the index's.
     """
     place = migration.source.in_place
     descriptor, base = place or (None, 0)
-    saved = Saved(PageIndex(descriptor, base=base))
+    index = PageIndex(descriptor, base=base, spill=spill)
+    saved = Saved(index)
     try:
         entries = migration.entries() if place is None or migration.parts else _without_contents(*place)
-        _Reading(saved).take_all(entries)
+        _Reading(saved, index).take_all(entries)
         _check(saved)
     except BaseException:
         saved.index.close()
@@ -163,8 +127,9 @@ def _check(saved: Saved) -> None:
 class _Reading:
     """What one pass has found."""
 
-    def __init__(self, saved: Saved) -> None:
+    def __init__(self, saved: Saved, index: PageIndex) -> None:
         self._saved = saved
+        self._index = index
         self._parts: dict[str, list[bytes | bytearray]] = {"before": [], "behind": [], "devices": []}
         self._names: dict[int, str] = {}
         self._open = ""  # the section that the next records belong to
@@ -174,7 +139,7 @@ class _Reading:
 
     def take_all(self, entries: Iterator[Entry]) -> None:
         for entry in entries:
-            self._saved.index.take(entry)
+            self._index.take(entry)
             self._ended |= isinstance(entry.record, EndOfFile)  # of a resumed postcopy on a later channel
             if not entry.channel:
                 self._take(entry)

@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final, TypeAlias
 
+from qmigrate.capture import cache
 from qmigrate.capture.migration import Migration
 from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format.entry import VmDescription
@@ -97,10 +98,8 @@ def read_schema(migration: Migration, *, made_from: str, qemu: str | None = None
 
 
 def cache_folder() -> Path:
-    """Where schemas are kept: below $QMIGRATE_CACHE, or qmigrate's folder in $XDG_CACHE_HOME or ~/.cache."""
-    if named := os.environ.get("QMIGRATE_CACHE"):
-        return Path(named).absolute() / "schemas"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "qmigrate" / "schemas"
+    """Where schemas are kept: see ``cache``."""
+    return cache.cache_folder("schemas")
 
 
 @dataclass(frozen=True)

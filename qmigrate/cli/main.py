@@ -1,6 +1,7 @@
 """The command ``qmigrate``: which command is meant, and what its end means to the shell.
 
-Nothing is imported here that ``qmigrate --version`` does not need: each command imports its own when it runs.
+Nothing is imported here that is not needed: of the commands only that which is named, if one is; and each imports what
+it works with when it runs.
 """
 
 import argparse
@@ -9,26 +10,10 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from importlib import import_module
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 from qmigrate import __version__
-from qmigrate.cli import (
-    cancel,
-    check,
-    diff,
-    dissect,
-    extract,
-    migrate,
-    pause,
-    receive,
-    recover,
-    restore,
-    schema,
-    send,
-    start_postcopy,
-    status,
-    tap,
-)
 from qmigrate.cli.completion import SHELLS, PrintCompletion
 from qmigrate.cli.tell import FAILURES, NOTHING_DONE, add_telling, failed, input_name, tell, tell_cost
 
@@ -37,6 +22,23 @@ if TYPE_CHECKING:
 
 __all__ = ["build_parser", "entry_point", "main"]
 
+COMMANDS: Final = (
+    "dissect",
+    "check",
+    "extract",
+    "diff",
+    "schema",
+    "tap",
+    "migrate",
+    "start-postcopy",
+    "pause",
+    "recover",
+    "cancel",
+    "status",
+    "receive",
+    "send",
+    "restore",
+)
 INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE: Final = 141  # 128 + SIGPIPE: what a tool that does not catch it ends with
 
@@ -88,14 +90,15 @@ def main(argv: Sequence[str]) -> int:
 
 def _answer(argv: Sequence[str]) -> int:
     try:
-        status = _run(build_parser().parse_args(argv), sys.stdout)
+        status = _run(build_parser(argv[0] if argv else None).parse_args(argv), sys.stdout)
     except SystemExit as end:  # argparse: help, version, or a usage error that it has told
         status = end.code if isinstance(end.code, int) else NOTHING_DONE
     sys.stdout.flush()
     return status
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """The parser of all commands; where ``only`` names one, of that alone, which is sooner there."""
     parser = _Parser(
         prog="qmigrate",
         description="Opens up QEMU live migration: dissects migration streams byte by byte.",
@@ -112,25 +115,10 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, prog="qmigrate", parser_class=_Parser
     )
-    for module in (
-        dissect,
-        check,
-        extract,
-        diff,
-        schema,
-        tap,
-        migrate,
-        start_postcopy,
-        pause,
-        recover,
-        cancel,
-        status,
-        receive,
-        send,
-        restore,
-    ):
+    for name in (only,) if only in COMMANDS else COMMANDS:
+        module = import_module(f"qmigrate.cli.{name.replace('-', '_')}")
         command = commands.add_parser(
-            module.__name__.rpartition(".")[2].replace("_", "-"),
+            name,
             help=module.HELP,
             description=module.DESCRIPTION,
             epilog="\n  ".join(["Example:" if len(module.EXAMPLES) == 1 else "Examples:", *module.EXAMPLES]),

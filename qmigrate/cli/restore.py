@@ -155,7 +155,7 @@ async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "Lines
     import tempfile
 
     from qmigrate.capture.migration import Migration
-    from qmigrate.capture.saved import Saved
+    from qmigrate.capture.saved_guest import Saved
     from qmigrate.qmp.machine import Machine
 
     command = [*args.qemu, *([] if "-incoming" in args.qemu else ["-incoming", "defer"])]

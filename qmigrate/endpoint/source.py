@@ -16,7 +16,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Final, Self
 
-from qmigrate.capture.saved import Saved
+from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.over_time import OverTime
 from qmigrate.errors import StreamError
 from qmigrate.format.stream import EndOfFile, VmDescriptionHeader

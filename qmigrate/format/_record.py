@@ -8,7 +8,7 @@ import io
 import struct
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
+from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn, Self, dataclass_transform
 
 import construct
 
@@ -75,6 +75,31 @@ class _At(Subconstruct):
             raise
 
 
+class _AtFirstUse:
+    """What a class of records has, made when it is asked for: many a command uses few of them."""
+
+    def __init__(self, name: str, make: "Callable[[type[Record]], Any]") -> None:
+        self._name = name
+        self._make = make
+
+    def __get__(self, instance: object, owner: "type[Record]") -> Any:
+        made = self._make(owner)
+        setattr(owner, self._name, made)
+        return made
+
+
+def _struct_of(cls: "type[Record]") -> AnyConstruct:
+    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    return construct.Struct(*(f.name / _At(f.metadata[_SUBCON], f.name) for f in fields))
+
+
+def _size_of(cls: "type[Record]") -> int | None:
+    try:
+        return int(cls._struct.sizeof())
+    except (construct.ConstructError, AttributeError):  # a length that another field or the context gives
+        return None
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(wire,))
 class Record:
     """A piece of a stream: its fields in the order of their bytes.
@@ -83,20 +108,55 @@ class Record:
     """
 
     _names: ClassVar[tuple[str, ...]]
+    _known: ClassVar[frozenset[str]]
+    _defaults: ClassVar[dict[str, Any]]
     _struct: ClassVar[AnyConstruct]
     size: ClassVar[int | None]
     """In bytes, where every record of the class has the same; else None."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        dataclasses.dataclass(frozen=True, kw_only=True)(cls)
+        # What a frozen dataclass has besides its fields is written once, below: to have it generated takes half a
+        # millisecond a class, and there are some sixty.
+        dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)(cls)
         fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # made one in the line above
         cls._names = tuple(f.name for f in fields)
-        cls._struct = construct.Struct(*(f.name / _At(f.metadata[_SUBCON], f.name) for f in fields))
-        try:
-            cls.size = int(cls._struct.sizeof())
-        except (construct.ConstructError, AttributeError):  # a length that another field or the context gives
-            cls.size = None
+        cls._known = frozenset(cls._names)
+        cls._defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+        cls._struct = _AtFirstUse("_struct", _struct_of)  # type: ignore[assignment]
+        cls.size = _AtFirstUse("size", _size_of)  # type: ignore[assignment]
+
+    def __init__(self, **values: Any) -> None:
+        if values.keys() != self._known:
+            values = self._completed(values)
+        self.__dict__.update(values)
+
+    def _completed(self, values: dict[str, Any]) -> dict[str, Any]:
+        complete = self._defaults | values
+        if wrong := sorted(complete.keys() ^ self._known):
+            does = "has no" if wrong[0] in complete else "lacks its"
+            raise TypeError(f"{type(self).__name__} {does} {wrong[0]}")
+        return complete
+
+    def __setattr__(self, name: str, value: object) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
+
+    def __delattr__(self, name: str) -> NoReturn:
+        raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
+
+    def _values(self) -> tuple[Any, ...]:
+        return tuple([getattr(self, name) for name in self._names])
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Record) or type(other) is not type(self):
+            return NotImplemented
+        return self._values() == other._values()
+
+    def __hash__(self) -> int:
+        return hash(self._values())
+
+    def __repr__(self) -> str:
+        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._names)})"
 
     @classmethod
     def read_prefix(

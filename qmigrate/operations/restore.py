@@ -16,7 +16,7 @@ from socket import socket
 from typing import Final
 
 from qmigrate.capture.migration import Migration
-from qmigrate.capture.saved import Saved
+from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.source import End, Ended, Server
 from qmigrate.errors import QemuDiedError, QmpCommandError, QmpError, RefusedError
 from qmigrate.events import GuestChanged, LiveEvent, OnEvent, Side, Troubled

@@ -6,7 +6,7 @@ Nothing has begun until here: whatever is wrong is a RefusedError.
 from collections.abc import Mapping
 from typing import Any, Final
 
-from qmigrate.capture.saved import Saved
+from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import QmpCommandError, QmpError, RefusedError
 from qmigrate.operations.addresses import check, default_uri, reachable, takes_any_port, where_to_connect
 from qmigrate.operations.prepare import tell_to_listen

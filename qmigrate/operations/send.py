@@ -12,7 +12,7 @@ import os
 from collections.abc import Mapping
 
 from qmigrate.capture.migration import Migration
-from qmigrate.capture.saved import Saved
+from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.source import End, Server
 from qmigrate.errors import RefusedError
 from qmigrate.events import OnEvent

@@ -12,7 +12,8 @@ from threading import Thread
 from typing import Any, Final
 
 from qmigrate.capture.migration import Migration
-from qmigrate.capture.saved import Saved, read_saved
+from qmigrate.capture.saved import read_saved
+from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.over_time import OverTime
 from qmigrate.endpoint.source import Answered, Counts, Ended, Moment, Server
 from qmigrate.endpoint.transport import SocketAddress, connect

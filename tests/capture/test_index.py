@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from qmigrate.analysis.extract import extract
 from qmigrate.capture.index import Kind, PageIndex
 from qmigrate.capture.migration import Migration
-from qmigrate.capture.saved import Saved, read_saved
+from qmigrate.capture.saved import read_saved
+from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import DiscardRange, PostcopyRamDiscard
 from qmigrate.format.entry import Entry

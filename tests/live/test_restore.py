@@ -19,8 +19,8 @@ from typing import Any, Final
 import pytest
 
 from qmigrate.analysis.extract import extract
-from qmigrate.capture.index import PageIndex
 from qmigrate.capture.migration import Migration
+from qmigrate.capture.placed import PlacedPages
 from qmigrate.endpoint import transport
 from qmigrate.endpoint.transport import SocketAddress
 from qmigrate.errors import RefusedError
@@ -88,7 +88,7 @@ async def assert_has_all(file: File, machine: Machine, scratch: Path) -> None:
     assert sum(compared.seen.values()) >= 8 << 20
 
 
-def hold(index: PageIndex, until: Callable[[], bool]) -> None:
+def hold(index: PlacedPages, until: Callable[[], bool]) -> None:
     """Serving holds still before it reads its first page until this holds."""
     records = index.records
 

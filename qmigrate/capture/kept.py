@@ -1,0 +1,314 @@
+"""An index that is kept: a saved guest as ``read_saved`` found it, in a file of its own.
+
+It is for one file as it was: its device, inode, size and times; and it is no more than a hint, for what is served is
+compared with the input (``placed``).  A file that is not what was written here, whole, of this user, is as if there
+were none.
+
+In the file: a header, the pieces that go out verbatim, the blocks, then eight bytes a page.  All that follows the
+header is under its checksum, as is the header itself.
+"""
+
+import os
+import stat
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple, Self
+
+from construct import Bytes, Int8ub, Int32ub, Int64sb, Int64ub
+
+from qmigrate.capture.cache import cache_folder
+from qmigrate.capture.placed import PlacedPages
+from qmigrate.capture.saved_guest import Saved
+from qmigrate.errors import QmigrateError, StreamError
+from qmigrate.format._record import CountedString, Record, wire
+from qmigrate.format.ram import RamBlock
+
+__all__ = ["KeptError", "KeptIndexes", "Stamp", "read_kept", "write_kept"]
+
+_MAGIC: Final = b"\x89QIDX\r\n\x1a"
+_VERSION: Final = 1
+_SUFFIX: Final = ".index"
+_ENTRY_BYTES: Final = 8
+_AT_ONCE: Final = 1 << 30
+_MOST_KEPT: Final = 64
+_ORDERS: Final = {"little": 1, "big": 2}
+_RAN: Final[dict[bool | None, int]] = {None: 0, False: 1, True: 2}
+_PARTS: Final = ("opening", "before", "behind", "devices", "description")
+
+
+class KeptError(QmigrateError):
+    """This is no index of that file."""
+
+
+class KeptHeader(Record):
+    """What it is for, and what follows; lengths in bytes.
+
+    ``order`` is that of the entries' bytes, 1: the lowest first.  ``was_running``: 0 unknown, 1 no, 2 yes.
+    ``spilled``: how much of the pages stands in the spill file that goes with it, 0 where there is none.
+    """
+
+    magic: bytes = wire(Bytes(len(_MAGIC)), default=_MAGIC)
+    version: int = wire(Int32ub, default=_VERSION)
+    order: int = wire(Int8ub)
+    device: int = wire(Int64ub)
+    inode: int = wire(Int64ub)
+    length: int = wire(Int64ub)
+    mtime_ns: int = wire(Int64sb)
+    ctime_ns: int = wire(Int64sb)
+    page_size: int = wire(Int32ub)
+    section_id: int = wire(Int32ub)
+    footers: int = wire(Int8ub)
+    was_running: int = wire(Int8ub)
+    has_balloon: int = wire(Int8ub)
+    has_machine_type: int = wire(Int8ub)
+    absent: int = wire(Int64ub)
+    spilled: int = wire(Int64ub)
+    machine_type: bytes = wire(Bytes(256))
+    opening: int = wire(Int64ub)
+    before: int = wire(Int64ub)
+    behind: int = wire(Int64ub)
+    devices: int = wire(Int64ub)
+    description: int = wire(Int64ub)
+    blocks: int = wire(Int32ub)
+    body: int = wire(Int64ub)
+    body_checksum: int = wire(Int32ub)
+
+
+class KeptChecksum(Record):
+    """Of the header before it."""
+
+    checksum: int = wire(Int32ub)
+
+
+class KeptBlock(Record):
+    """A block; its entries follow behind all blocks, in their order."""
+
+    name: str = wire(CountedString)
+    used_length: int = wire(Int64ub)
+    page_count: int = wire(Int64ub)
+
+
+class Stamp(NamedTuple):
+    """A file as it was; times in nanoseconds."""
+
+    device: int
+    inode: int
+    length: int
+    mtime_ns: int
+    ctime_ns: int
+
+    @classmethod
+    def of(cls, descriptor: int) -> Self:
+        """Of an open file.  Raises ``OSError``."""
+        status = os.fstat(descriptor)
+        return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+# -- one of them
+
+
+def write_kept(saved: Saved, stamp: Stamp, descriptor: int, *, spilled: int = 0) -> None:
+    """Into this file, from its start.  Raises ``OSError``, ``StreamError`` where a value has no room."""
+    entries = [saved.index.entries(block.name).cast("B") for block in saved.blocks]
+    blocks = [
+        KeptBlock(name=block.name, used_length=block.used_length, page_count=len(each) // _ENTRY_BYTES).build()
+        for block, each in zip(saved.blocks, entries, strict=True)
+    ]
+    body: list[bytes | memoryview] = [*(getattr(saved, part) for part in _PARTS), *blocks, *entries]
+    checksum = 0
+    for each in body:
+        checksum = zlib.crc32(each, checksum)
+    machine_type = (saved.machine_type or "").encode("utf-8", "surrogateescape")
+    header = KeptHeader(
+        **stamp._asdict(),
+        opening=len(saved.opening),
+        before=len(saved.before),
+        behind=len(saved.behind),
+        devices=len(saved.devices),
+        description=len(saved.description),
+        order=_ORDERS[sys.byteorder],
+        page_size=saved.page_size,
+        section_id=saved.section_id,
+        footers=saved.footers,
+        was_running=_RAN[saved.was_running],
+        has_balloon=saved.has_balloon,
+        has_machine_type=saved.machine_type is not None,
+        absent=saved.absent,
+        spilled=spilled,
+        machine_type=machine_type.ljust(256, b"\0"),
+        blocks=len(blocks),
+        body=sum(map(len, body)),
+        body_checksum=checksum,
+    ).build()
+    at = 0
+    for piece in (header, KeptChecksum(checksum=zlib.crc32(header)).build(), *body):
+        at = _write_all(descriptor, memoryview(piece), at)
+
+
+def read_kept(descriptor: int, stamp: Stamp, file: int, *, spill: int | None = None) -> Saved:
+    """The saved guest in ``file``, of which this is the index; ``file`` and ``spill`` stay open.
+
+    Raises ``KeptError`` where it is none of that file, ``OSError``.
+    """
+    length, prefix = os.fstat(descriptor).st_size, _prefix_bytes()
+    head = os.pread(descriptor, prefix, 0)
+    header = _checked_header(head, stamp)
+    if header.body != length - prefix:
+        raise KeptError(f"it has {length} bytes, expected {header.body + prefix}")
+    if header.spilled and spill is None:
+        raise KeptError("what it needs besides is not there")
+    body = memoryview(bytearray(header.body))
+    at = 0
+    while at < len(body):
+        count = os.preadv(descriptor, [body[at : at + _AT_ONCE]], prefix + at)
+        if not count:
+            raise KeptError("it was cut while it was read")
+        at += count
+    if zlib.crc32(body) != header.body_checksum:
+        raise KeptError("its checksum is another")
+    return _saved(header, body, file, spill)
+
+
+def _prefix_bytes() -> int:
+    assert KeptHeader.size is not None
+    assert KeptChecksum.size is not None
+    return KeptHeader.size + KeptChecksum.size
+
+
+def _checked_header(head: bytes, stamp: Stamp) -> KeptHeader:
+    if len(head) != _prefix_bytes() or not head.startswith(_MAGIC):
+        raise KeptError("it is no index")
+    try:
+        header, used = KeptHeader.read_prefix(head)
+        checksum = KeptChecksum.read(head[used:])
+    except StreamError as exc:
+        raise KeptError(str(exc)) from exc
+    if checksum.checksum != zlib.crc32(head[:used]):
+        raise KeptError("the checksum of its header is another")
+    if header.version != _VERSION or header.order != _ORDERS[sys.byteorder]:
+        raise KeptError(f"it has version {header.version}.{header.order}, expected {_VERSION}.{_ORDERS[sys.byteorder]}")
+    if Stamp(*(getattr(header, name) for name in Stamp._fields)) != stamp:
+        raise KeptError("the file was changed since")
+    return header
+
+
+def _saved(header: KeptHeader, body: memoryview, file: int, spill: int | None) -> Saved:
+    parts, at = [], 0
+    for name in _PARTS:
+        length = getattr(header, name)
+        parts.append(bytes(body[at : at + length]))
+        at += length
+    opening, before, behind, devices, description = parts
+    listed = []
+    for _ in range(header.blocks):
+        try:
+            # A name has 255 bytes at most: what is behind is not copied for each.
+            block, used = KeptBlock.read_prefix(body[at : at + 300])
+        except StreamError as exc:
+            raise KeptError(str(exc)) from exc
+        listed.append(block)
+        at += used
+    if at + sum(block.page_count for block in listed) * _ENTRY_BYTES != len(body):
+        raise KeptError("its parts are not as long as it is")
+    if any(block.page_count * header.page_size < block.used_length for block in listed):
+        raise KeptError("it lacks pages")
+    entries = {}
+    for block in listed:
+        entries[block.name] = body[at : at + block.page_count * _ENTRY_BYTES].cast("Q")
+        at += block.page_count * _ENTRY_BYTES
+    blocks = {block.name: RamBlock(name=block.name, used_length=block.used_length) for block in listed}
+    index = PlacedPages(
+        file,
+        page_size=header.page_size,
+        blocks=blocks,
+        entries=entries,
+        spill=None if spill is None else os.fdopen(os.dup(spill), "rb"),
+    )
+    machine_type = header.machine_type.rstrip(b"\0").decode("utf-8", "surrogateescape")
+    return Saved(
+        index,
+        opening=opening,
+        before=before,
+        behind=behind,
+        devices=devices,
+        description=description,
+        machine_type=machine_type if header.has_machine_type else None,
+        section_id=header.section_id,
+        footers=bool(header.footers),
+        was_running=next((ran for ran, number in _RAN.items() if number == header.was_running), None),
+        has_balloon=bool(header.has_balloon),
+        absent=header.absent,
+        blocks=list(blocks.values()),
+    )
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> int:
+    while len(data):
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+    return offset
+
+
+# -- where they are
+
+
+class KeptIndexes:
+    """Those in a folder; by default in the user's cache.  Of more than so many the oldest go."""
+
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, most: int = _MOST_KEPT) -> None:
+        self.folder = cache_folder("indexes") if folder is None else Path(folder).absolute()
+        self._most = most
+
+    def path(self, stamp: Stamp) -> Path:
+        """Where that of this file is: one for each file, whatever it is called."""
+        return self.folder / f"{stamp.device:x}-{stamp.inode:x}{_SUFFIX}"
+
+    def read(self, file: int) -> Saved:
+        """The saved guest in this open file.  Raises ``KeptError`` where there is no index of it."""
+        try:
+            stamp = Stamp.of(file)
+            descriptor = os.open(self.path(stamp), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as exc:
+            raise KeptError(exc.strerror) from exc
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                raise KeptError("it is no file of this user")
+            return read_kept(descriptor, stamp, file)
+        except OSError as exc:
+            raise KeptError(exc.strerror) from exc
+        finally:
+            os.close(descriptor)
+
+    def keep(self, saved: Saved, stamp: Stamp) -> Path:
+        """It appears whole or not at all; an older one of the same file goes.  Raises ``OSError``."""
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        path = self.path(stamp)
+        temporary = self.folder / f".{path.name}.{os.getpid()}.part"
+        temporary.unlink(missing_ok=True)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        try:
+            try:
+                write_kept(saved, stamp, descriptor)
+            finally:
+                os.close(descriptor)
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        self._prune(path)
+        return path
+
+    def _prune(self, newest: Path) -> None:
+        kept = sorted(self._all(), reverse=True)
+        for _, path in kept[self._most :]:
+            if path != newest:
+                path.unlink(missing_ok=True)
+
+    def _all(self) -> Iterator[tuple[int, Path]]:
+        for path in self.folder.glob(f"*{_SUFFIX}"):
+            try:
+                yield path.lstat().st_mtime_ns, path
+            except FileNotFoundError:  # another process was sooner
+                continue

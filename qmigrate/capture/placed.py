@@ -1,0 +1,231 @@
+"""Where each page of RAM is, as an index tells it, and the pages themselves read from there.
+
+An entry has eight bytes, of which nothing is used before a page is read: no claim of a length takes memory.  What an
+index says is compared with what stands in the input before anything is served: of a page record its word, of a page of
+zeros its byte too, of any page the input's size and time.
+"""
+
+import os
+import struct
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from types import TracebackType
+from typing import IO, Final, NamedTuple, Self
+
+from qmigrate.errors import StreamError
+from qmigrate.format.ram import RamBlock, RamFlag
+
+__all__ = ["KIND_BITS", "Kind", "Placed", "PlacedPages"]
+
+KIND_BITS: Final = 3
+
+_PAGE: Final = int(RamFlag.PAGE)
+_ZERO: Final = int(RamFlag.ZERO)
+_CONTINUE: Final = int(RamFlag.CONTINUE)
+_HEAD: Final = struct.Struct(">Q")
+_ZERO_RECORD: Final = struct.Struct(">QB")
+_KIND_MASK: Final = (1 << KIND_BITS) - 1
+_MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
+_COUNTED_AT_ONCE: Final = 1 << 14
+
+
+class Kind:
+    """What an entry of the index is; its other bits are an offset in bytes."""
+
+    ABSENT: Final = 0
+    ZERO: Final = 1  # behind the word of its record, where it has one in the input; else the offset is 0
+    RECORD: Final = 2  # in the input, behind the word of its record
+    PLACED: Final = 3  # in the input, at its place: mapped-ram
+    SPILLED: Final = 4
+
+
+class Placed(NamedTuple):
+    """Pages of one kind, one after the other in the block and in their file; ``offset`` is the first one's."""
+
+    kind: int
+    page: int
+    page_count: int
+    offset: int
+
+
+class PlacedPages:
+    """The pages of each block.  Closes its spill file; ``descriptor`` is the input's, which stays open.
+
+    ``descriptor`` is None where the input can't be read again at any place: then all pages are spilled.
+    """
+
+    def __init__(
+        self,
+        descriptor: int | None,
+        *,
+        page_size: int = 4096,
+        blocks: Mapping[str, RamBlock] | None = None,
+        entries: Mapping[str, memoryview] | None = None,
+        spill: IO[bytes] | None = None,
+    ) -> None:
+        self.page_size = page_size
+        self.blocks: dict[str, RamBlock] = dict(blocks or {})
+        self._descriptor = descriptor
+        self._entries: dict[str, memoryview] = dict(entries or {})
+        self._spill = spill
+        self._stamp = self._stamped()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self._spill is not None:
+            self._spill.close()
+            self._spill = None
+
+    def entries(self, block: str) -> memoryview:
+        """As they are kept: eight bytes a page, in this host's order."""
+        return self._of(block)
+
+    @property
+    def spilled(self) -> int:
+        """How many bytes of pages stand in a spill file."""
+        return 0
+
+    def _of(self, block: str) -> memoryview:
+        return self._entries[block]
+
+    def absent(self, block: str) -> int:
+        """How many of its pages have not come."""
+        entries = self._of(block)
+        return sum(
+            entries[at : at + _COUNTED_AT_ONCE].tolist().count(Kind.ABSENT)
+            for at in range(0, len(entries), _COUNTED_AT_ONCE)
+        )
+
+    def runs(self, block: str, first: int, count: int) -> Iterator[Placed]:
+        """Where these pages are, in their order."""
+        entries = self._of(block)
+        page, end = first, first + count
+        while page < end:
+            entry = entries[page]
+            kind, step = entry & _KIND_MASK, self._step(entry)
+            following, expected = page + 1, entry + step
+            while following < end and entries[following] == expected:
+                following += 1
+                expected += step
+            yield Placed(kind, page, following - page, entry >> KIND_BITS)
+            page = following
+
+    def _step(self, entry: int) -> int:
+        """By how much the entry of a page differs from that of the page before, where they stand side by side."""
+        kind, offset = entry & _KIND_MASK, entry >> KIND_BITS
+        if kind == Kind.ABSENT or (kind == Kind.ZERO and not offset):
+            return 0
+        length = 1 if kind == Kind.ZERO else self.page_size
+        return (length + (8 if kind in (Kind.ZERO, Kind.RECORD) else 0)) << KIND_BITS
+
+    def contents(self, block: str, page: int) -> bytes:
+        """One page; zeros where it is absent.  Raises ``StreamError``."""
+        records = self.records(block, page, 1)
+        return bytes(records[8:]) if len(records) == 8 + self.page_size else bytes(self.page_size)
+
+    def records(self, block: str, first: int, count: int) -> bytearray:
+        """These pages as page records that continue their block, in order; an absent page as zero.
+
+        Raises ``StreamError`` where the input is no longer what was indexed: of a record its word is compared, of any
+        page the file's size and time.
+        """
+        self.check()
+        runs = list(self.runs(block, first, count))
+        out = bytearray(sum(run.page_count * self._record_bytes(run.kind) for run in runs))
+        view, at = memoryview(out), 0
+        for run in runs:
+            length = run.page_count * self._record_bytes(run.kind)
+            self._read(block, run, view[at : at + length])
+            at += length
+        return out
+
+    def _record_bytes(self, kind: int) -> int:
+        return 9 if kind in (Kind.ABSENT, Kind.ZERO) else 8 + self.page_size
+
+    def _read(self, block: str, run: Placed, into: memoryview) -> None:
+        page_size = self.page_size
+        start = run.page * page_size
+        if run.kind == Kind.ABSENT or (run.kind == Kind.ZERO and not run.offset):
+            pack = _ZERO_RECORD.pack_into
+            for index in range(run.page_count):
+                pack(into, 9 * index, start + index * page_size | _ZERO | _CONTINUE, 0)
+            return
+        if run.kind in (Kind.RECORD, Kind.ZERO):
+            self._read_records(block, run, into)
+            return
+        if run.kind not in (Kind.PLACED, Kind.SPILLED):
+            raise StreamError(f"the index has an entry of kind {run.kind} for it", trail=("ram", block))
+        spill = None if self._spill is None else self._spill.fileno()
+        descriptor = spill if run.kind == Kind.SPILLED else self._descriptor
+        stride = 8 + page_size
+        for begin in range(0, run.page_count, _MOST_BUFFERS):
+            pages = range(begin, min(begin + _MOST_BUFFERS, run.page_count))
+            buffers = [into[at * stride + 8 : (at + 1) * stride] for at in pages]
+            self._read_exactly(descriptor, buffers, run.offset + begin * page_size, block)
+        for index in range(run.page_count):
+            _HEAD.pack_into(into, index * stride, start + index * page_size | _PAGE | _CONTINUE)
+
+    def _read_records(self, block: str, run: Placed, into: memoryview) -> None:
+        """They stand in the input as they go out; only the first may have another head, with the block's name."""
+        page_size, start = self.page_size, run.page * self.page_size
+        length, flag = (1, _ZERO) if run.kind == Kind.ZERO else (page_size, _PAGE)
+        self._read_exactly(self._descriptor, [into], max(run.offset - 8, 0), block)
+        words = _words(length, run.page_count).unpack(into)
+        expected = start | flag | _CONTINUE
+        if words[0] != expected:
+            self._check_named(block, run, expected & ~_CONTINUE)
+            _HEAD.pack_into(into, 0, expected)
+        is_filled = run.kind == Kind.ZERO and any(into[8::9])
+        if is_filled or words[1:] != tuple(
+            range(expected + page_size, expected + page_size * run.page_count, page_size)
+        ):
+            raise StreamError("the pages are no longer where they were", offset=run.offset, trail=("ram", block))
+
+    def _check_named(self, block: str, run: Placed, word: int) -> None:
+        name = block.encode("utf-8", "surrogateescape")
+        expected = _HEAD.pack(word) + bytes([len(name)]) + name
+        head = bytearray(len(expected))
+        self._read_exactly(self._descriptor, [memoryview(head)], max(run.offset - len(expected), 0), block)
+        if head != expected:
+            raise StreamError("the page is no longer where it was", offset=run.offset, trail=("ram", block))
+
+    def _read_exactly(self, descriptor: int | None, buffers: list[memoryview], offset: int, block: str) -> None:
+        if descriptor is None:
+            raise StreamError("the index has a place for it in a file that there is not", trail=("ram", block))
+        wanted = sum(map(len, buffers))
+        try:
+            found = os.preadv(descriptor, buffers, offset)
+        except OSError as exc:
+            raise StreamError(f"the input can't be read: {exc.strerror}", offset=offset, trail=("ram", block)) from exc
+        except OverflowError as exc:  # no file is so long
+            raise StreamError("the index has a place for it beyond any file", trail=("ram", block)) from exc
+        if found != wanted:
+            raise StreamError(
+                f"the input gives {found} bytes here, expected {wanted}", offset=offset, trail=("ram", block)
+            )
+
+    # -- is it still the same input
+
+    def _stamped(self) -> tuple[int, int] | None:
+        if self._descriptor is None:
+            return None
+        status = os.fstat(self._descriptor)
+        return status.st_size, status.st_mtime_ns
+
+    def check(self) -> None:
+        """Raises ``StreamError`` where the input was changed since."""
+        if self._stamp != self._stamped():
+            raise StreamError("the input was changed since its pages were indexed")
+
+
+@lru_cache(maxsize=4096)
+def _words(page_size: int, count: int) -> struct.Struct:
+    """The words of so many page records that stand side by side."""
+    return struct.Struct(">" + f"Q{page_size}x" * count)

@@ -1,0 +1,55 @@
+"""A saved guest, ready to be served: where its pages are, and all the rest as bytes that go out verbatim."""
+
+import os
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from qmigrate.capture.placed import PlacedPages
+from qmigrate.format.ram import RamBlock
+
+__all__ = ["Saved"]
+
+
+@dataclass
+class Saved:
+    """One saved guest.  Closes its index, and ``input`` where it has one; not an input that it was read from.
+
+    ``opening``: FileHeader and CONFIGURATION; ``before`` and ``behind`` are the sections other than RAM that came
+    before its START, and after; ``devices`` the FULL ones after RAM; ``description`` as it came, empty without one.
+    ``page_size`` is the target's, in bytes.  ``was_running`` is None where the stream does not tell.
+    ``absent``: target pages that were never sent, as the guest does not use them; they are zero.
+    """
+
+    index: PlacedPages
+    opening: bytes = b""
+    machine_type: str | None = None
+    before: bytes = b""
+    behind: bytes = b""
+    devices: bytes = b""
+    description: bytes = b""
+    section_id: int = 0
+    footers: bool = False
+    was_running: bool | None = None
+    has_balloon: bool = False
+    absent: int = 0
+    blocks: list[RamBlock] = field(default_factory=list)
+    input: int | None = None
+
+    @property
+    def page_size(self) -> int:
+        return self.index.page_size
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self.index.close()
+        if self.input is not None:
+            os.close(self.input)
+            self.input = None
