@@ -49,7 +49,7 @@ def little_memory() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def each_description_is_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few changes hit it, and parsing it anew each time would take as long as all else."""
-    monkeypatch.setattr("qmigrate.format.tail.parse_description", lru_cache(maxsize=8)(parse_description))
+    monkeypatch.setattr("qmigrate.format.closing.parse_description", lru_cache(maxsize=8)(parse_description))
 
 
 @lru_cache(maxsize=1)
