@@ -5,8 +5,10 @@ A connection is told by its first byte; one that says nothing yet waits.
 """
 
 import asyncio
+import ctypes
 import os
 import select
+import signal
 import socket
 import stat
 import subprocess
@@ -173,7 +175,12 @@ class Incoming:
         """The command's output is the stream; it may read what goes back from its standard input."""
         ours, theirs = socket.socketpair()
         with theirs:
-            self._process = subprocess.Popen(["/bin/sh", "-c", command], stdin=theirs.fileno(), stdout=theirs.fileno())
+            self._process = subprocess.Popen(
+                ["/bin/sh", "-c", command],
+                stdin=theirs.fileno(),
+                stdout=theirs.fileno(),
+                preexec_fn=_end_with_us,  # noqa: PLW1509 - one system call; there is no thread yet whose lock it takes
+            )
         self._single = (ours.detach(), True)
 
     def _open(self, rest: str) -> None:
@@ -226,6 +233,15 @@ class Incoming:
             if kind is not None:
                 peer.setblocking(True)
                 self._arrived.put_nowait(Arrived(kind, peer.detach(), True))
+
+
+_PR_SET_PDEATHSIG: Final = 1  # linux/prctl.h
+_prctl = ctypes.CDLL(None, use_errno=True).prctl
+
+
+def _end_with_us() -> None:
+    """In the command's process, before it is: a command that does not look at its pipe would outlive us."""
+    _prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _keep_alive(peer: socket.socket) -> None:

@@ -61,6 +61,8 @@ async def listen_anew(address: SocketAddress) -> socket.socket:
     try:
         return await listen(address)
     except OSError as exc:
+        if exc.errno is None:  # Python's own: a path that is too long
+            raise OSError(errno.ENAMETOOLONG, str(exc), str(address)) from exc
         if exc.errno != errno.EADDRINUSE or address.path is None or await is_served(address.path):
             exc.filename = str(address)
             raise

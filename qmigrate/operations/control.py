@@ -72,7 +72,8 @@ async def _bound(path: Path) -> socket.socket:
             listener.bind(str(path))
     except OSError as exc:
         listener.close()
-        raise OSError(exc.errno, exc.strerror, str(path)) from exc
+        # Python itself says, without a number, that a path is too long.
+        raise OSError(exc.errno or errno.ENAMETOOLONG, exc.strerror or str(exc), str(path)) from exc
     return listener
 
 

@@ -283,6 +283,7 @@ class Receiver:
     # -- what the processes tell
 
     async def _follow(self) -> ReceiveResult:
+        came: set[str] = set()
         async for said in self._destination.said():
             match said.kind:
                 case "channels":
@@ -292,12 +293,12 @@ class Receiver:
                 case "shut":
                     self._measured("requests", said.values["waited"])
                     self._destination.stop_touching()
-                case "touched":
-                    self._touched(said.values)
-                    self._tell_numbers()
-                    return self._result()
                 case _:
                     self._heard(said)
+            came.add(said.kind)
+            if "touched" in came and ("paged" in came or not self._is_postcopy):  # the last of each process
+                self._tell_numbers()
+                return self._result()
         raise QmigrateError("its processes ended early")  # said() does not end by itself
 
     def _heard(self, said: Said) -> None:
@@ -332,7 +333,7 @@ class Receiver:
                 others = {name: values[name] for name in ("faults", "requested", "received_bytes")}
                 self._numbers["pager"] = {**counts, **others, "preempt": counts["normal"] + counts["zero"]}
                 self._measured("preempt", values["waited"])
-            case "touching":
+            case "touching" | "touched":
                 self._touched(values)
 
     def _phase_began(self, phase: str, at: int | None = None) -> None:
