@@ -171,6 +171,8 @@ async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "Lines
                 if result.exit_code in (0, 4):
                     lines.ends_with_us = True
                     await machine.wait()
+                elif not 0 < result.exit_code < 4:
+                    machine.kill()  # it waits for pages, and would not end when asked
                 return status
         finally:
             for saved in await asyncio.gather(reading, return_exceptions=True):

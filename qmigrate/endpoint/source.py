@@ -165,7 +165,7 @@ class Server:
         self.is_switched = True
         self._main.span = None
         self._asked.clear()  # what still waits asks again
-        self._told.discard(Moment.RESUMED)
+        self._told -= {Moment.RESUMED, Moment.FILLED}
         self._main.out = [self._core.resume()]
         return self._pump(peer, self._pieces_after_bitmaps(), urgent)
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Final
 
 from qmigrate.errors import QmpError
-from qmigrate.events import OnEvent, Troubled
+from qmigrate.events import OnEvent, Side, Troubled
 from qmigrate.operations.addresses import takes_any_port, where_to_connect
 from qmigrate.operations.recover import (
     NAME_A_PORT,
@@ -55,7 +55,7 @@ class Reconnecting:
 
         None where it does not come to that: it is lost, has all, or there were attempts enough.
         """
-        self.tried(reason)
+        self._tell(Troubled(side=Side.DESTINATION, message=reason))
         while not self._is_off() and not self.recoveries.exhausted and await self._is_paused():
             if not await self._waited() or self._is_off():
                 return None

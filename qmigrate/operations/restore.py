@@ -181,7 +181,8 @@ class Restorer(Serving):
             try:
                 lines = await self._lines(where, preempt)
             except RefusedError as exc:
-                ended = Ended(End.BROKEN, str(exc))
+                again.tried(str(exc))
+                ended = Ended(End.BROKEN, "it could not be reached")
                 continue
             again.tried("")
             ended = await self._over(lines, server, server.resume)

@@ -23,13 +23,19 @@ MOMENTS: Final = {
 }
 """By the names that they have in the result, in the order in which they mostly come."""
 
+_SHORT: Final = {
+    "loaded": "devices loaded",
+    "running": "guest runs",
+    "sign": "first sign of it",
+    "first_answer": "first answer",
+    "filled": "all sent",
+}
 _REMARKS: Final = {
-    "switched": "",
     "loaded": "says the destination",
     "running": "its CPUs were started",
     "sign": "it asked for a page",
-    "first_answer": "",
-    "filled": "or were in already",
+    "first_answer": "a requested page was sent",
+    "filled": "the last page left",
 }
 _TITLES: Final = {"lazily": "Restored lazily", "eagerly": "Restored eagerly", "taken over": "Taken over, and finished"}
 _OUTCOMES: Final = {0: "completed", 3: "cancelled", 4: "paused", 5: "paused"}
@@ -83,20 +89,18 @@ def _header(story: RestoreStory) -> str:
 
 
 def _figures(story: RestoreStory) -> str:
-    figures = [
-        (words, duration(story.moments[name]), _REMARKS[name])
-        for name, words in MOMENTS.items()
-        if name in story.moments and name != "switched"
-    ]
+    """When what came; then how much of it there was."""
+    times = [(_SHORT[name], duration(story.moments[name]), _REMARKS[name]) for name in _SHORT if name in story.moments]
+    amounts = []
     if story.total:
-        figures.append(("memory", size(story.total * story.page_size), plural(story.total, "page")))
+        amounts.append(("memory", size(story.total * story.page_size), plural(story.total, "page")))
     if story.requests:
         asked = f"{share(story.requested, story.total)} of all, in {plural(story.requests, 'request')}"
-        figures.append(("pages asked for", count(story.requested), asked))
-    figures.append(("sent", size(story.sent_bytes), ""))
+        amounts.append(("pages asked for", count(story.requested), asked))
+    amounts.append(("sent", size(story.sent_bytes), ""))
     if story.recoveries:
-        figures.append(("brought back", plural(story.recoveries, "time"), "attempts of ours"))
-    return tiles(figures)
+        amounts.append(("connection made anew", plural(story.recoveries, "time"), ""))
+    return (tiles(times) if times else "") + tiles(amounts)
 
 
 # ---- the course of it ----
