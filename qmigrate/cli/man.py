@@ -23,7 +23,10 @@ SIGNALS = (
 ENVIRONMENT = (
     ("NO_COLOR", "If set, no colours. There are none anyway where standard output is no terminal."),
     ("QMP_SOCKET", "The QMP address of the QEMU, for commands that can do without one on the command line."),
-    ("QMIGRATE_CACHE", "Where schemas are kept, in a folder below it; else qmigrate in XDG_CACHE_HOME or ~/.cache."),
+    (
+        "QMIGRATE_CACHE",
+        "Where schemas and indexes are kept, in folders below it; else qmigrate in XDG_CACHE_HOME or ~/.cache.",
+    ),
     ("TMPDIR", "Where diff puts the RAM of both inputs meanwhile, and schema a stream."),
 )
 

@@ -11,6 +11,7 @@ from qmigrate.errors import RefusedError
 
 if TYPE_CHECKING:
     from qmigrate.events import LiveEvent
+    from qmigrate.operations.reading import Reading
     from qmigrate.operations.restore import Restorer, Served, ServingResult
 
 __all__ = ["Lines", "add_arguments", "run"]
@@ -78,6 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=RECOVERIES,
         help=f"a connection that breaks is made anew, N times at most (default: {RECOVERIES}; 0: not)",
     )
+    index = parser.add_mutually_exclusive_group()
+    index.add_argument(
+        "--index-folder",
+        metavar="FOLDER",
+        help="where the index of FILE's pages is kept, and looked for the next time (default: in the user's cache)",
+    )
+    index.add_argument(
+        "--no-kept-index",
+        dest="keep_index",
+        action="store_false",
+        help="neither keep an index of FILE's pages nor use one that was kept",
+    )
     parser.add_argument(
         "--report", metavar="FILE", help="a page for a browser: what came when, and how long pages took"
     )
@@ -92,6 +105,19 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise RefusedError("restore into which QEMU? Give --qmp ADDRESS, or behind -- one to start")
     if args.resume and (args.qemu or args.eager or args.paused):
         raise RefusedError("--resume is for a guest that runs already: give --qmp, and neither --eager nor --paused")
+    from contextlib import nullcontext
+
+    from qmigrate.operations.reading import Reading
+
+    # What is read by a process of its own is begun before all that takes long to import.
+    begun = None
+    if Reading.takes(args.file):
+        begun = Reading(args.file, channels=tuple(args.channel), keep=args.keep_index, folder=args.index_folder)
+    with begun or nullcontext():
+        return _restore(args, out, begun)
+
+
+def _restore(args: argparse.Namespace, out: TextIO, reading: "Reading | None") -> int:
     import asyncio
 
     from qmigrate.operations.restore import Restorer
@@ -108,6 +134,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             recoveries=args.auto_recover,
             owned=bool(args.qemu),
             answer_timeout_s=args.answer_timeout,
+            reading=reading,
             on_event=lines.take,
         )
         status = asyncio.run(_interruptible(args, restorer, lines))
@@ -151,33 +178,27 @@ async def _into_running(args: argparse.Namespace, restorer: "Restorer", lines: "
 
 async def _started(args: argparse.Namespace, restorer: "Restorer", lines: "Lines") -> int:
     """One of our own, started while the file is read; it ends with us."""
-    import asyncio
     import tempfile
 
-    from qmigrate.capture.migration import Migration
-    from qmigrate.capture.saved_guest import Saved
     from qmigrate.qmp.machine import Machine
 
     command = [*args.qemu, *([] if "-incoming" in args.qemu else ["-incoming", "defer"])]
     if "-daemonize" in command:
         raise RefusedError("-daemonize: start it yourself, with -incoming defer, and give --qmp")
-    with Migration(args.file, channels=args.channel) as migration, tempfile.TemporaryDirectory("-qmigrate") as folder:
-        reading = asyncio.create_task(asyncio.to_thread(restorer.read, migration))
-        try:
-            async with Machine(command[0], command[1:], own_group=True) as machine:
-                uri = args.uri or f"unix:{folder}/incoming"
-                result = await restorer.run_saved(await reading, machine.session, uri=uri, listen=args.listen)
-                status = lines.finish(result)
-                if result.exit_code in (0, 4):
-                    lines.ends_with_us = True
-                    await machine.wait()
-                elif not 0 < result.exit_code < 4:
-                    machine.kill()  # it waits for pages, and would not end when asked
-                return status
-        finally:
-            for saved in await asyncio.gather(reading, return_exceptions=True):
-                if isinstance(saved, Saved):
-                    saved.index.close()
+    with tempfile.TemporaryDirectory("-qmigrate") as folder:
+        async with (
+            restorer.opened() as opening,
+            Machine(command[0], command[1:], own_group=True) as machine,
+        ):
+            uri = args.uri or f"unix:{folder}/incoming"
+            result = await restorer.run_opening(opening, machine.session, uri=uri, listen=args.listen)
+            status = lines.finish(result)
+            if result.exit_code in (0, 4):
+                lines.ends_with_us = True
+                await machine.wait()
+            elif not 0 < result.exit_code < 4:
+                machine.kill()  # it waits for pages, and would not end when asked
+            return status
 
 
 class Lines:

@@ -163,8 +163,13 @@ async def tell_to_listen(destination: Watched, features: Features, uri: str) -> 
     try:
         await destination.execute("migrate-incoming", arguments)
     except QmpCommandError as exc:
-        await destination.ask_status()
-        spoiled = destination.status == "setup" and "already" not in exc.message
-        raise RefusedError(f"destination: {exc.message}{SPOILED if spoiled else ''}") from exc
+        raise await refused_to_listen(destination, exc) from exc
     if takes_any_port(uri):
         await destination.ask_status()
+
+
+async def refused_to_listen(destination: Watched, error: QmpCommandError) -> RefusedError:
+    """What it means that ``migrate-incoming`` failed so."""
+    await destination.ask_status()
+    spoiled = destination.status == "setup" and "already" not in error.message
+    return RefusedError(f"destination: {error.message}{SPOILED if spoiled else ''}")

@@ -10,19 +10,19 @@ pages are in.  So told to stop before that we leave nothing running; after it we
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from socket import socket
 from typing import Final
 
-from qmigrate.capture.migration import Migration
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.source import End, Ended, Server
 from qmigrate.errors import QemuDiedError, QmpCommandError, QmpError, RefusedError
 from qmigrate.events import GuestChanged, LiveEvent, OnEvent, Side, Troubled
+from qmigrate.operations.reading import Reading
 from qmigrate.operations.reconnecting import Reconnecting
 from qmigrate.operations.recover import Recoveries
-from qmigrate.operations.restoring import fits, listen_again
+from qmigrate.operations.restoring import check_fits, listen_again, look
 from qmigrate.operations.restoring import listen as prepared
 from qmigrate.operations.serving import (
     DEPENDS_WHOLLY,
@@ -39,7 +39,6 @@ from qmigrate.operations.serving import (
     ServingResult,
 )
 from qmigrate.operations.watch import Watched
-from qmigrate.qmp.features import Features
 from qmigrate.qmp.migration import wait_until
 from qmigrate.qmp.session import Session
 
@@ -74,9 +73,19 @@ class Restorer(Serving):
         recoveries: int | None = RECOVERIES,
         owned: bool = False,
         answer_timeout_s: float = 30.0,
+        keep_index: bool = True,
+        index_folder: str | os.PathLike[str] | None = None,
+        reading: Reading | None = None,
         on_event: OnEvent | None = None,
     ) -> None:
-        super().__init__(path, channels=channels, on_event=on_event)
+        super().__init__(
+            path,
+            channels=channels,
+            keep_index=keep_index,
+            index_folder=index_folder,
+            reading=reading,
+            on_event=on_event,
+        )
         self.eager = eager
         self.paused = paused
         self.resume = resume
@@ -94,32 +103,36 @@ class Restorer(Serving):
 
         ``uri``: where we reach it; it listens at ``listen``, or there.
         """
-        with Migration(self.path, channels=self._channels) as migration:
-            # What QEMU can do takes it a while to tell, and is remembered for later.
-            asking = asyncio.create_task(Features.of(session, timeout_s=self._answer_timeout_s))
-            try:
-                saved = await asyncio.to_thread(self.read, migration)
-            finally:
-                await asyncio.gather(asking, return_exceptions=True)
-            with saved:
-                return await self.run_saved(saved, session, uri=uri, listen=listen)
+        async with self.opened() as opening:
+            return await self.run_opening(opening, session, uri=uri, listen=listen)
 
     async def run_saved(
         self, saved: Saved, session: Session, *, uri: str | None = None, listen: str | None = None
     ) -> ServingResult:
         """The same, of a file that has been read."""
+        read = asyncio.get_running_loop().create_future()
+        read.set_result(saved)
+        return await self.run_opening(read, session, uri=uri, listen=listen)
+
+    async def run_opening(
+        self, opening: Awaitable[Saved], session: Session, *, uri: str | None = None, listen: str | None = None
+    ) -> ServingResult:
+        """The same, of one that is being read: what QEMU can do is asked meanwhile."""
         news = asyncio.Event()
         there = Watched(Side.DESTINATION, session, self._heard, news, answer_timeout_s=self._answer_timeout_s)
         there.may_block = lambda: True  # its main loop may wait for a page of ours
         async with there.watching():
             wanted = listen or uri
             if self.resume:
+                saved = await opening
                 where, page_sizes, preempt = await listen_again(saved, there, wanted)
             else:
-                page_sizes = await fits(saved, there)
+                found = await look(there)
+                saved = await opening
+                page_sizes = check_fits(saved, found)
                 self._warn(saved)
                 where, preempt = await prepared(
-                    there, wanted, lazy=not self.eager, paused=self.paused, preempt=self.preempt
+                    there, found, wanted, lazy=not self.eager, paused=self.paused, preempt=self.preempt
                 )
             self._tell(there.found())
             if uri and listen:

@@ -3,21 +3,22 @@
 Nothing has begun until here: whatever is wrong is a RefusedError.
 """
 
+import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Final
 
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import QmpCommandError, QmpError, RefusedError
 from qmigrate.operations.addresses import check, default_uri, reachable, takes_any_port, where_to_connect
-from qmigrate.operations.prepare import tell_to_listen
 from qmigrate.operations.watch import Watched
 from qmigrate.operations.whereabouts import INCOMING
-from qmigrate.qmp.features import Features
+from qmigrate.qmp.features import POSTCOPY_NAMES, Features
 from qmigrate.qmp.migration import capabilities
 from qmigrate.qmp.postcopy import PAUSED
 from qmigrate.qmp.ram_blocks import RamBlockThere, ram_blocks
 
-__all__ = ["fits", "listen", "listen_again"]
+__all__ = ["Found", "check_fits", "listen", "listen_again", "look"]
 
 PREEMPT: Final = "postcopy-preempt"
 """Since 7.1: what is asked for comes on a connection of its own."""
@@ -26,18 +27,54 @@ _OFF: Final = ("multifd", PREEMPT, "mapped-ram", "compress", "x-ignore-shared", 
 """What changes how RAM comes: we send it on one channel, page by page."""
 
 
-async def fits(saved: Saved, there: Watched) -> dict[str, int]:
-    """The size of the host's pages there, in bytes, of each block.  Raises ``RefusedError``."""
-    await there.ask()
+@dataclass(frozen=True)
+class Found:
+    """What a QEMU that waits says of itself: its ``machine``, empty where it does not tell."""
+
+    machine: str
+    blocks: Mapping[str, RamBlockThere]
+    capabilities: Mapping[str, bool]
+
+    @property
+    def postcopy(self) -> str | None:
+        """What this QEMU calls the capability; None if it can't."""
+        return next((name for name in POSTCOPY_NAMES if name in self.capabilities), None)
+
+
+async def look(there: Watched) -> Found:
+    """Ask it all at once.  Raises ``RefusedError`` where it does not wait for a guest."""
+    timeout_s = there.answer_timeout_s
+    _, machine, blocks, states = await asyncio.gather(
+        there.ask(),
+        _machine(there),
+        ram_blocks(there.session, timeout_s=timeout_s),
+        capabilities(there.session, timeout_s=timeout_s),
+    )
     if there.run_state != INCOMING:
         raise RefusedError(f"destination: it takes no guest: it is {there.run_state}, not started with -incoming")
     if there.status not in ("none", "setup"):
         raise RefusedError(f"destination: it receives a migration already ({there.status})")
-    await _check_machine(saved, there)
-    blocks = await ram_blocks(there.session, timeout_s=there.answer_timeout_s)
+    return Found(machine, blocks, states)
+
+
+async def _machine(there: Watched) -> str:
+    try:
+        kind = await there.session.execute(
+            "qom-get", {"path": "/machine", "property": "type"}, timeout_s=there.answer_timeout_s
+        )
+    except QmpCommandError:
+        return ""  # then QEMU itself says what does not fit
+    return str(kind).removesuffix("-machine")
+
+
+def check_fits(saved: Saved, found: Found) -> dict[str, int]:
+    """The size of the host's pages there, in bytes, of each block.  Raises ``RefusedError``."""
+    # A prefix of the name will do for QEMU, an empty one too.
+    if saved.machine_type is not None and found.machine and not found.machine.startswith(saved.machine_type):
+        raise RefusedError(f"destination: its machine is {found.machine}, that in the file {saved.machine_type}")
     for block in saved.blocks:
-        _check_block(block.name, block.used_length, blocks)
-    return {block.name: blocks[block.name].page_size for block in saved.blocks}
+        _check_block(block.name, block.used_length, found.blocks)
+    return {block.name: found.blocks[block.name].page_size for block in saved.blocks}
 
 
 def _check_block(name: str, length: int, blocks: Mapping[str, RamBlockThere]) -> None:
@@ -74,48 +111,35 @@ async def listen_again(saved: Saved, there: Watched, uri: str | None) -> tuple[s
     return where_to_connect(reachable(wanted), there), page_sizes, states.get(PREEMPT, False)
 
 
-async def _check_machine(saved: Saved, there: Watched) -> None:
-    try:
-        kind = await there.session.execute(
-            "qom-get", {"path": "/machine", "property": "type"}, timeout_s=there.answer_timeout_s
-        )
-    except QmpCommandError:
-        return  # then QEMU itself says what does not fit
-    name = str(kind).removesuffix("-machine")
-    # A prefix of the name will do for QEMU, an empty one too.
-    if saved.machine_type is not None and not name.startswith(saved.machine_type):
-        raise RefusedError(f"destination: its machine is {name}, that in the file {saved.machine_type}")
-
-
 async def listen(
-    there: Watched, uri: str | None, *, lazy: bool, paused: bool, preempt: bool = True
+    there: Watched, found: Found, uri: str | None, *, lazy: bool, paused: bool, preempt: bool = True
 ) -> tuple[str, bool]:
     """Set it up and have it listen; where to connect, and whether it takes a preempt channel.
 
     ``preempt``: it shall, if it can.  Raises ``RefusedError``.
     """
     check(uri)
-    features = await Features.of(there.session, timeout_s=there.answer_timeout_s)
     wanted = uri or default_uri(there)
-    preempt = lazy and preempt and features.has(PREEMPT)
-    await _set_capabilities(there, features, lazy=lazy, preempt=preempt)
+    preempt = lazy and preempt and PREEMPT in found.capabilities
+    await _set_capabilities(there, found, lazy=lazy, preempt=preempt)
     if paused:
         # What -S does: a QEMU that waits for a guest is told not to start it.  softmmu/cpus.c: qmp_stop()
         await there.execute("stop")
     if not there.info.get("socket-address"):
-        await _listen(there, features, wanted)
-    await there.ask_status()
+        await _listen(there, wanted)
+    if takes_any_port(wanted):
+        await there.ask_status()
     return where_to_connect(reachable(wanted), there), preempt
 
 
-async def _set_capabilities(there: Watched, features: Features, *, lazy: bool, preempt: bool) -> None:
+async def _set_capabilities(there: Watched, found: Found, *, lazy: bool, preempt: bool) -> None:
     states = dict.fromkeys(_OFF, False)
     states[PREEMPT] = preempt
-    if lazy and features.postcopy is None:
+    if lazy and found.postcopy is None:
         raise RefusedError("destination: this QEMU can't do postcopy; --eager does without")
-    states[features.postcopy or "postcopy-ram"] = lazy
+    states[found.postcopy or "postcopy-ram"] = lazy
     states["events"] = True
-    changes = {name: state for name, state in states.items() if features.capabilities.get(name, False) != state}
+    changes = {name: state for name, state in states.items() if found.capabilities.get(name, False) != state}
     if not changes:
         return
     listed: list[dict[str, Any]] = [{"capability": name, "state": state} for name, state in changes.items()]
@@ -126,9 +150,22 @@ async def _set_capabilities(there: Watched, features: Features, *, lazy: bool, p
         raise RefusedError(f"destination: {exc.message}{hint}") from exc
 
 
-async def _listen(there: Watched, features: Features, uri: str) -> None:
-    """Nothing has begun yet: a QEMU that can't be talked to is a refusal too."""
+async def _listen(there: Watched, uri: str) -> None:
+    """Nothing has begun yet: a QEMU that can't be talked to is a refusal too.
+
+    To ask what arguments this QEMU knows takes it and us longer than all else here: so all are given, and one that it
+    does not know it refuses before it does anything.
+    """
     try:
-        await tell_to_listen(there, features, uri)
+        try:
+            await there.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
+        except QmpCommandError as exc:
+            from qmigrate.operations.prepare import refused_to_listen, tell_to_listen  # no newer QEMU gets here
+
+            if "exit-on-error" not in exc.message and "'uri'" not in exc.message:
+                raise await refused_to_listen(there, exc) from exc
+            await tell_to_listen(there, await Features.of(there.session, timeout_s=there.answer_timeout_s), uri)
+    except RefusedError:
+        raise
     except QmpError as exc:
         raise RefusedError(f"destination: {exc}") from exc

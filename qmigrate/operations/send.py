@@ -6,16 +6,15 @@ So it tests destinations, ours (``receive``) and others'.  What a destination's 
 here: they are the host's own, unless said.
 """
 
-import asyncio
 import mmap
 import os
 from collections.abc import Mapping
 
-from qmigrate.capture.migration import Migration
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.source import End, Server
 from qmigrate.errors import RefusedError
 from qmigrate.events import OnEvent
+from qmigrate.operations.reading import Reading
 from qmigrate.operations.serving import DONE, LOST, STILL_IN_FILE, Serving, ServingResult
 
 __all__ = ["Sender"]
@@ -31,21 +30,30 @@ class Sender(Serving):
         channels: tuple[str, ...] = (),
         postcopy: bool = False,
         page_sizes: Mapping[str, int] | None = None,
+        keep_index: bool = True,
+        index_folder: str | os.PathLike[str] | None = None,
+        reading: Reading | None = None,
         on_event: OnEvent | None = None,
     ) -> None:
-        super().__init__(path, channels=channels, on_event=on_event)
+        super().__init__(
+            path,
+            channels=channels,
+            keep_index=keep_index,
+            index_folder=index_folder,
+            reading=reading,
+            on_event=on_event,
+        )
         self.postcopy = postcopy
         self._page_sizes = page_sizes or {}
 
     async def run(self, uri: str) -> ServingResult:
         """To who listens at ``uri``, until they have it all.  Raises ``RefusedError`` where nothing could begin."""
-        with Migration(self.path, channels=self._channels) as migration:
-            saved = await asyncio.to_thread(self.read, migration)
-            with saved:
-                sizes = self._sizes(saved)
-                with await self._connected(uri) as peer, self._serving(saved, sizes) as server:
-                    ended = await self._served(server, peer, server.serve if self.postcopy else server.send)
-                    return self._result(ended.end, ended.reason, server)
+        async with self.opened() as opening:
+            saved = await opening
+            sizes = self._sizes(saved)
+            with await self._connected(uri) as peer, self._serving(saved, sizes) as server:
+                ended = await self._served(server, peer, server.serve if self.postcopy else server.send)
+                return self._result(ended.end, ended.reason, server)
 
     def _sizes(self, saved: Saved) -> dict[str, int]:
         names = [block.name for block in saved.blocks]

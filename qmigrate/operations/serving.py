@@ -4,21 +4,23 @@ import asyncio
 import os
 import socket
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Thread
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from qmigrate.capture.migration import Migration
-from qmigrate.capture.saved import read_saved
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.over_time import OverTime
 from qmigrate.endpoint.source import Answered, Counts, Ended, Moment, Server
 from qmigrate.endpoint.transport import SocketAddress, connect
 from qmigrate.errors import NoStreamError, RefusedError, StreamError
 from qmigrate.events import Decided, LiveEvent, OnEvent, Side, Troubled
+from qmigrate.operations.reading import Reading
+
+if TYPE_CHECKING:
+    from qmigrate.capture.migration import Migration
 
 __all__ = ["Indexed", "Restored", "Served", "Serving", "ServingResult"]
 
@@ -43,13 +45,17 @@ PROGRESS_EVERY_S: Final = 0.25
 
 @dataclass(frozen=True, kw_only=True)
 class Indexed(LiveEvent):
-    """The file has been read: RAM of ``total_bytes`` in so many blocks, device state of ``device_bytes``."""
+    """The file has been read: RAM of ``total_bytes`` in so many blocks, device state of ``device_bytes``.
+
+    ``kept``: it has not, as an index of it was kept.
+    """
 
     machine_type: str | None
     blocks: int
     total_bytes: int
     device_bytes: int
     took_us: int
+    kept: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,13 +124,27 @@ class ServingResult:
 
 
 class Serving:
-    """One saved guest, served once.  The file is read in ``read()``, which may go on while a QEMU is started."""
+    """One saved guest, served once.  The file is read in ``opened()``, which may go on while a QEMU is started.
+
+    ``keep_index``: one that was kept will do, and a new one is kept, in ``index_folder``, which is by default in the
+    user's cache.  ``reading``: the file, which is being read already.
+    """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, channels: tuple[str, ...] = (), on_event: OnEvent | None = None
+        self,
+        path: str | os.PathLike[str],
+        *,
+        channels: tuple[str, ...] = (),
+        keep_index: bool = True,
+        index_folder: str | os.PathLike[str] | None = None,
+        reading: Reading | None = None,
+        on_event: OnEvent | None = None,
     ) -> None:
         self.path = os.fspath(path)
         self._channels = channels
+        self._keep_index = keep_index
+        self._index_folder = index_folder
+        self._reading = reading
         self._tell: OnEvent = on_event or _no_one
         self._began = time.monotonic_ns()
         self._moments: dict[str, int] = {}
@@ -163,25 +183,62 @@ class Serving:
 
     # -- the file
 
-    def read(self, migration: Migration) -> Saved:
-        """The file's index and device state.  Blocks.  Raises ``RefusedError``, also for a damaged stream."""
+    @asynccontextmanager
+    async def opened(self) -> "AsyncGenerator[asyncio.Task[Saved]]":
+        """The file's index and device state are on their way; what has come is closed at the end of the block.
+
+        Raises ``OSError`` where the file can't be opened, the task ``RefusedError``, also for a damaged stream.
+        """
+        with closing(self._reading or self._begun()) as reading:
+            began = time.monotonic_ns()
+            task = asyncio.create_task(self._read_by(reading, began))
+            try:
+                yield task
+            finally:
+                task.cancel()
+                for saved in await asyncio.gather(task, return_exceptions=True):
+                    if isinstance(saved, Saved):
+                        saved.close()
+
+    def _begun(self) -> "Reading | Migration":
+        if Reading.takes(self.path):
+            return Reading(self.path, channels=self._channels, keep=self._keep_index, folder=self._index_folder)
+        from qmigrate.capture.migration import Migration  # to be read here, as it can be only once
+
+        return Migration(self.path, channels=self._channels)
+
+    async def _read_by(self, reading: "Reading | Migration", began_ns: int) -> Saved:
+        if not isinstance(reading, Reading):
+            return await asyncio.to_thread(self.read, reading)
+        saved = await reading.saved()
+        self._tell_read(saved, began_ns, kept=reading.is_kept)
+        return saved
+
+    def read(self, migration: "Migration") -> Saved:
+        """The same, made here.  Blocks.  Raises ``RefusedError``, also for a damaged stream."""
+        from qmigrate.capture.saved import read_saved
+
         began = time.monotonic_ns()
         try:
             saved = read_saved(migration)
         except (StreamError, NoStreamError, RefusedError) as exc:
             raise RefusedError(f"{self.path}: {exc}") from exc
+        self._tell_read(saved, began)
+        return saved
+
+    def _tell_read(self, saved: Saved, began_ns: int, *, kept: bool = False) -> None:
         self._tell(
             Indexed(
                 machine_type=saved.machine_type,
                 blocks=len(saved.blocks),
                 total_bytes=sum(block.used_length for block in saved.blocks),
                 device_bytes=len(saved.devices),
-                took_us=(time.monotonic_ns() - began) // 1000,
+                took_us=(time.monotonic_ns() - began_ns) // 1000,
+                kept=kept,
             )
         )
         if saved.absent:
             self._tell(Troubled(message=f"{saved.absent} pages that the guest did not use were never saved: zero here"))
-        return saved
 
     # -- the connection
 
