@@ -191,11 +191,14 @@ def huge_pages(count: int) -> Iterator[None]:
 
 
 @asynccontextmanager
-async def loading(qemu: Qemu, folder: Path, stream: Path, *, guest: Guest = GUEST) -> AsyncGenerator[Path]:
-    """A stock QEMU that has loaded a saved stream; where its guest speaks."""
+async def loading(
+    qemu: Qemu, folder: Path, stream: Path, *, guest: Guest = GUEST, machine: str = "pc", more: tuple[str, ...] = ()
+) -> AsyncGenerator[Path]:
+    """A stock QEMU that has loaded a saved stream and runs it; where its guest speaks."""
     said = folder / "loaded-console"
-    arguments = [*guest.arguments(console=said, machine="pc"), "-incoming", "defer"]
-    async with Machine(qemu.path, arguments, name=f"loads {qemu.name}") as machine:
-        await migration.start_incoming(machine.session, f"exec:cat {shlex.quote(str(stream))}")
-        await migration.wait_until(machine.session, "completed", timeout_s=TIMEOUT_S)
+    arguments = [*guest.arguments(console=said, machine=machine), *more, "-incoming", "defer"]
+    async with Machine(qemu.path, arguments, name=f"loads {qemu.name}") as loads:
+        await migration.start_incoming(loads.session, f"exec:cat {shlex.quote(str(stream))}")
+        await migration.wait_until(loads.session, "completed", timeout_s=TIMEOUT_S)
+        await loads.session.execute("cont")  # its source may have been stopped
         yield said
