@@ -49,6 +49,7 @@ class Saved:
     before its START, and after; ``devices`` the FULL ones after RAM; ``description`` as it came, empty without one.
     ``page_size`` is the target's, in bytes.  ``was_running`` is None where the stream does not tell.
     ``absent``: target pages that were never sent, as the guest does not use them; they are zero.
+    ``virtio_mems``: paths of devices, which stand in front of their blocks' names, too.
     """
 
     index: PageIndex
@@ -62,6 +63,7 @@ class Saved:
     footers: bool = False
     was_running: bool | None = None
     has_balloon: bool = False
+    virtio_mems: set[str] = field(default_factory=set)
     absent: int = 0
     blocks: list[RamBlock] = field(default_factory=list)
 
@@ -151,8 +153,10 @@ def _check(saved: Saved) -> None:
         absent = saved.index.absent(block.name)
         if not absent:
             continue
-        # A guest with a balloon may tell which pages it does not use (free-page-hint): these alone are never sent.
-        if absent == page_count or not saved.has_balloon:
+        # A guest with a balloon may tell which pages it does not use (free-page-hint), and what virtio-mem has not
+        # plugged in is no memory: these alone are never sent.
+        is_unplugged = block.name.rpartition("/")[0] in saved.virtio_mems
+        if not is_unplugged and (absent == page_count or not saved.has_balloon):
             raise RefusedError(
                 f"{absent} of {page_count} pages of {block.name} are not in it: are there further channels "
                 "(multifd, preempt), or was it begun as postcopy elsewhere?"
@@ -217,7 +221,10 @@ class _Reading:
         if header.idstr == "ram":
             self._saved.section_id, self._after_ram = header.section_id, True
         self._is_device = header.kind == SectionType.FULL
-        self._saved.has_balloon |= header.idstr.endswith("virtio-balloon")
+        device, _, kind = header.idstr.rpartition("/")
+        self._saved.has_balloon |= kind == "virtio-balloon"
+        if kind in ("virtio-mem", "virtio-mem-early"):
+            self._saved.virtio_mems.add(device)
         self._keep(entry)
 
     def _keep(self, entry: Entry) -> None:
