@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, TextIO
 from qmigrate.cli.migrate import positive
 from qmigrate.cli.receiving import ReceiveLines
 from qmigrate.cli.seen import Seen, add_seen
+from qmigrate.cli.tap import allow_many_files
 from qmigrate.cli.tell import tell
 from qmigrate.errors import RefusedError
 
@@ -159,6 +160,7 @@ def _recorder(args: argparse.Namespace) -> "AbstractContextManager[Recorder | No
         return nullcontext()
     from qmigrate.capture.recorder import Recorder
 
+    allow_many_files()
     return Recorder(args.record, overwrite=args.overwrite, on_stop=_recording_stopped)
 
 

@@ -156,7 +156,7 @@ class ReceivePanel:
             asked = f"{count(now.requested)} of {plural(now.faults, 'fault')}"
             rows.append(self._row("requested", asked, now.requested, now.faults, "magenta", width))
         if now.touches:
-            rows.append(self._row("touches", f"{count(now.touches)}{self._dot}{count(now.writes)} writes"))
+            rows.append(self._row("touches", f"{count(now.touches)}{self._dot}{plural(now.writes, 'write')}"))
         for where, label in _WAITED:
             if where in self._waited:
                 rows.append(self._row(label, self._latency(self._waited[where])))

@@ -39,7 +39,7 @@ def test_the_panel_shows_progress_pages_by_kind_requests_and_latency_so_far() ->
         "  received 8 MiB · 4 MiB/s",
         "     pages 2,500 and 1,000 zero pages            ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━───────────",
         " requested 20 of 22 faults                       ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━───",
-        "   touches 9 · 1 writes",
+        "   touches 9 · 1 write",
         "   touched half < 512 µs, 99 of 100 < 2.05 ms · 20",
     ]
 
