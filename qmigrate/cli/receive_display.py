@@ -36,6 +36,7 @@ _STYLES: Final = {
     "recovering": "yellow",
     "ended": "green",
 }
+_STILL: Final = frozenset({"paused", "recovering", "ended"})  # nothing comes: what came lately says nothing
 _WAITED: Final = (("touchers", "touched"), ("requests", "answered"), ("preempt", "preempted"))
 
 
@@ -164,7 +165,7 @@ class ReceivePanel:
 
     def _rate(self) -> str:
         (begin_us, begin), (end_us, end) = self._lately[0], self._lately[-1]
-        if end_us <= begin_us:
+        if end_us <= begin_us or self._phase in _STILL:
             return ""
         return f"{self._dot}{size(int(1e6 * max(end - begin, 0) / (end_us - begin_us)))}/s"
 

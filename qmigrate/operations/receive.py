@@ -322,6 +322,8 @@ class Receiver:
                 self._trouble(values["message"])
             case "paused":
                 self._count(values)
+                self._tell_numbers()
+                self._destination.ask()
                 self._paused = True
                 self._tell(
                     Paused(side=Side.DESTINATION, time_us=at, reason=values["reason"], control=str(self.control))
@@ -335,11 +337,15 @@ class Receiver:
                 self._measured("preempt", values["waited"])
             case "touching" | "touched":
                 self._touched(values)
+                if self._paused:  # nothing else would tell
+                    self._tell_numbers()
 
     def _phase_began(self, phase: str, at: int | None = None) -> None:
         at = time.time_ns() // 1000 if at is None else at
         self._phases.append((phase, at))
         self._tell(StatusChanged(side=Side.DESTINATION, time_us=at, status=phase))
+        if phase == Phase.RECOVERING.value:  # what comes from now on did not come in the pause
+            self._tell_numbers()
         if phase == Phase.LISTENING.value and self._preempt and self._incoming is not None:
             self._incoming.take_silent()
 

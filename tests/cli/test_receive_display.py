@@ -44,6 +44,11 @@ def test_the_panel_shows_progress_pages_by_kind_requests_and_latency_so_far() ->
     ]
 
 
+def test_no_rate_is_told_while_nothing_can_come() -> None:
+    told = panel_of([*STORY, events.StatusChanged(time_us=ZERO_US + 3_000_000, status="paused")])
+    assert told[1] == "  received 8 MiB"
+
+
 def test_before_a_source_comes_it_says_so() -> None:
     (head,) = panel_of(begun()[:1])
     assert head.endswith("waiting for a source")
