@@ -110,13 +110,14 @@ class Listener:
         core, channel = self.core, self.channel
         assert channel is not None
         while True:
-            for event in core.events():
-                self._take(event)
+            if not self._place_ahead():
+                for event in core.events():
+                    self._take(event)
+                    self._send()
+                    if isinstance(event, protocol.Loaded):
+                        return
                 self._send()
-                if isinstance(event, protocol.Loaded):
-                    return
-            self._send()
-            self._tell_phase()
+                self._tell_phase()
             self._tell_progress()
             if (core.phase is Phase.LISTENING or self.multifd) and not self._wait(channel):
                 continue
@@ -171,6 +172,16 @@ class Listener:
             write_pages(self.ram, came, self.counts)
         else:
             self.placer.place(came)
+
+    def _place_ahead(self) -> bool:
+        """After LISTEN nearly all is plain pages, placed here.  True: the grammar has nothing to say yet."""
+        if self.placer is None:
+            return False
+        came = self.core.plain_pages()
+        if came is None:
+            return False
+        self.placer.place(came)
+        return self.core.has_less_than_a_page
 
     def _write_encoded(self, came: protocol.EncodedCame) -> None:
         if self.ram is None:

@@ -101,9 +101,12 @@ class Feed:
         self.offset += count
 
     def more(self) -> Generator[None, None, bool]:
-        """Wait for at least one more byte than is at hand; False where the stream has ended."""
-        had = len(self)
-        while len(self) == had:
+        """Wait for at least one more byte than has come; False where the stream has ended.
+
+        Whoever drives may consume meanwhile: it is bytes that came that count, not those at hand.
+        """
+        had = self.offset + len(self)
+        while self.offset + len(self) == had:
             if self.ended:
                 return False
             yield

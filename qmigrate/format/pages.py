@@ -17,7 +17,7 @@ from typing import Final
 from qmigrate.format.ram import PageRun, RamFlag
 from qmigrate.format.stretch import Stretch, are_consecutive, new_run
 
-__all__ = ["scan", "scan_plainly"]
+__all__ = ["gather", "scan", "scan_plainly"]
 
 _PAGE: Final = int(RamFlag.PAGE)
 _ZERO: Final = int(RamFlag.ZERO)
@@ -89,14 +89,14 @@ def scan(
             position, kept = short
             if kept:
                 return kept, position
-            return _gather(buffer, position, end, page_size, shift)
+            stretch = gather(buffer, position, end, offset=position + shift, page_size=page_size)
+            return stretch, position + stretch.length
         position = after
 
 
-def _gather(buffer: bytearray | bytes, begin: int, end: int, page_size: int, shift: int) -> tuple[Stretch, int]:
-    """All plain pages from ``begin`` on, whatever their kind and order."""
-    stretch = Stretch(begin + shift, page_size, b"".join(_record(page_size).findall(buffer, begin, end)))
-    return stretch, begin + stretch.length
+def gather(buffer: bytearray | bytes, begin: int, end: int, *, offset: int, page_size: int) -> Stretch:
+    """All plain pages from ``begin`` on, whatever their kind and order; ``offset`` is where that is in the stream."""
+    return Stretch(offset, page_size, b"".join(_record(page_size).findall(buffer, begin, end)))
 
 
 def _split(

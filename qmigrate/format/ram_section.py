@@ -71,6 +71,7 @@ class RamSection:
         self.advised = advised
         self.blocks: dict[str, int] = {}
         self.block: str | None = None
+        self._is_at_record = False
 
     def forget_block(self) -> None:
         """A source names the block again, after the switch and on a new connection."""
@@ -215,6 +216,33 @@ class RamSection:
         if not self.page_size_is_known and self.blocks and (yield from self._has_pages()):
             self.page_size = yield from find_page_size(feed, self.blocks, self.page_size)
             self.page_size_is_known = True
+        self._is_at_record = True
+        try:
+            yield from self._records(until_end=until_end)
+        finally:
+            self._is_at_record = False
+
+    def plain_pages(self) -> Entry | None:
+        """All plain pages at hand, taken ahead of ``records()``, which goes on behind them.
+
+        None where none stand here, or one of them lies outside its block: ``records()`` says what is here then.  For
+        who must be fast: those pages come as one stretch, by two calls, and nothing is resumed.
+        """
+        if not self._is_at_record or self.block is None:
+            return None
+        feed, page_size = self.feed, self.page_size
+        stretch = pages.gather(*feed.buffer, offset=feed.offset, page_size=page_size)
+        if not stretch or self._first_outside(stretch, self.blocks[self.block], page_size) is not None:
+            return None
+        return self._consume(Pages(self.block, False, page_size, 0, stretch), stretch.length)
+
+    @property
+    def has_less_than_a_page(self) -> bool:
+        """Is nothing at hand but, perhaps, the beginning of a record that needs more bytes to be read?"""
+        return self._is_at_record and (len(self.feed) < 8 or self._is_cut_page())
+
+    def _records(self, *, until_end: bool) -> Step:
+        feed = self.feed
         page_size = self.page_size
         while True:
             if until_end and not len(feed) and not (yield from feed.more()):

@@ -7,6 +7,7 @@ precopy failed it is still the source's; once postcopy runs here, it is ours.
 """
 
 import asyncio
+import errno
 import os
 import threading
 import time
@@ -156,6 +157,8 @@ class Receiver:
                 stack.push_async_callback(self._recorded.close)
             if self.raw is not None:
                 self.raw.mkdir(parents=True, exist_ok=True)
+            if self.save is not None:
+                _check_can_be_made(self.save)
             await stack.enter_async_context(control_socket(self.control, self._asked))
             await stack.enter_async_context(self._destination)
             stack.callback(self._drop_multifd)
@@ -479,6 +482,19 @@ class Receiver:
             numbers=self._totals(),
             phases=tuple(self._phases),
         )
+
+
+def _check_can_be_made(path: Path) -> None:
+    """While nothing has begun: a file that can't be made there.  Raises ``OSError``; leaves nothing behind."""
+    trial = path.parent / f".{path.name[:100]}.{os.getpid()}"
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        os.close(os.open(trial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        trial.unlink()
+    except OSError as exc:
+        exc.filename = str(path)
+        raise
 
 
 def _is_older(told: LiveEvent, event: Latency) -> bool:

@@ -359,6 +359,21 @@ class Destination:
             self._is_loaded = True
             yield Loaded(is_postcopy=False)
 
+    def plain_pages(self) -> PagesCame | None:
+        """The plain pages at hand, ahead of ``events()``, which tells what is behind them; None where that is next.
+
+        The same pages that ``events()`` would give, with less work: for who has LISTENed, and is fast or late.
+        """
+        ram = self._stream.ram
+        entry = None if ram is None else ram.plain_pages()
+        return None if entry is None else _pages_of(entry)
+
+    @property
+    def has_less_than_a_page(self) -> bool:
+        """Among pages: has ``events()`` nothing to tell before more bytes come?"""
+        ram = self._stream.ram
+        return ram is not None and ram.has_less_than_a_page
+
     def _next_entry(self) -> Entry | None:
         """None where bytes are missing, and where the walk is over.  After a fault nothing more can be read."""
         try:
@@ -450,6 +465,11 @@ class Destination:
         self._send(Pong(token=token))
 
 
+def _pages_of(entry: Entry) -> PagesCame:
+    assert isinstance(entry.record, Pages)
+    return PagesCame(entry.record, entry.offset, entry.view)
+
+
 class PageChannel:
     """The preempt channel (since 7.1): RAM records alone, without sections, with a block of its own to go on with.
 
@@ -467,13 +487,23 @@ class PageChannel:
         while len(self.feed) or (yield from self.feed.more()):
             yield from self._ram.records(until_end=True)
 
+    def plain_pages(self) -> PagesCame | None:
+        """As of ``Destination``."""
+        entry = self._ram.plain_pages()
+        return None if entry is None else _pages_of(entry)
+
+    @property
+    def has_less_than_a_page(self) -> bool:
+        """As of ``Destination``."""
+        return self._ram.has_less_than_a_page
+
     def events(self) -> Iterator[PagesCame]:
         """What the bytes at hand say; ends where more are needed."""
         for entry in self._steps:
             if entry is None:
                 return
             if isinstance(entry.record, Pages):
-                yield PagesCame(entry.record, entry.offset, entry.view)
+                yield _pages_of(entry)
 
 
 @dataclass(frozen=True)

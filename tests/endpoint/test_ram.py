@@ -1,13 +1,15 @@
 """Pages that came, put in place."""
 
 import os
+from itertools import pairwise
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_pages
-from qmigrate.format.ram import RamBlock
+from qmigrate.errors import StreamError
+from qmigrate.format.ram import RamBlock, RamFlag
 from qmigrate.format.stretch import Stretch
 from qmigrate.protocol.destination import PageChannel
 from qmigrate.uffd.userfault import Userfaultfd
@@ -87,3 +89,56 @@ def test_pages_in_short_runs_are_placed_as_the_plain_version_places_them(pages: 
 def test_short_runs_are_placed_as_a_stretch() -> None:
     *_, was_stretch = placed(records({page: bool(page % 2) for page in range(1, 64)}), plainly=False)
     assert was_stretch
+
+
+def placed_in_pieces(data: bytes, cuts: list[int], *, ahead: bool) -> tuple[bytes, Counts, list[bool], str | None]:
+    """The same from a channel that is read in pieces; and the error that ended it.  ``ahead``: as the listener does."""
+    ram, counts, error = GuestRam.create([RamBlock(name="pc.ram", used_length=64 * PAGE)], PAGE), Counts(), None
+    (memory,) = ram.memory
+    with Userfaultfd.open() as faults:
+        faults.register(memory.address, memory.mapped_length)
+        placer = Placer(ram, faults, [memory.address], counts)
+        channel = PageChannel({"pc.ram": 64 * PAGE}, PAGE)
+        places = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
+        try:
+            for begin, end in pairwise(places):
+                channel.feed.receive(data[begin:end])
+                if ahead and (came := channel.plain_pages()) is not None:
+                    placer.place(came)
+                    if channel.has_less_than_a_page:
+                        continue
+                for came in channel.events():
+                    placer.place(came)
+            channel.feed.end()
+            for came in channel.events():
+                placer.place(came)
+        except StreamError as exc:
+            error = str(exc)
+        received = [ram.pages.is_received(0, start) for start in range(0, 64 * PAGE, PAGE)]
+        contents = os.pread(memory.descriptor, 64 * PAGE, 0)
+    ram.close()
+    return contents, counts, received, error
+
+
+EOS = int(RamFlag.EOS).to_bytes(8)
+MARKERS = (EOS, (1).to_bytes(8) + b"junk", b"\x51")
+PIECE = st.one_of(
+    st.tuples(st.integers(1, 64), st.booleans()).map(
+        lambda page: (
+            streams.zero(page[0] * PAGE) if page[1] else streams.page(page[0] * PAGE, bytes([page[0] + 1]) * PAGE)
+        )
+    ),
+    st.integers(1, 63).map(lambda page: streams.page(page * PAGE, bytes([page + 2]) * PAGE, block="pc.ram")),
+    st.sampled_from(MARKERS),
+)
+
+
+@needs_userfaultfd
+@given(st.lists(PIECE, max_size=12), st.lists(st.integers(0, 13 * (PAGE + 16)), max_size=6))
+@example([streams.page(page * PAGE) for page in range(1, 4)], [PAGE, PAGE + 30, 2 * PAGE + 31, 3 * PAGE + 38])
+@example([streams.page(PAGE), EOS, streams.page(2 * PAGE, block="pc.ram")], [2 * 4104 + 11, 2 * 4104 + 15])
+def test_pages_taken_ahead_of_the_grammar_are_those_that_it_gives(pieces: list[bytes], cuts: list[int]) -> None:
+    """Memory, counts, page map and error: any stream, also a wrong one, in any pieces."""
+    data = streams.page(0, b"\x01" * PAGE, block="pc.ram") + b"".join(pieces)
+    ahead, plain = (placed_in_pieces(data, cuts, ahead=ahead) for ahead in (True, False))
+    assert ahead == plain

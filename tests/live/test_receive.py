@@ -247,10 +247,10 @@ async def test_a_source_on_huge_pages_finds_huge_pages(qemu: Qemu, tmp_path: Pat
 
 @every_qemu
 async def test_a_source_whose_stream_cannot_be_saved_goes_on(qemu: Qemu, tmp_path: Path) -> None:
-    async with (
-        source_of(qemu, tmp_path) as source,
-        receiving(tmp_path, save=tmp_path / "no such folder" / "x.mig") as receiver,
-    ):
+    gone = tmp_path / "no such folder"
+    gone.mkdir()
+    async with source_of(qemu, tmp_path) as source, receiving(tmp_path, save=gone / "x.mig") as receiver:
+        gone.rmdir()
         await start(source, receiver.uri, postcopy=False)
         await migration.wait_until(source.session, "failed", timeout_s=TIMEOUT_S)
         assert (await receiver.result()).exit_code == 3

@@ -286,7 +286,10 @@ async def test_a_second_migration_is_closed_and_the_first_goes_on(tmp_path: Path
 
 
 async def test_what_cannot_be_saved_after_precopy_is_the_sources_still(tmp_path: Path) -> None:
-    async with receiving(tmp_path, save=tmp_path / "no such folder" / "x.mig") as receiver:
+    gone = tmp_path / "no such folder"
+    gone.mkdir()
+    async with receiving(tmp_path, save=gone / "x.mig") as receiver:
+        gone.rmdir()
         async with source_of(receiver) as source:
             source.send(streams.header(), streams.configuration(), streams.command(OpenReturnPath()))
             source.send(streams.ram_start(), streams.ram(), streams.devices(), streams.eof())
@@ -299,13 +302,16 @@ async def test_what_cannot_be_saved_after_precopy_is_the_sources_still(tmp_path:
 
 async def test_what_cannot_be_saved_after_postcopy_is_held_until_it_is_saved_elsewhere(tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.mig"
-    async with receiving(tmp_path, save=tmp_path / "no such folder" / "x.mig") as receiver:
+    gone = tmp_path / "no such folder"
+    gone.mkdir()
+    async with receiving(tmp_path, save=gone / "x.mig") as receiver:
+        gone.rmdir()
         async with source_of(receiver) as source:
             source.send(advised(), PACKAGE, EVERYTHING, END)
             event = await receiver.wait_for(lambda event: isinstance(event, NotSaved))
             assert isinstance(event, NotSaved)
             with pytest.raises(RefusedError, match="no such folder"):
-                await ask(Path(event.control), "save", str(tmp_path / "no such folder" / "y.mig"))
+                await ask(Path(event.control), "save", str(gone / "y.mig"))
             assert await ask(Path(event.control), "save", str(elsewhere)) == str(elsewhere)
             assert await source.until_shut() == 0
         assert (await receiver.result()).exit_code == 0
@@ -421,6 +427,15 @@ async def test_the_control_socket_is_its_users_alone_and_refuses_what_cannot_be(
         with pytest.raises(RefusedError, match="'explode' is not known here"):
             await ask(control, "explode", "now")
     assert not control.exists()
+
+
+@pytest.mark.parametrize(("name", "reason"), [("none/x.mig", "No such file"), (".", "Is a directory")])
+async def test_a_place_where_nothing_can_be_saved_is_refused_before_a_source_comes(
+    name: str, reason: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match=reason):
+        await Receiver(f"unix:{tmp_path / 'in'}", save=tmp_path / name, control=tmp_path / "control").run()
+    assert not list(tmp_path.iterdir())
 
 
 async def test_what_is_saved_is_not_written_to() -> None:

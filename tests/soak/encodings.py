@@ -22,7 +22,7 @@ def _multifd(shows: str, parameters: Mapping[str, Any], **more: Any) -> Kind:
     return replace(ENCODED["pc-multifd"], shows=shows, guest=GUEST, passes=3, parameters=parameters, **more)
 
 
-def _ways() -> Iterator[tuple[str, Kind]]:
+def ways() -> Iterator[tuple[str, Kind]]:
     for channels in (1, 2, 4):
         for method, since in (("none", ()), ("zlib", ()), ("zstd", (7,))):
             parameters = {"multifd-channels": channels, "multifd-compression": method}
@@ -50,7 +50,7 @@ def _ways() -> Iterator[tuple[str, Kind]]:
 
 def units() -> Iterator[Unit]:
     """All ways of all versions."""
-    for name, kind in _ways():
+    for name, kind in ways():
         for qemu in kind.qemus():
             yield Unit(f"encoded {name} {qemu.name}", _record(qemu, kind))
 
