@@ -64,20 +64,7 @@ def add_reading(parser: argparse.ArgumentParser, *, jobs: bool = False, devices:
             action="store_false",
             help="where a FILE has no description, leave its devices undecoded, whatever `qmigrate schema` has made",
         )
-    reading.add_argument(
-        "--max-device-state",
-        metavar="SIZE",
-        type=size,
-        default=1 << 30,
-        help="how much device state may be kept in memory (default: 1G)",
-    )
-    reading.add_argument(
-        "--max-package",
-        metavar="SIZE",
-        type=size,
-        default=1 << 30,
-        help="how long a postcopy package may be, which is kept in memory (default: 1G)",
-    )
+    add_limits(reading)
     if jobs:
         add_jobs(reading)
     parser.add_argument("-q", "--quiet", action="store_true", help="no progress on standard error")
@@ -85,6 +72,24 @@ def add_reading(parser: argparse.ArgumentParser, *, jobs: bool = False, devices:
         "-v", "--verbose", action="store_true", help="tell on standard error how it was read, and how long it took"
     )
     parser.set_defaults(usage_error=parser.error)
+
+
+def add_limits(parser: argparse._ActionsContainer) -> None:
+    """The names by which an error speaks of them."""
+    parser.add_argument(
+        "--max-device-state",
+        metavar="SIZE",
+        type=size,
+        default=1 << 30,
+        help="how much device state may be kept in memory (default: 1G)",
+    )
+    parser.add_argument(
+        "--max-package",
+        metavar="SIZE",
+        type=size,
+        default=1 << 30,
+        help="how long a postcopy package may be, which is kept in memory (default: 1G)",
+    )
 
 
 def open_input(args: argparse.Namespace, file: str, out: TextIO, *, streams: bool = False) -> "Migration":

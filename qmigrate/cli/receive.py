@@ -7,9 +7,11 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
+from qmigrate.cli.input import add_limits
 from qmigrate.cli.migrate import positive
 from qmigrate.cli.receiving import ReceiveLines
 from qmigrate.cli.seen import Seen, add_seen
+from qmigrate.cli.tap import allow_many_files
 from qmigrate.cli.tell import tell
 from qmigrate.errors import RefusedError
 
@@ -65,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_channels(parser)
     _add_control(parser)
     _add_touching(parser)
+    add_limits(parser.add_argument_group("limits"))
     add_seen(
         parser,
         page="a page for a browser: the phases and what came on one axis of time, and how long missing pages took",
@@ -159,6 +162,7 @@ def _recorder(args: argparse.Namespace) -> "AbstractContextManager[Recorder | No
         return nullcontext()
     from qmigrate.capture.recorder import Recorder
 
+    allow_many_files()
     return Recorder(args.record, overwrite=args.overwrite, on_stop=_recording_stopped)
 
 
@@ -167,6 +171,7 @@ def _recording_stopped(exc: OSError) -> None:
 
 
 async def _receive(args: argparse.Namespace, out: TextIO, seen: Seen, recorder: "Recorder | None") -> int:
+    from qmigrate.format.walk import Limits
     from qmigrate.operations.receive import Receiver
     from qmigrate.operations.traces import read_trace
 
@@ -183,6 +188,7 @@ async def _receive(args: argparse.Namespace, out: TextIO, seen: Seen, recorder: 
             touch_in_package=args.touch_in_package,
             multifd=args.multifd,
             preempt=args.preempt,
+            limits=Limits(device_state=args.max_device_state, package=args.max_package),
             on_event=teller.take,
         )
         found = receiver.reception(await _received(receiver, teller))

@@ -36,6 +36,7 @@ _STYLES: Final = {
     "recovering": "yellow",
     "ended": "green",
 }
+_STILL: Final = frozenset({"paused", "recovering", "ended"})  # nothing comes: what came lately says nothing
 _WAITED: Final = (("touchers", "touched"), ("requests", "answered"), ("preempt", "preempted"))
 
 
@@ -156,7 +157,7 @@ class ReceivePanel:
             asked = f"{count(now.requested)} of {plural(now.faults, 'fault')}"
             rows.append(self._row("requested", asked, now.requested, now.faults, "magenta", width))
         if now.touches:
-            rows.append(self._row("touches", f"{count(now.touches)}{self._dot}{count(now.writes)} writes"))
+            rows.append(self._row("touches", f"{count(now.touches)}{self._dot}{plural(now.writes, 'write')}"))
         for where, label in _WAITED:
             if where in self._waited:
                 rows.append(self._row(label, self._latency(self._waited[where])))
@@ -164,7 +165,7 @@ class ReceivePanel:
 
     def _rate(self) -> str:
         (begin_us, begin), (end_us, end) = self._lately[0], self._lately[-1]
-        if end_us <= begin_us:
+        if end_us <= begin_us or self._phase in _STILL:
             return ""
         return f"{self._dot}{size(int(1e6 * max(end - begin, 0) / (end_us - begin_us)))}/s"
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from qmigrate.events import LiveEvent
     from qmigrate.operations.tap import Tap
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "allow_many_files", "run"]
 
 HELP = "relay a migration, and record every channel both ways"
 DESCRIPTION = (
@@ -72,7 +72,7 @@ def run(args: argparse.Namespace, _out: TextIO) -> int:
         SocketAddress.parse(args.listen), SocketAddress.parse(args.forward)
     except ValueError as exc:
         args.usage_error(str(exc))
-    _allow_many_files()
+    allow_many_files()
     with Recorder(args.output, overwrite=args.overwrite, reserve=args.reserve, on_stop=_stopped) as recorder:
         try:
             return asyncio.run(_tap(args, recorder))
@@ -139,8 +139,8 @@ async def _first(*waits: Awaitable[object]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _allow_many_files() -> None:
-    """A connection takes ten descriptors, and multifd may have 255 of them."""
+def allow_many_files() -> None:
+    """A connection that is recorded takes ten descriptors, and multifd may have 255 of them."""
     import resource
 
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -24,6 +24,7 @@ from typing import Any, Final, NamedTuple, Self
 
 from qmigrate.endpoint.link import Link, LinkClosedError, Said
 from qmigrate.errors import QmigrateError
+from qmigrate.format.walk import Limits
 from qmigrate.uffd.toucher import Workload
 
 __all__ = ["Destination", "ProcessDiedError", "Touch", "Workload"]
@@ -47,7 +48,7 @@ class Touch(NamedTuple):
 
 class Destination:
     """The processes.  ``traces``: touchers that do just these; ``keep``: with ``loaded`` comes all that a saved stream
-    needs.
+    needs; ``limits``: how much of a stream may be in memory, by ``format.walk.Limits``.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Destination:
         trace_rate: float | None = None,
         touch_in_package: bool = False,
         keep: bool = False,
+        limits: Limits | None = None,
     ) -> None:
         self._wishes: dict[str, Any] = {
             "workloads": [asdict(each) for each in workloads],
@@ -66,6 +68,7 @@ class Destination:
             "touch_in_package": touch_in_package,
         }
         self._keep = keep
+        self._limits = asdict(limits or Limits())
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._links: dict[str, Link] = {}
         self._lifeline = -1
@@ -88,7 +91,7 @@ class Destination:
             for peer in (to_guest, from_guest, to_pager, from_pager):
                 peer.close()
         self._links["guest"].tell("wishes", **self._wishes)
-        self._links["listener"].tell("wishes", keep=self._keep)
+        self._links["listener"].tell("wishes", keep=self._keep, limits=self._limits)
         try:
             await self._all_ready()
         except BaseException:

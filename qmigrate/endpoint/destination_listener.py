@@ -21,6 +21,7 @@ from qmigrate.endpoint.link import Link, LinkClosedError, Said, end_with_parent
 from qmigrate.endpoint.multifd import MultifdChannels
 from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_encoded, write_pages
 from qmigrate.errors import QmigrateError, StreamError
+from qmigrate.format.walk import Limits
 from qmigrate.protocol import destination as protocol
 from qmigrate.protocol.phases import Phase
 from qmigrate.uffd.toucher import Histogram
@@ -61,11 +62,11 @@ class Channel:
 class Listener:
     """One migration, from its first byte to SHUT."""
 
-    def __init__(self, parent: Link, guest: Link, pager: Link, *, keep: bool) -> None:
+    def __init__(self, parent: Link, guest: Link, pager: Link, *, keep: bool, limits: Limits) -> None:
         self.parent = parent
         self.guest = guest
         self.pager = pager
-        self.core = protocol.Destination(keep=keep)
+        self.core = protocol.Destination(keep=keep, limits=limits)
         self.package: protocol.PackageCame | None = None
         self.counts = Counts()
         self.lock = new_lock()
@@ -457,8 +458,8 @@ def _in_memory(name: str, data: bytes | bytearray) -> int:
 def main(lifeline: int, parent: Link, guest: Link, pager: Link) -> None:
     end_with_parent(lifeline)
     parent.tell("ready")
-    keep = bool(parent.expect("wishes").values["keep"])
-    listener = Listener(parent, guest, pager, keep=keep)
+    wishes = parent.expect("wishes").values
+    listener = Listener(parent, guest, pager, keep=bool(wishes["keep"]), limits=Limits(**wishes["limits"]))
     try:
         listener.run()
     except QmigrateError as exc:

@@ -35,6 +35,7 @@ from qmigrate.events import (
     StatusChanged,
     Troubled,
 )
+from qmigrate.format.walk import Limits
 from qmigrate.operations.control import control_socket, default_path
 from qmigrate.protocol.phases import Phase
 
@@ -70,7 +71,7 @@ class Receiver:
     ``recorder``: all connections are recorded there; it stays open.  ``workloads``: what touches memory once the guest
     would run; ``traces``: recorded touches, at most ``trace_rate`` a second.  ``multifd``: so many of these channels
     come, wait for them; ``preempt``: a connection that has said nothing when postcopy begins is that of the requested
-    pages.  Events go to ``on_event``.
+    pages.  ``limits``: how much of a stream is kept in memory.  Events go to ``on_event``.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Receiver:
         touch_in_package: bool = False,
         multifd: int = 0,
         preempt: bool = False,
+        limits: Limits | None = None,
         on_event: OnEvent | None = None,
     ) -> None:
         self.uri = uri
@@ -102,6 +104,7 @@ class Receiver:
             trace_rate=trace_rate,
             touch_in_package=touch_in_package,
             keep=self.save is not None,
+            limits=limits,
         )
         self.events: list[LiveEvent] = []
         """All that was told; of a histogram that grows, the last."""
@@ -325,6 +328,8 @@ class Receiver:
                 self._trouble(values["message"])
             case "paused":
                 self._count(values)
+                self._tell_numbers()
+                self._destination.ask()
                 self._paused = True
                 self._tell(
                     Paused(side=Side.DESTINATION, time_us=at, reason=values["reason"], control=str(self.control))
@@ -338,11 +343,15 @@ class Receiver:
                 self._measured("preempt", values["waited"])
             case "touching" | "touched":
                 self._touched(values)
+                if self._paused:  # nothing else would tell
+                    self._tell_numbers()
 
     def _phase_began(self, phase: str, at: int | None = None) -> None:
         at = time.time_ns() // 1000 if at is None else at
         self._phases.append((phase, at))
         self._tell(StatusChanged(side=Side.DESTINATION, time_us=at, status=phase))
+        if phase == Phase.RECOVERING.value:  # what comes from now on did not come in the pause
+            self._tell_numbers()
         if phase == Phase.LISTENING.value and self._preempt and self._incoming is not None:
             self._incoming.take_silent()
 

@@ -8,10 +8,11 @@ from qmigrate import events
 from qmigrate.analysis.latency import Bucket
 from qmigrate.analysis.reception import WAITED, Reception, Sample, Waited
 from qmigrate.report.chart import Axis, Band, Series, axis_row, lane, percent, plot, stacked
+from qmigrate.report.latency import histogram
 from qmigrate.report.page import data, document, escaped, facts, section, table, tiles
 from qmigrate.report.reception import WAITED_WORDS, middle
 from qmigrate.report.reception_words import moment_words
-from qmigrate.report.units import count, duration, plural, share, size
+from qmigrate.report.units import count, duration, plural, size
 
 __all__ = ["receive_page"]
 
@@ -188,43 +189,11 @@ def _folded(title: str, body: str) -> str:
 
 
 def _waiting(title: str, waited: Waited) -> str:
-    """A bar for each of QEMU's buckets, from the first that holds anything to the last."""
-    buckets = waited.latency.buckets
-    filled = [index for index, each in enumerate(buckets) if each.count]
-    if not filled:
+    """A bar for each of QEMU's buckets; nothing where nothing was waited for."""
+    if not waited.latency.count:
         return ""
-    said = middle(waited)
-    lead = f"{plural(waited.latency.count, 'page')}: {said}; {duration(waited.mean_us)} on average."
-    return section(
-        title,
-        _bars(
-            [(_name(each), each.count) for each in buckets[filled[0] : filled[-1] + 1]],
-            waited.latency.count,
-            "pages by how long they took",
-        ),
-        lead=lead,
-    )
-
-
-def _bars(rows: Sequence[tuple[str, int]], whole: int, label: str) -> str:
-    """``whole``: of what each is a share; 0: of nothing."""
-    largest = max((number for _, number in rows), default=0) or 1
-    bars = "".join(
-        f'<div class="bar"><span>{escaped(name)}</span>'
-        f'<div><i style="width:{percent(number / largest)}"></i></div>'
-        f"<b>{count(number)}</b><em>{share(number, whole) if whole else ''}</em></div>"
-        for name, number in rows
-    )
-    return f'<div class="histogram" role="group" aria-label="{escaped(label)}">{bars}</div>'
-
-
-def _name(bucket: Bucket) -> str:
-    """``128 – 256 µs``; of the last, which has no limit, ``8.39 s or more``."""
-    if bucket.end_us is None:
-        return f"{duration(bucket.begin_us)} or more"
-    begin, end = duration(bucket.begin_us), duration(bucket.end_us)
-    number, _, unit = begin.partition(" ")
-    return f"{number} – {end}" if end.endswith(unit) and bucket.begin_us else f"{begin} – {end}"
+    lead = f"{plural(waited.latency.count, 'page')}: {middle(waited)}; {duration(waited.mean_us)} on average."
+    return section(title, histogram(waited.latency), lead=lead)
 
 
 def _below(bucket: Bucket) -> str:
@@ -254,7 +223,17 @@ def _pages(found: Reception) -> str:
     touched = []
     if numbers.get("touches"):
         touched = [("Touches", f"{count(numbers['touches'])}, {count(numbers.get('writes', 0))} of them writes")]
-    return section("Pages by kind", _bars(rows, 0, "pages by kind"), facts(touched), lead=lead)
+    return section("Pages by kind", _bars(rows, "pages by kind"), facts(touched), lead=lead)
+
+
+def _bars(rows: Sequence[tuple[str, int]], label: str) -> str:
+    largest = max((number for _, number in rows), default=0) or 1
+    bars = "".join(
+        f'<div class="bar"><span>{escaped(name)}</span>'
+        f'<div><i style="width:{percent(number / largest)}"></i></div><b>{count(number)}</b><em></em></div>'
+        for name, number in rows
+    )
+    return f'<div class="histogram" role="group" aria-label="{escaped(label)}">{bars}</div>'
 
 
 def _memory(found: Reception) -> str:

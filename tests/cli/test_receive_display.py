@@ -39,9 +39,14 @@ def test_the_panel_shows_progress_pages_by_kind_requests_and_latency_so_far() ->
         "  received 8 MiB · 4 MiB/s",
         "     pages 2,500 and 1,000 zero pages            ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━───────────",
         " requested 20 of 22 faults                       ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━───",
-        "   touches 9 · 1 writes",
+        "   touches 9 · 1 write",
         "   touched half < 512 µs, 99 of 100 < 2.05 ms · 20",
     ]
+
+
+def test_no_rate_is_told_while_nothing_can_come() -> None:
+    told = panel_of([*STORY, events.StatusChanged(time_us=ZERO_US + 3_000_000, status="paused")])
+    assert told[1] == "  received 8 MiB"
 
 
 def test_before_a_source_comes_it_says_so() -> None:

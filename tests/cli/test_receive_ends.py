@@ -155,6 +155,15 @@ def test_who_reads_no_more_ends_no_migration(tmp_path: Path) -> None:
     assert left(tmp_path) == {"x.mig"}
 
 
+def test_a_package_longer_than_allowed_is_refused_by_the_options_name(tmp_path: Path) -> None:
+    with receiving(tmp_path, "--max-package", "100") as command, command.connect() as source:
+        source.sendall(advised() + PACKAGE)
+        code, said = command.end()
+    assert code == 3
+    assert "PACKAGED: a package of" in said
+    assert "the limit is 100 (--max-package)" in said
+
+
 def test_a_control_socket_that_cannot_be_had_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "qmigrate", "receive", "unix:x", "--control", str(tmp_path / "no" / "control")]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, cwd=tmp_path)

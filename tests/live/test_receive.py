@@ -245,7 +245,7 @@ async def test_a_source_on_huge_pages_finds_huge_pages(qemu: Qemu, tmp_path: Pat
             assert {"ram0", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
 
 
-@pytest.mark.parametrize("qemu", [qemu for qemu in installed() if qemu.number >= (10,)], ids=lambda qemu: qemu.name)
+@every_qemu
 async def test_a_source_whose_stream_cannot_be_saved_goes_on(qemu: Qemu, tmp_path: Path) -> None:
     gone = tmp_path / "no such folder"
     gone.mkdir()
