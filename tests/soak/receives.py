@@ -148,15 +148,15 @@ async def _one(qemu: Qemu, way: Way, folder: Path, *, paused: bool) -> str:
     async with source_of(qemu, folder, paused=paused, **machine) as source, receiving(folder, **wishes) as receiver:
         await migration.set_parameters(source.session, way.parameters)
         limits = {"max-bandwidth": FAST if way.after is None else 16 * MIB, "max-postcopy-bandwidth": 64 * MIB}
-        await start(
-            source, receiver.uri, postcopy=False, limits=limits, capabilities=_states(way)
-        )  # `postcopy` would switch at once
-        if way.after is not None:
+        at_once = way.after == 0
+        await start(source, receiver.uri, postcopy=at_once, limits=limits, capabilities=_states(way))
+        if way.after:
             await _after_passes(source, way.after)
             await source.session.execute("migrate-start-postcopy")
         await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
         result = await receiver.result()
         assert (result.exit_code, result.numbers["duplicates"]) == (0, 0), result.message
+        assert result.is_postcopy or not at_once
         if paused or not _loses_writes(qemu):
             compared = await assert_same_ram(source, raw, folder / "memory")
             assert {"pc.bios", "ram0" if way.more else "pc.ram"} <= compared
