@@ -206,9 +206,6 @@ LIES: Final = {
         advised() + discard((0, PAGE)) + ADVISE,
         "POSTCOPY_ADVISE while DISCARDING; may come now: OPEN_RETURN_PATH, PACKAGED, PING, POSTCOPY_RAM_DISCARD, ",
     ),
-    "a package before the blocks are known": Lie(
-        streams.header() + streams.configuration() + ADVISE + PACKAGE, "a package before the block list"
-    ),
     "a package in a package": Lie(advised() + streams.package(PACKAGE), "PACKAGED inside a package while ADVISED"),
     "LISTEN twice": Lie(
         advised() + streams.package(streams.command(PostcopyListen()) * 2),
@@ -248,11 +245,11 @@ def test_a_lie_is_refused_by_name_in_little_memory_and_the_end_is_told(name: str
     assert ended.memory < MOST_MEMORY
 
 
-PINGS, DISCARDS = 20_000, 500
+PINGS, DISCARDS = 5_000, 500
 FLOODS: Final = {
     "pings": advised() + streams.command(Ping(token=7)) * PINGS,
     "discards": advised() + discard(*((start, PAGE) for start in range(0, 12 * PAGE, PAGE))) * DISCARDS,
-    "empty parts": advised() + streams.ram_part() * 20_000,
+    "empty parts": advised() + streams.ram_part() * 5_000,
     "the same page": advised() + streams.ram_part(*[streams.page(0, block="pc.ram")] * 500),
 }
 

@@ -29,6 +29,7 @@ from tests.guests.build import Guest
 from tests.live.receiving import (
     FAST,
     Receiving,
+    after_passes,
     assert_same_ram,
     huge_pages,
     loading,
@@ -151,7 +152,7 @@ async def _one(qemu: Qemu, way: Way, folder: Path, *, paused: bool) -> str:
         at_once = way.after == 0
         await start(source, receiver.uri, postcopy=at_once, limits=limits, capabilities=_states(way))
         if way.after:
-            await _after_passes(source, way.after)
+            await after_passes(source, way.after)
             await source.session.execute("migrate-start-postcopy")
         await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
         result = await receiver.result()
@@ -168,20 +169,6 @@ async def _one(qemu: Qemu, way: Way, folder: Path, *, paused: bool) -> str:
 
 def _states(way: Way) -> dict[str, bool]:
     return {"postcopy-ram": way.after is not None, **way.capabilities}
-
-
-async def _after_passes(source: Machine, count: int) -> None:
-    """So many have been made: of the first that is told the number differs from version to version."""
-    async with asyncio.timeout(TIMEOUT_S):
-        await migration.wait_until(source.session, "active", timeout_s=TIMEOUT_S)
-        first = None
-        while True:
-            ram = (await migration.query(source.session)).get("ram", {})
-            passes = ram.get("dirty-sync-count", 0)
-            first = passes if first is None and passes else first
-            if first is not None and passes >= first + count:
-                return
-            await asyncio.sleep(0.01)
 
 
 # -- much memory
