@@ -49,6 +49,7 @@ from tests.uffd.kernel import needs_userfaultfd
 pytestmark = needs_userfaultfd
 
 TIMEOUT_S: Final = 30.0
+LOST: Final = 6
 MOST_MEMORY: Final = 128 << 20  # bytes of the largest of its processes
 UNIT: Final = 16 * PAGE  # a host page on a machine with large ones
 OPEN_FILES: Final = 1024  # as most users have it
@@ -108,6 +109,14 @@ class Command:
             if word in line.decode():
                 return
         raise AssertionError(f"it ended without a word of {word}")
+
+    def interrupt(self, exit_code: int) -> None:
+        """Ctrl-C; where that would lose a guest, again once it has said so."""
+        self.process.send_signal(signal.SIGINT)
+        if exit_code == LOST:
+            assert self.process.stderr is not None
+            assert any(b"interrupted again, it is lost" in line for line in self.process.stderr)
+            self.process.send_signal(signal.SIGINT)
 
     def ended(self) -> Ended:
         """Wait for its end.  The largest of it and its processes counts, for it waits for them."""
@@ -236,7 +245,7 @@ def test_a_lie_is_refused_by_name_in_little_memory_and_the_end_is_told(name: str
             receive.peer.shutdown(socket.SHUT_WR)
         if lie.pauses:
             receive.wait_for(lie.reason)
-            receive.process.send_signal(signal.SIGINT)
+            receive.interrupt(lie.exit_code)
         ended = receive.ended()
     assert ended.exit_code == lie.exit_code, ended.said
     assert "Traceback" not in ended.said
@@ -282,7 +291,7 @@ def test_silence_is_ended_by_an_interrupt_which_says_where_the_guest_is(name: st
         receive.send(data)
         if data:
             receive.wait_for(comes)
-        receive.process.send_signal(signal.SIGINT)
+        receive.interrupt(exit_code)
         ended = receive.ended()
     assert ended.exit_code == exit_code, ended.said
     assert "Traceback" not in ended.said
