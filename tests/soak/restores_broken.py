@@ -1,0 +1,174 @@
+"""What breaks while a saved guest is restored: its connection, its server, its destination; what is said is true."""
+
+import asyncio
+import random
+import signal
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Final
+
+from qmigrate.endpoint.relay import Channel, Relay
+from qmigrate.errors import QmpError
+from qmigrate.operations.restore import Restorer
+from qmigrate.qmp import migration
+from qmigrate.qmp.machine import Machine
+from tests.guests import console
+from tests.guests.build import Guest
+from tests.live.recording import Kind, at_once
+from tests.live.versions import Qemu
+from tests.soak.restoring import Input, command_of, recorded_input, restored, waiting
+
+__all__ = ["CUTS", "VICTIM_PHASES", "cut_connection", "kill_destination", "kill_server"]
+
+CUTS: Final = 20
+VICTIM_PHASES: Final = ("at once", "early", "middle", "late", "at the end")
+
+BROKEN: Final = Guest("walker", memory_mib=32, zero_share=0.25, walked_share=0.25, pages_per_tick=0)
+
+
+class Acting:
+    """Does something once, when so many bytes have been passed on to the destination, while the guest runs there."""
+
+    def __init__(self, after_bytes: int, act: Callable[[Relay], None]) -> None:
+        self.relay: Relay | None = None
+        self.acted = False
+        self._after = after_bytes
+        self._act = act
+
+    def passed(self, _: Channel) -> None:
+        if self.relay is None or self.acted:
+            return
+        if sum(channel.forward_bytes for channel in self.relay.channels) >= self._after:
+            self.acted = True
+            self._act(self.relay)
+
+
+def cut(relay: Relay) -> None:
+    """All connections."""
+    for channel in relay.channels:
+        channel.cut()
+
+
+@asynccontextmanager
+async def relayed(folder: Path, acting: Acting) -> AsyncGenerator[Relay]:
+    """Between the server, which connects to ``folder/relay``, and the destination, which listens at ``folder/in``."""
+    relay = Relay(f"unix:{folder / 'relay'}", f"unix:{folder / 'in'}", folder / "relayed", on_bytes=acting.passed)
+    async with relay:
+        acting.relay = relay
+        yield relay
+
+
+async def _for_breaking(qemu: Qemu, folder: Path) -> Input:
+    """Saved while paused: in one pass, so that as many bytes pass as the file has, and no write is lost by the saver
+    (5.2 and 7.2 lose some under TCG).
+    """
+    return await recorded_input(qemu, Kind("to be broken", guest=BROKEN, paused=True, course=at_once), folder / "saved")
+
+
+def cut_connection(qemu: Qemu, number: int) -> Callable[[random.Random, Path], Awaitable[str]]:
+    """At a moment in its own twentieth of all bytes; then nothing is lost."""
+
+    async def run(chance: random.Random, folder: Path) -> str:
+        saved = await _for_breaking(qemu, folder)
+        part = saved.stream.stat().st_size // CUTS
+        acting = Acting(number * part + chance.randrange(part), cut)
+        async with waiting(saved, folder / "d") as machine, relayed(folder / "d", acting):
+            restorer = Restorer(saved.stream)
+            here = folder / "d"
+            result = await restorer.run(machine.session, uri=f"unix:{here / 'relay'}", listen=f"unix:{here / 'in'}")
+            if result.exit_code == 3:  # before RUN nothing can be brought back, and nothing is lost
+                assert not restorer._moments.get("loaded")
+                return "before RUN: the guest is in the file"
+            assert result.exit_code == 0, result.message
+            assert result.recoveries == acting.acted, result.message
+            await console.assert_goes_on(here / "console")
+        return "" if acting.acted else "over before the cut"
+
+    return run
+
+
+def _after(phase: str, saved: Input, chance: random.Random) -> int:
+    length = saved.stream.stat().st_size
+    low, high = {
+        "at once": (0.0, 0.01),
+        "early": (0.01, 0.2),
+        "middle": (0.2, 0.8),
+        "late": (0.8, 0.97),
+        "at the end": (0.97, 0.999),
+    }[phase]
+    return int(length * chance.uniform(low, high))
+
+
+def kill_server(qemu: Qemu, phase: str) -> Callable[[random.Random, Path], Awaitable[str]]:
+    """SIGKILL; then another takes over, and nothing is lost; or nothing had begun."""
+
+    async def run(chance: random.Random, folder: Path) -> str:
+        saved = await _for_breaking(qemu, folder)
+        here, qmp = folder / "d", folder / "qmp"
+        victims: list[asyncio.subprocess.Process] = []
+        acting = Acting(_after(phase, saved, chance), lambda _: victims[0].send_signal(signal.SIGKILL))
+        more = ("-qmp", f"unix:{qmp},server=on,wait=off")
+        async with waiting(saved, here, *more) as machine, relayed(here, acting) as relay:
+            victims.append(
+                await command_of(saved, qmp, here, "--uri", str(relay.address), "--listen", f"unix:{here}/in")
+            )
+            await victims[0].communicate()
+            if victims[0].returncode == 0:
+                return "over before the kill"
+            assert victims[0].returncode == -signal.SIGKILL
+            status = await _settled(machine)
+            if status == "postcopy-paused":
+                second = await command_of(saved, qmp, here, "--uri", f"unix:{here / 'again'}", "--resume")
+                _, said = await second.communicate()
+                assert second.returncode == 0, said.decode()
+                status = "completed"
+            if status == "completed":
+                await console.assert_goes_on(here / "console")
+                return ""
+            machine.kill()
+        async with waiting(saved, folder / "anew") as machine:
+            result = await restored(saved, machine, folder / "anew")
+            assert result.exit_code == 0, result.message
+            await console.assert_goes_on(folder / "anew" / "console")
+        return f"before RUN ({status}): restored anew"
+
+    return run
+
+
+async def _settled(machine: Machine) -> str:
+    """What a destination is that was left alone; empty where it ended."""
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        if machine.exit_status is not None:
+            return ""
+        try:
+            status = str((await migration.query(machine.session, timeout_s=5))["status"])
+        except QmpError:
+            status = "silent"
+        if status in ("postcopy-paused", "completed", "failed", "none"):
+            return status
+        await asyncio.sleep(0.05)
+    return status
+
+
+def kill_destination(qemu: Qemu, phase: str) -> Callable[[random.Random, Path], Awaitable[str]]:
+    """It is said where the guest is: in the file, or lost."""
+
+    async def run(chance: random.Random, folder: Path) -> str:
+        saved = await _for_breaking(qemu, folder)
+        here = folder / "d"
+        async with waiting(saved, here) as machine:
+            acting = Acting(_after(phase, saved, chance), lambda _: machine.kill())
+            async with relayed(here, acting):
+                restorer = Restorer(saved.stream)
+                result = await restorer.run(machine.session, uri=f"unix:{here / 'relay'}", listen=f"unix:{here / 'in'}")
+            if result.exit_code == 0:
+                return "over before the kill"
+            ran = "loaded" in result.moments or "running" in result.moments
+            assert result.exit_code == (6 if ran else 3), result.message
+            assert "SIGKILL" in result.message, result.message
+        return "" if ran else "before RUN: the guest is in the file"
+
+    return run
