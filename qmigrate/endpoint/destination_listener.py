@@ -113,6 +113,7 @@ class Listener:
         while True:
             if not self._place_ahead():
                 for event in core.events():
+                    self._tell_phase()
                     self._take(event)
                     self._send()
                     if isinstance(event, protocol.Loaded):
