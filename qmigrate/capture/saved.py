@@ -115,8 +115,10 @@ def _check(saved: Saved) -> None:
         absent = saved.index.absent(block.name)
         if not absent:
             continue
-        # A guest with a balloon may tell which pages it does not use (free-page-hint): these alone are never sent.
-        if absent == page_count or not saved.has_balloon:
+        # A guest with a balloon may tell which pages it does not use (free-page-hint), and what virtio-mem has not
+        # plugged in is no memory: these alone are never sent.
+        is_unplugged = block.name.rpartition("/")[0] in saved.virtio_mems
+        if not is_unplugged and (absent == page_count or not saved.has_balloon):
             raise RefusedError(
                 f"{absent} of {page_count} pages of {block.name} are not in it: are there further channels "
                 "(multifd, preempt), or was it begun as postcopy elsewhere?"
@@ -182,7 +184,10 @@ class _Reading:
         if header.idstr == "ram":
             self._saved.section_id, self._after_ram = header.section_id, True
         self._is_device = header.kind == SectionType.FULL
-        self._saved.has_balloon |= header.idstr.endswith("virtio-balloon")
+        device, _, kind = header.idstr.rpartition("/")
+        self._saved.has_balloon |= kind == "virtio-balloon"
+        if kind in ("virtio-mem", "virtio-mem-early"):
+            self._saved.virtio_mems.add(device)
         self._keep(entry)
 
     def _keep(self, entry: Entry) -> None:

@@ -19,6 +19,7 @@ class Saved:
     before its START, and after; ``devices`` the FULL ones after RAM; ``description`` as it came, empty without one.
     ``page_size`` is the target's, in bytes.  ``was_running`` is None where the stream does not tell.
     ``absent``: target pages that were never sent, as the guest does not use them; they are zero.
+    ``virtio_mems``: paths of devices, which stand in front of their blocks' names, too; told by a stream, not kept.
     """
 
     index: PlacedPages
@@ -32,6 +33,7 @@ class Saved:
     footers: bool = False
     was_running: bool | None = None
     has_balloon: bool = False
+    virtio_mems: set[str] = field(default_factory=set)
     absent: int = 0
     blocks: list[RamBlock] = field(default_factory=list)
     input: int | None = None

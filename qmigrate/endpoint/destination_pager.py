@@ -11,6 +11,7 @@ Nothing else runs in this process: one busy thread beside it would delay each fa
 
 import os
 import select
+import struct
 import sys
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,12 +21,21 @@ from qmigrate.endpoint.back import ReturnPath
 from qmigrate.endpoint.link import Link, LinkClosedError, Said, end_with_parent
 from qmigrate.endpoint.ram import Counts, GuestRam, Placer
 from qmigrate.errors import QmigrateError
-from qmigrate.format.return_path import RequestPages, RequestPagesId, encode_message
+from qmigrate.format.return_path import MessageType, RequestPagesId, encode_message
 from qmigrate.protocol.destination import PageChannel
-from qmigrate.uffd.pager import FaultQueue, Missing, Range
+from qmigrate.uffd.pager import FaultQueue, Range
 from qmigrate.uffd.userfault import Userfaultfd
 
 DRAIN_QUIET_MS: Final = 5000  # nothing more comes on the preempt channel, though pages are missing
+
+
+_REQUEST: Final = struct.Struct(">HHQI")
+_REQUEST_HEAD: Final = int(MessageType.REQ_PAGES), _REQUEST.size - 4  # the length counts what follows it
+
+
+def request_pages(start: int, length: int) -> bytes:
+    """REQ_PAGES as its declaration builds it, which takes ten times as long."""
+    return _REQUEST.pack(*_REQUEST_HEAD, start, length)
 
 
 class Pager:
@@ -58,31 +68,38 @@ class Pager:
         self._block: int | None = None  # of the last request on this connection
 
     def serve(self) -> None:
-        """All faults that wait."""
-        for missing in self.queue.missing():
+        """All faults that wait: what they ask for goes out in one piece.
+
+        Each step here is one that every fault waits for: nothing is made that is not needed.
+        """
+        asked = b""
+        for address in self.queue.userfaultfd.addresses():
+            found = self.queue.find(address)
+            if found is None:
+                continue
             self.faults += 1
-            self._serve(missing)
+            block, start = found
+            if self.ram.pages.request(block, start):
+                asked += self._request(block, start)
+            elif self.ram.pages.is_received(block, start):
+                self.zeros.zero(block, start)
+        if asked and self.back is not None:
+            self.back.send(asked)
 
-    def _serve(self, missing: Missing) -> None:
-        block, start, _ = missing
-        if self.ram.pages.is_received(block, start):
-            self.zeros.zero(block, start)
-        elif self.ram.pages.request(block, start):
-            self._ask(block, start)
+    def _request(self, block: int, start: int) -> bytes:
+        """REQ_PAGES, with the block's name where it is not that of the request before.  Empty while it is paused.
 
-    def _ask(self, block: int, start: int) -> None:
-        """REQ_PAGES, with the block's name where it is not that of the request before."""
-        if self.back is None:  # paused: asked for after the recovery
-            return
-        pages = self.ram.block(block)
+        What is asked for meanwhile is so after the recovery.
+        """
+        if self.back is None:
+            return b""
         self.requested += 1
         self.ram.asked(block, start)
+        length = self.ram.block(block).page_size
         if block == self._block:
-            message = encode_message(RequestPages(start=start, length=pages.page_size))
-        else:
-            message = encode_message(RequestPagesId(start=start, length=pages.page_size, block=pages.name))
+            return request_pages(start, length)
         self._block = block
-        self.back.send(message)
+        return encode_message(RequestPagesId(start=start, length=length, block=self.ram.block(block).name))
 
     def pause(self) -> None:
         """The connection broke, and with it that of the requested pages."""
@@ -96,7 +113,7 @@ class Pager:
         self.back, self._block = ReturnPath(path, self.lock), None
         os.close(path)
         for block, start in self.ram.pages.requested_missing():
-            self._ask(block, start)
+            self.back.send(self._request(block, start))
 
     def tell(self, kind: str) -> None:
         """What was done so far."""
@@ -138,6 +155,11 @@ class Pager:
             return
         feed.received(count)
         self.preempt_bytes += count
+        came = self.preempt.pages.plain_pages()
+        if came is not None:
+            self.placer.place(came)
+            if self.preempt.pages.has_less_than_a_page:
+                return
         for came in self.preempt.pages.events():
             self.placer.place(came)
 
@@ -159,29 +181,40 @@ class _Process:
         self.is_over = False
         self._early: int | None = None  # a preempt channel that came before LISTEN
         self._draining = False
+        self._waits: tuple[Pager | None, int | None, select.poll] | None = None
 
     def step(self) -> None:
         """Wait for the next thing, and do it."""
-        poll = select.poll()
-        for each in (self.parent, self.listener):
-            poll.register(each, select.POLLIN)
+        ready = self._poll().poll(DRAIN_QUIET_MS if self._draining else None)
         pager = self.pager
-        if pager is not None:
-            poll.register(pager.queue, select.POLLIN)
-            if pager.preempt is not None:
-                poll.register(pager.preempt.descriptor, select.POLLIN)
-        ready = {descriptor for descriptor, _ in poll.poll(DRAIN_QUIET_MS if self._draining else None)}
         try:
-            self._do(ready)
+            self._do([descriptor for descriptor, _ in ready])
         except QmigrateError as exc:
             self._broke(str(exc))
         if self._draining and pager is not None:
             self._drain(pager, is_quiet=not ready)
 
-    def _do(self, ready: set[int]) -> None:
+    def _poll(self) -> select.poll:
+        """What is waited for; made anew where that is something else than the last time."""
+        pager = self.pager
+        preempt = None if pager is None or pager.preempt is None else pager.preempt.descriptor
+        if self._waits is None or self._waits[0] is not pager or self._waits[1] != preempt:
+            poll = select.poll()
+            poll.register(self.parent, select.POLLIN)
+            poll.register(self.listener, select.POLLIN)
+            if pager is not None:
+                poll.register(pager.queue, select.POLLIN)
+            if preempt is not None:
+                poll.register(preempt, select.POLLIN)
+            self._waits = pager, preempt, poll
+        return self._waits[2]
+
+    def _do(self, ready: list[int]) -> None:
         if self.pager is not None:
             if self.pager.queue.fileno() in ready:
                 self.pager.serve()
+                if len(ready) == 1:
+                    return
             if self.pager.preempt is not None and self.pager.preempt.descriptor in ready:
                 self.pager.read_preempt()
         if self.listener.fileno() in ready:

@@ -27,11 +27,16 @@ __all__ = ["Answered", "Counts", "End", "Ended", "Moment", "Server"]
 _UNSENT: Final = 1 << 17  # bytes that TCP holds unsent before it says that it takes no more
 _RECEIVED: Final = 1 << 16
 _NS_A_US: Final = 1000
+_ANSWERS_A_TURN: Final = 16
+_IN_PEACE: Final = 1 << 18  # bytes of pages in one piece that nobody asked for
+_IN_HASTE: Final = 1 << 16  # the same where somebody may ask meanwhile
+_HASTE_NS: Final = 5_000_000  # who asked so lately asks again
 
 
 class Moment(Enum):
     """What is told when it happens."""
 
+    CONNECTED = "connected"
     SWITCHED = "the package is sent"
     LOADED = "the devices are loaded"
     FIRST_REQUEST = "the first page is asked for"
@@ -61,14 +66,29 @@ class Ended:
 
 @dataclass
 class Answered:
-    """How long answers took: ``counts[i]`` from 2^i up to 2^(i+1) µs, from REQ_PAGES read to the page sent."""
+    """How long answers took: ``counts[i]`` from 2^i up to 2^(i+1) µs, from REQ_PAGES read to the page sent.
+
+    ``fine[i]``: i µs, the last one longer.
+    """
 
     counts: list[int] = field(default_factory=lambda: [0] * 32)
+    fine: list[int] = field(default_factory=lambda: [0] * 1024, repr=False)
     total_ns: int = 0
     longest_ns: int = 0
 
+    @property
+    def median_us(self) -> int | None:
+        """Half of them took no longer; None where there was none, or it is a millisecond or more."""
+        half, total = (sum(self.fine) + 1) // 2, 0
+        for waited_us, count in enumerate(self.fine[:-1]):
+            total += count
+            if total >= half > 0:
+                return waited_us
+        return None
+
     def add(self, waited_ns: int) -> None:
         self.counts[min((waited_ns // _NS_A_US or 1).bit_length() - 1, 31)] += 1
+        self.fine[min(waited_ns // _NS_A_US, len(self.fine) - 1)] += 1
         self.total_ns += waited_ns
         self.longest_ns = max(self.longest_ns, waited_ns)
 
@@ -123,6 +143,7 @@ class Server:
         self._main = _Lane()
         self._urgent: _Lane | None = None
         self._asked: dict[tuple[str, int], int] = {}
+        self._heard_ns = 0
         self._told: set[Moment] = set()
         self._reason: Ended | None = None
 
@@ -176,7 +197,7 @@ class Server:
             self._tell(Moment.SWITCHED)
         if self._urgent is not None:
             self._urgent.out = []
-        while (span := self._core.next_span() if self._urgent is None else self._core.next_in_turn()) is not None:
+        while (span := self._next_span()) is not None:
             yield self._core.part(span, self._records(self._main, span))
         self._finish_span(self._main)
         if self._urgent is not None:
@@ -186,6 +207,11 @@ class Server:
             yield from self._until_sent(self._urgent)
         self._tell(Moment.FILLED)
         yield [self._core.end()]
+
+    def _next_span(self) -> Span | None:
+        is_asked = time.perf_counter_ns() - self._heard_ns < _HASTE_NS
+        self._core.at_once = _IN_HASTE if is_asked else _IN_PEACE
+        return self._core.next_span() if self._urgent is None else self._core.next_in_turn()
 
     @staticmethod
     def _until_sent(lane: _Lane) -> Iterator[list[bytes | memoryview]]:
@@ -227,6 +253,7 @@ class Server:
     ) -> Ended:
         """Send, and hear what is said meanwhile, until one of us has had enough."""
         self._reason = None
+        self._tell(Moment.CONNECTED)
         self._urgent = None if urgent is None else _Lane()
         poller = select.poll()
         poller.register(self._wake, select.POLLIN)
@@ -247,9 +274,11 @@ class Server:
                 if state & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     self._hear(peer)
                     waits = False
-                if urgent is not None and (urgent_state := ready.get(urgent.fileno(), 0)):
-                    waits = False
-                    urgent = self._turn_of(urgent, urgent_state, poller)
+                if urgent is not None:
+                    urgent_state = ready.get(urgent.fileno(), 0)
+                    if urgent_state or self._has_urgent():  # what was asked for just now does not wait for a turn
+                        waits = False
+                        urgent = self._turn_of(urgent, urgent_state, poller)
                 if state & select.POLLOUT and not self._main.out:
                     self._main.out = next(pieces, [])
                     waits = not self._main.out
@@ -284,15 +313,19 @@ class Server:
         return None
 
     def _send_urgent(self, peer: socket.socket) -> None:
-        """Pages that were asked for, while the socket takes them."""
+        """Pages that were asked for, some at once, while the socket takes them."""
         lane = self._urgent
         assert lane is not None
-        if not lane.out and (span := self._core.next_requested()) is not None:
-            lane.out = self._core.urgent(span, self._records(lane, span))
-        if lane.out:
-            self._send(lane, peer)
-        if not lane.out:
+        for _ in range(_ANSWERS_A_TURN):
+            if not lane.out and (span := self._core.next_requested()) is not None:
+                lane.out = self._core.urgent(span, self._records(lane, span))
+            if lane.out:
+                self._send(lane, peer)
+            if lane.out:
+                return
             self._finish_span(lane)
+            if not self._core.waiting:
+                return
 
     def _send(self, lane: _Lane, peer: socket.socket) -> None:
         try:
@@ -337,8 +370,9 @@ class Server:
                 self.counts.requests += 1
                 self.over_time.now().requests += 1
                 self._tell(Moment.SIGN if self.has_run else Moment.FIRST_REQUEST)
+                self._heard_ns = time.perf_counter_ns()
                 if is_new:
-                    self._asked[block, start] = time.perf_counter_ns()
+                    self._asked[block, start] = self._heard_ns
             case Ponged(token=token) if token == LOADED:
                 self._tell(Moment.LOADED)
             case Resumed():

@@ -115,6 +115,7 @@ class ServingResult:
             "moments_us": dict(self.moments),
             "latency": {
                 "counts": self.latency.counts,
+                "median_us": self.latency.median_us,
                 "mean_us": round(self.latency.total_ns / answered / 1000, 1) if answered else None,
                 "longest_us": round(self.latency.longest_ns / 1000, 1) if answered else None,
             },

@@ -137,7 +137,7 @@ class Source:
         self.blocks = {block.name: block for block in blocks}
         self._section_id = section_id
         self._footers = footers
-        self._at_once = at_once
+        self.at_once = at_once
         self._order = list(self.blocks)
         self._dirty = {block.name: bytearray([_YES]) * block.count for block in blocks}
         self._sent = {block.name: bytearray(block.count) for block in blocks}
@@ -275,7 +275,7 @@ class Source:
         return None
 
     def _in_its_turn(self, number: int, name: str, first: int) -> Span:
-        most = max(self._at_once // self.blocks[name].page_size, 1)
+        most = max(self.at_once // self.blocks[name].page_size, 1)
         end = self._dirty[name].find(0, first, first + most)
         end = min(first + most, self.blocks[name].count) if end < 0 else end
         self._turn = (number, end)

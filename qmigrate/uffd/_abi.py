@@ -49,5 +49,7 @@ ZEROPAGE: Final = struct.Struct("=QQQq")
 
 # struct uffd_msg: event, reserved, reserved, reserved; of a page fault: flags, address, thread.
 MESSAGE: Final = struct.Struct("=BBHIQQII")
+# The same where only the event and the address count.
+MESSAGE_ADDRESS: Final = struct.Struct("=B15xQ8x")
 UFFD_EVENT_PAGEFAULT: Final = 0x12
 UFFD_PAGEFAULT_FLAG_WRITE: Final = 1 << 0

@@ -55,6 +55,5 @@ class FaultQueue:
             return None
         number = self._order[at]
         base, length, page_size = self.ranges[number]
-        if address >= base + length:
-            return None
-        return number, (address - base) // page_size * page_size
+        start = address - base
+        return None if start >= length else (number, start - start % page_size)

@@ -152,13 +152,21 @@ class Userfaultfd:
 
     def faults(self) -> Iterator[Fault]:
         """Those that wait to be read, up to 64; none where nothing has happened: it does not wait."""
-        try:
-            data = os.read(self._descriptor, _MESSAGES_AT_ONCE * _abi.MESSAGE.size)
-        except BlockingIOError:
-            return
+        data = self._messages()
         for event, _, _, _, flags, address, _, _ in _abi.MESSAGE.iter_unpack(data):
             if event == _abi.UFFD_EVENT_PAGEFAULT:
                 yield Fault(address, bool(flags & _abi.UFFD_PAGEFAULT_FLAG_WRITE))
+
+    def addresses(self) -> list[int]:
+        """Of the same faults, for who must be fast."""
+        unpacked = _abi.MESSAGE_ADDRESS.iter_unpack(self._messages())
+        return [address for event, address in unpacked if event == _abi.UFFD_EVENT_PAGEFAULT]
+
+    def _messages(self) -> bytes:
+        try:
+            return os.read(self._descriptor, _MESSAGES_AT_ONCE * _abi.MESSAGE.size)
+        except BlockingIOError:
+            return b""
 
 
 _IS_LITTLE: Final = int.from_bytes(_abi.RANGE.pack(1, 0)[:8], "little") == 1

@@ -1,9 +1,10 @@
-"""Guests of our own: two programs of some hundred lines that are the whole software of a virtual machine.
+"""Guests of our own: programs of some hundred lines that are the whole software of a virtual machine.
 
     guest = Guest("walker", memory_mib=32)
     Machine(qemu, guest.arguments(console=folder / "console"))
 
-``walker`` writes its memory for ever and checks it, ``idle`` fills it with known contents and halts.
+``walker`` writes its memory for ever and checks it, ``idle`` fills it with known contents and halts, ``speaker`` says
+at each tick that it runs, and writes here and there.
 Assembling them takes binutils and nothing else.  This module needs only the standard library, so that scripts
 may use it.
 """
@@ -43,7 +44,7 @@ class Guest:
     ``stride``: how far from one page to the next in a pass, as a share of the range; 0: in order.
     """
 
-    kind: Literal["walker", "idle"] = "walker"
+    kind: Literal["walker", "idle", "speaker"] = "walker"
     memory_mib: int = 32
     zero_share: float = 0.25
     walked_share: float = 0.5
@@ -160,7 +161,9 @@ class Guest:
         return int.from_bytes(struct.pack(f"<{len(words)}I", *words), "little")
 
 
-def build(kind: Literal["walker", "idle"] = "walker", *, folder: Path | None = None, **parameters: float) -> Path:
+def build(
+    kind: Literal["walker", "idle", "speaker"] = "walker", *, folder: Path | None = None, **parameters: float
+) -> Path:
     """The image of ``Guest(kind, ...)``, for those who need nothing else of it."""
     return Guest(kind, **parameters).image(folder)  # type: ignore[arg-type]
 

@@ -138,6 +138,20 @@ async def start(
         await session.execute("migrate-start-postcopy")
 
 
+async def after_passes(source: Machine, count: int) -> None:
+    """So many have been made: of the first that is told the number differs from version to version."""
+    async with asyncio.timeout(TIMEOUT_S):
+        await migration.wait_until(source.session, "active", timeout_s=TIMEOUT_S)
+        first = None
+        while True:
+            ram = (await migration.query(source.session)).get("ram", {})
+            passes = ram.get("dirty-sync-count", 0)
+            first = passes if first is None and passes else first
+            if first is not None and passes >= first + count:
+                return
+            await asyncio.sleep(0.01)
+
+
 async def assert_same_ram(source: Machine, folder: Path, scratch: Path) -> set[str]:
     """What ``receive --raw`` wrote, and the memory of the stopped source; the blocks that were compared."""
     compared = set()

@@ -20,6 +20,7 @@ from tests.guests import console
 from tests.live.receiving import (
     SLOW,
     TIMEOUT_S,
+    after_passes,
     assert_same_ram,
     huge_pages,
     loading,
@@ -33,6 +34,10 @@ from tests.live.versions import Qemu, installed, newest
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
 every_qemu = pytest.mark.parametrize("qemu", installed(), ids=lambda qemu: qemu.name)
+
+
+# A pass takes a second, and another one is never short enough to be the last.
+AFTER_PASS: Final = {"max-bandwidth": 8 << 20, "max-postcopy-bandwidth": 0, "downtime-limit": 1}
 
 
 def loses_writes(qemu: Qemu) -> bool:
@@ -121,6 +126,24 @@ async def test_after_postcopy_memory_is_the_stopped_sources(qemu: Qemu, tmp_path
         assert latencies["touchers"] > 0
         assert 0 < latencies["requests"] <= result.numbers["requested"]
         assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+
+
+@every_qemu
+async def test_a_running_guest_comes_by_postcopy_after_a_pass(qemu: Qemu, tmp_path: Path) -> None:
+    """What was sent and written to since is discarded, and comes again."""
+    raw, saved = tmp_path / "ram", tmp_path / "guest.mig"
+    async with source_of(qemu, tmp_path) as source, receiving(tmp_path, raw=raw, save=saved) as receiver:
+        await start(source, receiver.uri, postcopy=False, capabilities={"postcopy-ram": True}, limits=AFTER_PASS)
+        await after_passes(source, 1)
+        await source.session.execute("migrate-start-postcopy")
+        await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
+        result = await receiver.result()
+        assert (result.exit_code, result.is_postcopy, result.numbers["duplicates"]) == (0, True, 0), result.message
+        assert result.numbers["discarded"] > 0
+        if not loses_writes(qemu):
+            assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
+    async with loading(qemu, tmp_path, saved) as said:
+        await console.assert_goes_on(said)
 
 
 async def test_a_page_that_the_package_waits_for_comes_while_it_is_loaded(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ from tests.live.receiving import huge_pages
 from tests.live.recording import KINDS, Kind, Recording, arguments_of, extra, recorded
 from tests.live.same import assert_same_ram
 from tests.live.versions import Qemu, installed, newest
+from tests.report.test_migration_page import Read
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
@@ -333,11 +334,22 @@ async def test_the_command_restores_into_a_qemu_that_waits(tmp_path: Path) -> No
     async with waiting(file, tmp_path / "d", ("-qmp", f"unix:{qmp},server=on,wait=off")) as machine:
         command = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "qmigrate", "restore", "-q", str(file.stream), "--qmp", str(qmp)),
+            *("--report", str(tmp_path / "page.html")),
             stdout=asyncio.subprocess.PIPE,
         )
         async with asyncio.timeout(TIMEOUT_S):
             out, _ = await command.communicate()
         assert (command.returncode, out.splitlines()[0]) == (0, b"the guest runs, all its pages are in")
+        assert b"guest runs after" in out
+        page = Read((tmp_path / "page.html").read_text())
+        for expected in (
+            "Restored lazily",
+            f"into QEMU {qemu.version}",
+            "postcopy-active",
+            "Memory missing",
+            "Answers",
+        ):
+            assert expected in page.text, expected
         await console.assert_goes_on(tmp_path / "d" / "console")
         assert (await migration.query(machine.session))["status"] == "completed"
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any, ClassVar, Final
 
 import pytest
@@ -22,7 +23,7 @@ from qmigrate.qmp.machine import Machine
 from tests.guests import console
 from tests.live.command import ROOT
 from tests.live.recording import arguments_of
-from tests.live.some import every_qemu, only_newest
+from tests.live.some import every_qemu, oldest_and_newest, only_newest
 from tests.live.test_restore import File, Withholding, hold, peers, saved, until, waiting
 from tests.live.versions import Qemu
 
@@ -48,8 +49,6 @@ class Breaking(Withholding):
 
 @pytest.fixture
 def breaking(monkeypatch: pytest.MonkeyPatch) -> type[Breaking]:
-    from threading import Event
-
     Breaking.go_on, Breaking.acts = Event(), []
     monkeypatch.setattr("qmigrate.endpoint.source.Source", Breaking)
     return Breaking
@@ -73,18 +72,15 @@ def cut(peers: list[socket.socket]) -> None:
 
 
 @every_qemu
-@pytest.mark.parametrize("preempt", [True, False], ids=["preempt", "one"])
 async def test_a_connection_that_breaks_is_made_anew(
-    qemu: Qemu, preempt: bool, tmp_path: Path, peers: list[socket.socket], breaking: type[Breaking]
+    qemu: Qemu, tmp_path: Path, peers: list[socket.socket], breaking: type[Breaking]
 ) -> None:
-    """Once with pages missing, once with none."""
-    if preempt and qemu.number < (7, 1):
-        pytest.skip("no preempt channel there")
+    """Once with pages missing, once with none; with its preempt channel where there is one."""
     file = await saved(qemu, "pc-running", tmp_path / "saved")
     breaking.acts = [partial(cut, peers), partial(cut, peers)]
     said: list[LiveEvent] = []
     async with waiting(file, tmp_path / "d") as machine:
-        result = await restored(file, machine, tmp_path / "d", said, preempt=preempt)
+        result = await restored(file, machine, tmp_path / "d", said)
         assert (result.exit_code, result.message) == (
             0,
             "the guest runs, all its pages are in, brought back 2 times",
@@ -114,7 +110,7 @@ async def test_a_connection_is_made_anew_as_often_as_was_said(
         await console.assert_goes_on(tmp_path / "d" / "console")
 
 
-@every_qemu
+@oldest_and_newest
 async def test_a_destination_that_is_killed_has_lost_the_guest(
     qemu: Qemu, tmp_path: Path, breaking: type[Breaking]
 ) -> None:

@@ -1,5 +1,6 @@
 """``send`` and ``receive``: the two stand-ins against each other, over sockets."""
 
+import hashlib
 import lzma
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from qmigrate.endpoint.destination import Workload
 from qmigrate.errors import RefusedError
 from qmigrate.operations.send import Sender
 from tests.live.receiving import receiving
+from tests.test_channels import RECIPES, channels
 from tests.uffd.kernel import needs_userfaultfd
 
 pytestmark = [pytest.mark.asyncio, needs_userfaultfd]
@@ -43,6 +45,39 @@ async def test_what_is_sent_is_received(name: str, postcopy: bool, tmp_path: Pat
         names = list(extract(migration, tmp_path / "extracted").files)
     assert ram_in(tmp_path / "received", names) == ram_in(tmp_path / "extracted", names)
     assert sent.counts.pages == sent.counts.total
+
+
+ODD_INPUTS = (
+    *("odd/pc-huge-postcopy-11.1", "odd/pc-snapshot-11.1", "odd/q35-early-11.1", "odd/arm-virt-11.1"),
+    "q35-advised-7.2",
+)
+
+
+@pytest.mark.parametrize("name", ODD_INPUTS)
+async def test_whatever_a_guest_was_saved_as_is_sent_by_postcopy(name: str, tmp_path: Path) -> None:
+    path = corpus(name, tmp_path)
+    async with receiving(tmp_path, raw=tmp_path / "received") as receiver:
+        sent = await Sender(path, postcopy=True).run(receiver.uri)
+        received = await receiver.result()
+    assert (sent.exit_code, received.exit_code, received.numbers["duplicates"]) == (0, 0, 0)
+    with Migration(path) as migration:
+        names = list(extract(migration, tmp_path / "extracted").files)
+    assert ram_in(tmp_path / "received", names) == ram_in(tmp_path / "extracted", names)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+async def test_whatever_way_ram_travelled_what_is_received_is_what_qemu_loaded(name: str, tmp_path: Path) -> None:
+    """Over multifd, as deltas, compressed: the recipe has the hash of what the QEMU that loaded it had."""
+    path, more = corpus(f"channels/{name}", tmp_path), []
+    for number, each in enumerate(channels(name)):
+        more.append(str(tmp_path / f"{number}.channel"))
+        Path(more[-1]).write_bytes(each)
+    async with receiving(tmp_path, raw=tmp_path / "received") as receiver:
+        sent = await Sender(path, channels=tuple(more), postcopy=True).run(receiver.uri)
+        received = await receiver.result()
+    assert (sent.exit_code, received.exit_code) == (0, 0)
+    memory = ram_in(tmp_path / "received", ["pc.ram"])["pc.ram"][1 << 20 :]
+    assert hashlib.sha256(memory).hexdigest() == RECIPES[name]["ram-from-1-mib-sha256"]
 
 
 @pytest.mark.parametrize("postcopy", [False, True], ids=["precopy", "postcopy"])
