@@ -114,6 +114,7 @@ class Listener:
             if not self._place_ahead():
                 for event in core.events():
                     self._send()  # what came before: the guest's process, which answers too, comes after that
+                    self._tell_phase()
                     self._take(event)
                     self._send()
                     if isinstance(event, protocol.Loaded):

@@ -16,7 +16,7 @@ from qmigrate.capture.recorder import Recorder
 from qmigrate.capture.recording import Recording
 from qmigrate.endpoint.destination import Touch, Workload
 from qmigrate.events import ChannelCame, Latency, Paused, Troubled
-from qmigrate.format.command import OpenReturnPath, PostcopyResume
+from qmigrate.format.command import DiscardRange, OpenReturnPath, PostcopyRamDiscard, PostcopyResume
 from qmigrate.format.multifd import InitialPacket, encode_packet
 from qmigrate.format.return_path import Pong, RequestPages, RequestPagesId, Shut, encode_message
 from qmigrate.operations import receive
@@ -283,6 +283,22 @@ async def test_what_is_no_socket_is_not_replaced(tmp_path: Path) -> None:
         async with receiving(tmp_path):
             pass
     assert (tmp_path / "in").read_text() == "mine"
+
+
+# -- told
+
+
+async def test_every_transition_is_told_with_its_time_though_all_comes_at_once(tmp_path: Path) -> None:
+    discard = streams.command(PostcopyRamDiscard(block="pc.ram", ranges=(DiscardRange(start=0, length=PAGE),)))
+    async with receiving(tmp_path) as receiver, source_of(receiver) as source:
+        source.send(advised(), discard, PACKAGE, EVERYTHING, END)
+        assert await source.until_shut() == 0
+        result = await receiver.result()
+    assert [name for name, _ in result.phases] == [
+        *("precopy", "advised", "discarding", "listening", "running", "ended"),
+    ]
+    times = [at for _, at in result.phases]
+    assert times == sorted(times)
 
 
 # -- touched
