@@ -102,7 +102,10 @@ class Stamp(NamedTuple):
     @classmethod
     def of(cls, descriptor: int) -> Self:
         """Of an open file.  Raises ``OSError``."""
-        status = os.fstat(descriptor)
+        return cls.of_status(os.fstat(descriptor))
+
+    @classmethod
+    def of_status(cls, status: os.stat_result) -> Self:
         return cls(status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
 

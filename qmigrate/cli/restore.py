@@ -118,10 +118,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
 
 def _restore(args: argparse.Namespace, out: TextIO, reading: "Reading | None") -> int:
+    import gc
+
+    gc.disable()  # to import so much makes much and frees nothing
     import asyncio
 
     from qmigrate.operations.restore import Restorer
 
+    gc.freeze()
+    gc.enable()
     with Kept(args.report) as kept:
         lines = Lines(args, out, kept)
         restorer = Restorer(

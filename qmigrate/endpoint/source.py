@@ -30,6 +30,7 @@ _NS_A_US: Final = 1000
 _ANSWERS_A_TURN: Final = 16
 _IN_PEACE: Final = 1 << 18  # bytes of pages in one piece that nobody asked for
 _IN_HASTE: Final = 1 << 16  # the same where somebody may ask meanwhile
+_THINNEST: Final = 16  # a piece has so many times more pages at most, where the one before was of zeros
 _HASTE_NS: Final = 5_000_000  # who asked so lately asks again
 
 
@@ -144,6 +145,7 @@ class Server:
         self._urgent: _Lane | None = None
         self._asked: dict[tuple[str, int], int] = {}
         self._heard_ns = 0
+        self._thinness = 1
         self._told: set[Moment] = set()
         self._reason: Ended | None = None
 
@@ -210,7 +212,7 @@ class Server:
 
     def _next_span(self) -> Span | None:
         is_asked = time.perf_counter_ns() - self._heard_ns < _HASTE_NS
-        self._core.at_once = _IN_HASTE if is_asked else _IN_PEACE
+        self._core.at_once = (_IN_HASTE if is_asked else _IN_PEACE) * self._thinness
         return self._core.next_span() if self._urgent is None else self._core.next_in_turn()
 
     @staticmethod
@@ -230,7 +232,11 @@ class Server:
     def _records(self, lane: _Lane, span: Span) -> bytearray:
         self._finish_span(lane)
         lane.span = span
-        return self.saved.index.records(span.block, span.first, span.count)
+        records = self.saved.index.records(span.block, span.first, span.count)
+        if not span.requested:
+            # After pages of zeros mostly come more of them, which are short: as long a piece has more of those.
+            self._thinness = min(max(span.count * self.saved.page_size // len(records), 1), _THINNEST)
+        return records
 
     def _finish_span(self, lane: _Lane) -> None:
         """The latest one has been sent."""

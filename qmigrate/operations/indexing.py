@@ -4,14 +4,12 @@ It writes the index as one that is kept (``capture.kept``) into a file without a
 into another, and one line of JSON into a pipe: whether it is all there.  Then it keeps a copy, where it shall.
 """
 
+import gc
 import json
 import os
 import sys
 from typing import NoReturn
 
-from qmigrate.capture.kept import KeptIndexes, Stamp, write_kept
-from qmigrate.capture.migration import Migration
-from qmigrate.capture.saved import read_saved
 from qmigrate.errors import NoStreamError, RefusedError, StreamError
 
 __all__ = ["make_index"]
@@ -21,6 +19,10 @@ KEPT_NOWHERE = "-"
 
 def make_index(path: str, channels: list[str], *, index: int, spill: int, answer: int, folder: str) -> None:
     """Into these descriptors, which it closes.  ``folder``: where to keep it, empty for the user's cache."""
+    from qmigrate.capture.kept import KeptIndexes, Stamp, write_kept
+    from qmigrate.capture.migration import Migration
+    from qmigrate.capture.saved import read_saved
+
     said: dict[str, str] = {}
     with Migration(path, channels=channels) as migration, open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor is wanted
         stamp = Stamp.of(file.fileno())
@@ -44,6 +46,7 @@ def make_index(path: str, channels: list[str], *, index: int, spill: int, answer
 
 
 def main(argv: list[str]) -> NoReturn:
+    gc.disable()  # to import so much makes much and frees nothing, and afterwards there is little to be freed
     index, spill, answer = map(int, argv[:3])
     folder, path, *channels = argv[3:]
     try:

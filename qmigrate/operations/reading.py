@@ -48,6 +48,7 @@ class Reading:
         self._is_made = False
         self._files: list[int] = []
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._status = os.fstat(self._file)
         try:
             for each in channels:
                 os.stat(each)  # noqa: PTH116 - not there is told here, before anything is begun
@@ -97,7 +98,7 @@ class Reading:
             return False
         from qmigrate.capture.cache import cache_folder
 
-        status = os.fstat(self._file)
+        status = self._status
         folder = str(cache_folder("indexes")) if self._folder is None else self._folder
         try:
             kept = os.lstat(f"{folder}/{status.st_dev:x}-{status.st_ino:x}.index")
@@ -181,7 +182,7 @@ class Reading:
         if (error := json.loads(said).get("error")) is not None:
             raise RefusedError(f"{self.path}: {error}")
         try:
-            return self._owned(read_kept(index, Stamp.of(self._file), self._file, spill=spill))
+            return self._owned(read_kept(index, Stamp.of_status(self._status), self._file, spill=spill))
         except KeptError as exc:
             raise RefusedError(f"{self.path}: its index can't be used: {exc}") from exc
 

@@ -27,7 +27,7 @@ from qmigrate.errors import RefusedError
 from qmigrate.events import GuestChanged, LiveEvent
 from qmigrate.format.feed import Feed
 from qmigrate.format.return_path import RequestPagesId, read_return_path
-from qmigrate.operations.restore import Restorer, ServingResult
+from qmigrate.operations.restore import Indexed, Restorer, ServingResult
 from qmigrate.operations.send import Sender
 from qmigrate.protocol.source import HostPages, Source
 from qmigrate.qmp import migration
@@ -165,13 +165,16 @@ async def test_a_guest_runs_before_its_pages_are_there_and_goes_on(
 
 @every_qemu
 async def test_a_paused_guest_has_every_page_of_the_file(qemu: Qemu, tmp_path: Path) -> None:
-    """By both ways, of a recording of several passes."""
+    """By both ways, of a recording of several passes, and by an index that was kept."""
     file = await saved(qemu, "pc-running", tmp_path / "saved")
-    for how in ("lazy", "eager"):
+    said: list[LiveEvent] = []
+    for how in ("lazy", "eager", "lazy-again"):
         async with waiting(file, tmp_path / how) as machine:
-            result = await restore(file, machine, tmp_path / how, paused=True, eager=how == "eager")
+            wishes = {"paused": True, "eager": how == "eager", "index_folder": tmp_path / "indexes"}
+            result = await restore(file, machine, tmp_path / how, **wishes, on_event=said.append)
             assert (result.exit_code, result.running) == (0, False)
             await assert_has_all(file, machine, tmp_path / how)
+    assert [each.kept for each in said if isinstance(each, Indexed)] == [False, True, True]
 
 
 @pytest.mark.parametrize("name", ["q35-many", "pc-postcopy", "pc-mapped", "pc-multifd-zlib", "pc-xbzrle"])
@@ -200,7 +203,7 @@ async def test_a_guest_is_restored_onto_huge_pages(tmp_path: Path) -> None:
 
 
 @every_qemu
-@pytest.mark.parametrize("why", ["told to stop twice", "the file was changed"])
+@pytest.mark.parametrize("why", ["told to stop twice", "the file was changed", "its pages are others"])
 async def test_a_guest_whose_server_ends_is_paused_and_can_be_resumed(
     qemu: Qemu, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +224,10 @@ async def test_a_guest_whose_server_ends_is_paused_and_can_be_resumed(
                     await until(lambda: any(isinstance(each, GuestChanged) and each.running for each in said))
                     if why == "the file was changed":
                         os.truncate(file.stream, len(whole) - 1)  # in one step, as a Path can't
+                    elif why == "its pages are others":
+                        patched.setattr(indexed.index, "check", lambda: None)  # as if its times did not tell
+                        with file.stream.open("r+b") as changed:
+                            changed.write(bytes(len(whole)))
                     else:
                         assert restorer.interrupt()
                         assert "needs this process" in str(said[-1])
@@ -228,8 +235,12 @@ async def test_a_guest_whose_server_ends_is_paused_and_can_be_resumed(
                     Withholding.go_on.set()
                     result = await task
         assert result.exit_code == 5
-        expected = "told to stop" if why.startswith("told") else "the input was changed since its pages were indexed"
-        assert expected in result.message
+        expected = {
+            "told to stop twice": "told to stop",
+            "the file was changed": "the input was changed since its pages were indexed",
+            "its pages are others": "no longer where",
+        }
+        assert expected[why] in result.message
         assert (await migration.query(machine.session))["status"] == "postcopy-paused"
         file.stream.write_bytes(whole)
         async with asyncio.timeout(TIMEOUT_S):

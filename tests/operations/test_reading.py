@@ -1,0 +1,175 @@
+"""A file is read by a process of its own, or not at all where an index of it was kept."""
+
+import asyncio
+import errno
+import lzma
+import os
+import signal
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from qmigrate.capture.kept import KeptIndexes
+from qmigrate.capture.migration import Migration
+from qmigrate.capture.saved import read_saved
+from qmigrate.capture.saved_guest import Saved
+from qmigrate.errors import RefusedError, StreamError
+from qmigrate.events import LiveEvent
+from qmigrate.operations.reading import Reading
+from qmigrate.operations.send import Sender
+from qmigrate.operations.serving import Indexed
+from tests import streams
+from tests.capture.test_index import ram_of
+
+pytestmark = pytest.mark.asyncio
+
+TIMEOUT_S = 60.0
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    path = tmp_path / "stream.mig"
+    path.write_bytes(streams.minimal())
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "indexes"
+
+
+@asynccontextmanager
+async def read(path: Path, folder: Path, *, keep: bool = True) -> AsyncGenerator[tuple[Reading, Saved]]:
+    with Reading(str(path), folder=folder, keep=keep) as reading:
+        async with asyncio.timeout(TIMEOUT_S):
+            with await reading.saved() as saved:
+                yield reading, saved
+
+
+def plainly(path: Path) -> dict[str, bytes]:
+    with Migration(path) as migration, read_saved(migration) as saved:
+        return ram_of(saved)
+
+
+async def test_the_next_time_nothing_is_read(path: Path, folder: Path) -> None:
+    async with read(path, folder) as (reading, saved):
+        assert (reading.is_kept, ram_of(saved)) == (False, plainly(path))
+    async with read(path, folder) as (reading, saved):
+        assert (reading.is_kept, reading._process) == (True, None)
+        assert ram_of(saved) == plainly(path)
+
+
+async def test_it_is_not_kept_where_it_shall_not(path: Path, folder: Path) -> None:
+    for _ in range(2):
+        async with read(path, folder, keep=False) as (reading, saved):
+            assert (reading.is_kept, ram_of(saved)) == (False, plainly(path))
+    assert not folder.exists()
+
+
+async def test_one_that_is_damaged_is_made_anew(path: Path, folder: Path) -> None:
+    async with read(path, folder):
+        pass
+    (index,) = folder.iterdir()
+    index.write_bytes(index.read_bytes()[:-1] + b"\xff")
+    async with read(path, folder) as (reading, saved):
+        assert (reading.is_kept, ram_of(saved)) == (False, plainly(path))
+    with path.open("rb") as file, KeptIndexes(folder).read(file.fileno()) as again:
+        assert ram_of(again) == plainly(path)
+
+
+async def test_a_packed_file_has_its_pages_in_another_and_no_index_is_kept(path: Path, folder: Path) -> None:
+    packed = path.with_suffix(".xz")
+    packed.write_bytes(lzma.compress(path.read_bytes()))
+    async with read(packed, folder) as (_, saved):
+        assert ram_of(saved) == plainly(path)
+    assert not folder.exists()
+
+
+async def test_a_folder_that_can_not_be_written_is_no_harm(path: Path, folder: Path) -> None:
+    folder.write_bytes(b"in its place")
+    async with read(path, folder) as (_, saved):
+        assert ram_of(saved) == plainly(path)
+    assert folder.read_bytes() == b"in its place"
+
+
+async def test_what_is_wrong_with_the_file_is_a_refusal(path: Path, folder: Path) -> None:
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(RefusedError, match=r"stream\.mig: 0x.*the stream ends here"):
+        async with read(path, folder):
+            pass
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(RefusedError, match="no migration stream"):
+        async with read(path, folder):
+            pass
+    with pytest.raises(FileNotFoundError):
+        Reading(str(path.with_name("nowhere")))
+
+
+async def test_a_process_that_dies_is_told_of(path: Path, folder: Path) -> None:
+    with Reading(str(path), folder=folder) as reading:
+        assert reading._process is not None
+        os.kill(reading._process, signal.SIGKILL)
+        with pytest.raises(RefusedError, match="its index can't be made: what makes it was killed by signal 9"):
+            await reading.saved()
+
+
+async def test_what_was_begun_ends_with_it(path: Path, folder: Path) -> None:
+    with Reading(str(path), folder=folder) as reading:
+        process = reading._process
+        assert process is not None
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+
+
+async def test_a_file_that_is_changed_while_it_is_read_is_not_served(path: Path, folder: Path) -> None:
+    with Reading(str(path), folder=folder) as reading:
+        with path.open("ab") as file:
+            file.write(b"more")
+        with pytest.raises(RefusedError, match="the file was changed since"):
+            await reading.saved()
+
+
+async def test_it_is_said_that_an_index_was_kept(path: Path, folder: Path) -> None:
+    said: list[LiveEvent] = []
+    for _ in range(2):
+        sender = Sender(path, index_folder=folder, on_event=said.append)
+        with pytest.raises(RefusedError, match="it can't be reached"):
+            await sender.run(f"unix:{path}.nobody")
+    assert [each.kept for each in said if isinstance(each, Indexed)] == [False, True]
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("truncated", "the input was changed since its pages were indexed"),
+        ("changed", "the input was changed since its pages were indexed"),
+        ("other pages", r"the pages? (is|are) no longer where"),
+        ("unreadable", "the input can't be read: Input/output error"),
+    ],
+)
+async def test_a_file_that_goes_wrong_while_it_is_served_is_served_no_longer(
+    path: Path, folder: Path, how: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with read(path, folder):
+        pass
+    async with read(path, folder) as (reading, saved):
+        assert reading.is_kept
+        saved.index.records("pc.ram", 4, 2)
+        status = path.stat()
+        if how == "truncated":
+            os.truncate(path, 9000)
+        elif how == "changed":
+            os.utime(path, ns=(0, 0))
+        elif how == "other pages":
+            path.write_bytes(bytes(status.st_size))
+            os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+        else:
+
+            def fails(*_: object) -> int:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+            monkeypatch.setattr(os, "preadv", fails)
+        with pytest.raises(StreamError, match=reason):
+            saved.index.records("pc.ram", 4, 2)
