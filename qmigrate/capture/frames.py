@@ -17,9 +17,10 @@ All integers are big-endian.  A header of 36 bytes, then frames, one behind the 
 of all that stands before it in the header or frame, and of what a frame other than DATA holds.  What DATA holds
 has none: it goes from socket to file inside the kernel, where nobody could sum it up.
 
-The file only ever grows, and what is passed on is written before.  So however the tap ends, all that was passed
-on is here; the last frame may be cut, and what it holds was not passed on.  (That holds for a process that is
-killed; after a power failure the file has what the system had written by then.)
+What is passed on is written before.  So however the tap ends, all that was passed on is here; the last frame may be
+cut, and what it holds was not passed on.  A file may be longer than what is written, with zeros behind: where a mark
+is zero there is no frame yet, and a mark is written after all else of its frame there.  (That holds for a process
+that is killed; after a power failure the file has what the system had written by then.)
 """
 
 import struct

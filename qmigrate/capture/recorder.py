@@ -6,8 +6,10 @@ A recorder never raises for a file that can't be written on: what it records goe
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -33,9 +35,13 @@ __all__ = ["Recorder"]
 
 _LONGEST_TEXT: Final = 255  # bytes
 _MOST_UNASKED: Final = 1 << 30  # bytes of the disk that are set aside where nobody says how many
+_TMPFS: Final = 0x01021994  # TMPFS_MAGIC of linux/magic.h
+_MARK: Final = 4  # bytes, the first of a frame
 _KEEP_SIZE: Final = 1  # FALLOC_FL_KEEP_SIZE, which os.posix_fallocate() lacks
 _fallocate = ctypes.CDLL(None, use_errno=True).fallocate
 _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+_fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
+_fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
 
 
 class Recorder:
@@ -45,7 +51,9 @@ class Recorder:
     process is killed.  Where that fails (a full disk) the frame at hand is taken back, ``stopped`` says why, all
     further calls do nothing, and ``on_stop`` is called once, in the thread that met it.
     ``reserve`` bytes of the disk are set aside at once: what goes there can't meet a full disk, and costs less; None
-    is as much as does nobody harm, at most 1 GiB, and nothing where that can't be had.
+    is as much as does nobody harm, at most 1 GiB, and nothing where that can't be had.  On a tmpfs what is set aside is
+    mapped, and what is recorded is copied into it, at half the cost of the file system's own way; the file is then as
+    long as that until it is closed, with zeros behind what was recorded.
     Raises ``OSError`` where the file can't be made, ``RefusedError`` where it is there and not empty, unless
     ``overwrite``, or is no regular file.
     """
@@ -63,6 +71,7 @@ class Recorder:
         self._lock = threading.Lock()
         self._position = 0
         self._splices = True
+        self._mapping: mmap.mmap | None = None
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             self._begin(os.fspath(path), overwrite=overwrite, reserve=reserve)
@@ -88,6 +97,7 @@ class Recorder:
                     _reserve(self._descriptor, _harmless(self._descriptor))
             elif reserve:
                 _reserve(self._descriptor, reserve)
+            self._map()
         except OSError as exc:
             exc.filename = path
             raise
@@ -120,13 +130,17 @@ class Recorder:
 
     def data(self, connection: int, direction: Direction, data: bytes | memoryview) -> None:
         """Bytes that came, at most ``LONGEST_PIECE``."""
-        self._attempt(lambda: self._write(data_header(connection, direction, len(data), **_now()) + bytes(data)))
+        self._attempt(lambda: self._put(data_header(connection, direction, len(data), **_now()) + bytes(data)))
 
     def data_from(self, connection: int, direction: Direction, pipe: int, count: int) -> None:
         """``count`` bytes that are in ``pipe``, taken out of it inside the kernel.  Some stay where it fails."""
 
         def move() -> None:
-            self._write(data_header(connection, direction, count, **_now()))
+            header = data_header(connection, direction, count, **_now())
+            if self._fits(HEADER.size + count):
+                self._copy(pipe, header, count)
+                return
+            self._write(header)
             left = count
             while left:
                 left -= self._splice(pipe, left)
@@ -141,6 +155,7 @@ class Recorder:
         if self.stopped is not None:
             with suppress(OSError):
                 self._write(build_frame(End(), connection=0, **_now()))
+        self._unmap()
         with suppress(OSError):
             os.ftruncate(self._descriptor, self._position)  # what was reserved and not used is given back
         os.close(self._descriptor)
@@ -149,7 +164,7 @@ class Recorder:
     # -- inside
 
     def _frame(self, body: Record, connection: int) -> None:
-        self._attempt(lambda: self._write(build_frame(body, connection=connection, **_now())))
+        self._attempt(lambda: self._put(build_frame(body, connection=connection, **_now())))
 
     def _attempt(self, write: Callable[[], None]) -> None:
         """Write a frame whole, or, where that fails, none, and stop."""
@@ -168,10 +183,65 @@ class Recorder:
 
     def _take_back(self, begin: int, exc: OSError) -> None:
         """What is half written would be no harm, but where it stood there is room to say why it stops."""
+        self._position = begin
         with suppress(OSError):
+            self._unmap()
             os.ftruncate(self._descriptor, begin)
-            self._position = begin
             self._write(build_frame(Stopped(reason=_short(exc.strerror or str(exc))), connection=0, **_now()))
+
+    # The part that is mapped is as long already as it will be, so its length does not tell how much was written:
+    # a frame's mark, which is zero till then, is what is written last.
+
+    def _map(self) -> None:
+        """Map what was set aside, where that is a tmpfs: elsewhere the first touch of a page is what costs."""
+        length = os.fstat(self._descriptor).st_blocks * 512 // mmap.PAGESIZE * mmap.PAGESIZE
+        if length <= mmap.PAGESIZE or not _is_tmpfs(self._descriptor):
+            return
+        try:
+            os.ftruncate(self._descriptor, length)
+            self._mapping = mmap.mmap(self._descriptor, length, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        except OSError:
+            os.ftruncate(self._descriptor, self._position)
+
+    def _unmap(self) -> None:
+        """From here on the file grows."""
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
+            os.ftruncate(self._descriptor, self._position)
+
+    def _fits(self, length: int) -> bool:
+        """May a frame so long be written into the part that is mapped?  The first that does not fit ends it."""
+        if self._mapping is None:
+            return False
+        if self._position + length > len(self._mapping):
+            self._unmap()
+            return False
+        return True
+
+    def _copy(self, pipe: int, header: bytes, count: int) -> None:
+        """A frame into the mapping, its data out of the pipe."""
+        assert self._mapping is not None
+        begin = self._position + HEADER.size
+        with memoryview(self._mapping) as whole, whole[begin : begin + count] as room:
+            left = count
+            while left:
+                with room[count - left :] as rest:
+                    left -= os.readv(pipe, [rest])
+        self._seal(header, count)
+
+    def _seal(self, front: bytes, rest_bytes: int) -> None:
+        """The front of a frame into the mapped part, behind which the rest of it is already."""
+        _write_at(self._descriptor, front[_MARK:], self._position + _MARK)
+        _write_at(self._descriptor, front[:_MARK], self._position)
+        self._position += len(front) + rest_bytes
+
+    def _put(self, frame: bytes) -> None:
+        """Write a frame whole."""
+        if self._fits(len(frame)):
+            self._seal(frame, 0)
+        else:
+            self._write(frame)
 
     def _write(self, data: bytes) -> None:
         view = memoryview(data)
@@ -195,6 +265,20 @@ class Recorder:
         part = os.read(pipe, count)
         self._write(part)
         return len(part)
+
+
+def _write_at(descriptor: int, data: bytes, offset: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count
+
+
+def _is_tmpfs(descriptor: int) -> bool:
+    answer = ctypes.create_string_buffer(256)  # struct statfs, which begins with the type: a long, as most have it
+    if _fstatfs(descriptor, answer):
+        return False
+    kind = int.from_bytes(answer.raw[: ctypes.sizeof(ctypes.c_long)], sys.byteorder)
+    return kind == _TMPFS
 
 
 def _harmless(descriptor: int) -> int:

@@ -187,6 +187,8 @@ class Recording:
     def finish(self) -> Self:
         """No more will be written: what stands behind the last whole frame is cut."""
         left = self.size - self.position
+        if not self.ended and not any(self._bytes(self.position, 4)):
+            left = 0  # what was set aside, or the rest of a frame without its mark: as good as nothing
         if self.fault is None and left > 0:
             where = f"{left} bytes of a frame that was not whole when the tap was killed; they were not passed on"
             if self.ended:
@@ -194,7 +196,9 @@ class Recording:
             else:
                 self.fault = TruncatedError(where, offset=self.position)
         elif self.fault is None and not self.ended:
-            self.fault = TruncatedError("the recording has no end: the tap was killed, or still runs", offset=self.size)
+            self.fault = TruncatedError(
+                "the recording has no end: the tap was killed, or still runs", offset=self.position
+            )
         return self
 
     def _bytes(self, offset: int, count: int) -> bytes:
@@ -210,6 +214,9 @@ class Recording:
         at = self.position
         data = self._bytes(at, HEADER.size)
         if len(data) < HEADER.size:
+            return None
+        if not int.from_bytes(data[:4]):  # set aside, and not written yet
+            self._window = b""
             return None
         mark, kind, direction, unused, connection, monotonic_ns, time_ns, length, found = HEADER.unpack(data)
         is_data = mark == FrameMark.MARK and kind == FrameKind.DATA and direction in (1, 2) and not unused

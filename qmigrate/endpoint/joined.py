@@ -12,6 +12,7 @@ return path to read would not notice before it is stuck with full buffers.
 import ctypes
 import fcntl
 import os
+import select
 import socket
 import threading
 from collections.abc import Callable
@@ -65,6 +66,8 @@ class Joined:
         self._lock = threading.Lock()
         self._running = 2
         self._is_ending = False
+        self._more = select.poll()
+        self._more.register(source, select.POLLIN)
 
     @property
     def is_unfinished(self) -> bool:
@@ -118,13 +121,30 @@ class Joined:
         self._widen()
         self._look()
         with _Pipe() as through, _Pipe() as beside:
-            while count := os.splice(self._source.fileno(), through.into, LONGEST_PIECE):
+            while count := self._take_into(through):
                 while count:
                     step = self._record_forward(through, beside, count)
                     self._send_from(through, step)
                     count -= step
         with suppress(OSError):  # it is gone already: the other thread finds that out
             self._destination.shutdown(socket.SHUT_WR)
+
+    def _take_into(self, through: "_Pipe") -> int:
+        """Wait for bytes of the source, and take all that is there, as far as one piece goes; 0 at its end.
+
+        To take some makes room, and a source that waited for it fills it meanwhile.  So fewer pieces, and larger:
+        each costs a call or two for each peer, and wakes the destination once.
+        """
+        source = self._source.fileno()
+        count = os.splice(source, through.into, LONGEST_PIECE)
+        with suppress(OSError):  # the pipe is full; or it was cut, and what came before is still passed on
+            # SPLICE_F_NONBLOCK is of the pipe: tcp would wait all the same.
+            while 0 < count < LONGEST_PIECE and self._more.poll(0):
+                more = os.splice(source, through.into, LONGEST_PIECE - count, flags=os.SPLICE_F_NONBLOCK)
+                if not more:  # its end, which the next call meets again
+                    break
+                count += more
+        return count
 
     def _widen(self) -> None:
         """Room for what is on its way, so that the destination has work while we record what comes next.
@@ -155,7 +175,11 @@ class Joined:
 
     def _pass_back(self) -> None:
         buffer = memoryview(bytearray(_BACK_PIECE))
-        while count := self._destination.recv_into(buffer):
+        # Who waits in recv() on a unix socket is woken whenever the peer has read something, which it does
+        # thousands of times a second; who waits in poll() is not.
+        ready = select.poll()
+        ready.register(self._destination, select.POLLIN)
+        while ready.poll() and (count := self._destination.recv_into(buffer)):
             piece = buffer[:count]
             if self._recorder is not None:
                 self._recorder.data(self.number, Direction.RETURN, piece)

@@ -4,7 +4,8 @@ import os
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -254,7 +255,7 @@ def resealed(kind: int, length: int, *, direction: int = 0, connection: int = 0,
             "frame: DATA: of connection 0: the recording had stopped",
         ),
         (build_frame(End(), connection=0, **HERE) + b"more", "4 bytes follow END"),
-        (b"\0" * 36, "frame: mark: found 0x0, expected one of MARK 0x4652414d"),
+        (b"\1" * 36, "frame: mark: found 0x1010101, expected one of MARK 0x4652414d"),
     ],
 )
 def test_a_frame_that_lies_is_an_error_with_its_place(frame: bytes, message: str, tmp_path: Path) -> None:
@@ -366,3 +367,58 @@ def test_what_is_reserved_and_not_used_is_given_back(tmp_path: Path) -> None:
     with Recording(tmp_path / "a.tap").read() as recording:
         assert (recording.fault, len(recording.connections)) == (None, 1)
     assert (tmp_path / "a.tap").stat().st_blocks * 512 < 1 << 20
+
+
+@pytest.fixture
+def tmpfs() -> Iterator[Path]:
+    """A folder on a tmpfs."""
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("no tmpfs at /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="qmigrate-test-") as folder:
+        yield Path(folder)
+
+
+def pushed(recorder: Recorder, data: bytes) -> None:
+    """Through a pipe, as the tap does it."""
+    out, into = os.pipe()
+    try:
+        for at in range(0, len(data), 50_000):
+            part = data[at : at + 50_000]
+            assert os.write(into, part) == len(part)
+            recorder.data_from(0, FORWARD, out, len(part))
+    finally:
+        os.close(out)
+        os.close(into)
+
+
+@pytest.mark.parametrize("reserve", [0, 1 << 16, 1 << 20, None])
+def test_what_is_mapped_and_what_is_not_hold_the_same(reserve: int | None, tmpfs: Path) -> None:
+    """Nothing, part and all of it fits into what was set aside."""
+    data = os.urandom(300_000)
+    with Recorder(tmpfs / "a.tap", reserve=reserve) as recorder, Recording(tmpfs / "a.tap") as followed:
+        assert (followed.size > HEADER.size) == (reserve != 0)
+        opened(recorder, 0)
+        for part in (data[:120_000], data[120_000:]):
+            pushed(recorder, part)
+            recorder.data(0, RETURN, PONG)
+            assert len(list(followed.advance())) > 3
+            assert followed.fault is None
+        assert bytes_of(followed, 0, FORWARD) == data
+        with Recording(tmpfs / "a.tap").read() as unfinished:
+            assert str(unfinished.fault).endswith("the recording has no end: the tap was killed, or still runs")
+            assert bytes_of(unfinished, 0, FORWARD) == data
+            assert bytes_of(unfinished, 0, RETURN) == PONG * 2
+        length = recorder.size
+    with Recording(tmpfs / "a.tap").read() as recording:
+        assert recording.fault is None
+        assert bytes_of(recording, 0, FORWARD) == data
+        assert recording.size == length + HEADER.size
+
+
+def test_a_mapped_file_that_somebody_cuts_stops_the_recording_and_nothing_else(tmpfs: Path) -> None:
+    heard: list[OSError] = []
+    with Recorder(tmpfs / "a.tap", reserve=1 << 20, on_stop=heard.append) as recorder:
+        opened(recorder, 0)
+        os.truncate(tmpfs / "a.tap", 0)
+        pushed(recorder, bytes(50_000))
+        assert [exc.strerror for exc in heard] == ["Bad address"]

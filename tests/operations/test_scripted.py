@@ -1,5 +1,6 @@
 """Migrations with servers that do what no QEMU at hand does: old names, words of the future, nonsense."""
 
+from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -215,3 +216,30 @@ async def test_the_questions_of_the_preparation_are_asked_once_and_without_waiti
     for side in ("source", "destination"):
         asked = story.of(side)
         assert sorted(asked[: asked.index("migrate-set-capabilities")]) == questions
+
+
+PREPARED = {"query-qmp-schema": 1, "query-migrate-capabilities": 1, "query-migrate": 1, "query-status": 1}
+LOOKED = {"query-migrate": 1, "query-status": 1}
+SET_UP = {"migrate-set-capabilities": 1}
+
+
+@pytest.mark.parametrize(
+    ("plan", "switch"),
+    [(Plan(uri="tcp:a:1"), {}), (Plan(uri="tcp:a:1", postcopy=[AtOnce()]), {"migrate-start-postcopy": 1})],
+)
+async def test_no_more_commands_are_sent_than_this(plan: Plan, switch: dict[str, int]) -> None:
+    """Of a migration that is over at once.  A longer one is asked how far it is, seldom: scripts/bench_drive."""
+    running = [("source", "STOP"), ("source", "postcopy-active"), ("destination", "postcopy-active"), *END]
+    story = Story(
+        ["events", "postcopy-ram"],
+        after_migrate=PRECOPY if switch else [*PRECOPY, ("source", "STOP"), *END],
+        after_switch=running,
+    )
+    result, _ = await told(story, plan)
+    assert result.outcome is Outcome.COMPLETED
+    assert Counter(story.of("source")) == Counter(PREPARED) + Counter(SET_UP | {"migrate": 1} | switch) + Counter(
+        LOOKED
+    )
+    assert Counter(story.of("destination")) == Counter(PREPARED) + Counter(SET_UP | {"migrate-incoming": 1}) + Counter(
+        LOOKED
+    )
