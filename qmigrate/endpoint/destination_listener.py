@@ -113,7 +113,6 @@ class Listener:
         while True:
             if not self._place_ahead():
                 for event in core.events():
-                    self._send()  # what came before: the guest's process, which answers too, comes after that
                     self._tell_phase()
                     self._take(event)
                     self._send()
@@ -225,6 +224,7 @@ class Listener:
         if self.ram is None:
             raise StreamError("a package before the block list", offset=came.offset, trail=("PACKAGED",))
         assert self.channel is not None
+        self._send()  # what was asked before the package is answered before what is asked in it
         if self.core.kept is not None:
             self.package = came
         package = _in_memory("package", came.data)

@@ -6,7 +6,6 @@ refused in each phase whose row does not name it, the core's own tests go throug
 
 import asyncio
 import os
-import resource
 import signal
 import socket
 import subprocess
@@ -71,17 +70,29 @@ class Ended:
         return last.value
 
 
+# A child's peak counts what it was forked from, until it became another program: so that is a small one.
+MEASURED: Final = """
+import os, resource, sys
+_, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), most))
+child = os.spawnv(os.P_NOWAIT, sys.argv[3], sys.argv[3:])
+_, status, used = os.wait4(child, 0)
+with open(sys.argv[2], "w") as file:
+    file.write(f"{os.waitstatus_to_exitcode(status)} {used.ru_maxrss << 10}")
+"""
+
+
 class Command:
     """``qmigrate receive`` in a process of its own, and a connection to it that is read to its end."""
 
     def __init__(self, folder: Path, *words: str) -> None:
         self.folder = folder
         command = [sys.executable, "-m", "qmigrate", "receive", f"unix:{folder / 'in'}", "--ndjson"]
+        measured = [sys.executable, "-I", "-S", "-c", MEASURED, str(OPEN_FILES), str(folder / "used")]
         self.process = subprocess.Popen(
-            [*command, "--control", str(folder / "control"), *words],
+            [*measured, *command, "--control", str(folder / "control"), *words],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            preexec_fn=_few_files,  # noqa: PLW1509 - the test has no threads then
         )
         self.told = bytearray()
         self.peer = socket.socket(socket.AF_UNIX)
@@ -112,40 +123,48 @@ class Command:
 
     def interrupt(self, exit_code: int) -> None:
         """Ctrl-C; where that would lose a guest, again once it has said so."""
-        self.process.send_signal(signal.SIGINT)
+        (pid,) = children_of(self.process.pid)
+        os.kill(pid, signal.SIGINT)
         if exit_code == LOST:
             assert self.process.stderr is not None
             assert any(b"interrupted again, it is lost" in line for line in self.process.stderr)
-            self.process.send_signal(signal.SIGINT)
+            os.kill(pid, signal.SIGINT)
 
     def ended(self) -> Ended:
         """Wait for its end.  The largest of it and its processes counts, for it waits for them."""
         assert self.process.stdout is not None
         assert self.process.stderr is not None
         said = self.process.stdout.read() + self.process.stderr.read()
-        _, status, used = os.wait4(self.process.pid, 0)
-        self.process.returncode = os.waitstatus_to_exitcode(status)
+        assert self.process.wait(TIMEOUT_S) == 0, said
+        exit_code, memory = map(int, (self.folder / "used").read_text().split())
         self._reader.join(TIMEOUT_S)
-        return Ended(self.process.returncode, said.decode(), bytes(self.told), used.ru_maxrss << 10)
+        return Ended(exit_code, said.decode(), bytes(self.told), memory)
+
+    def kill(self) -> None:
+        """If it is still there."""
+        for pid in children_of(self.process.pid):
+            os.kill(pid, signal.SIGKILL)
 
 
-def _few_files() -> None:
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (OPEN_FILES, most))
+def children_of(pid: int) -> list[int]:
+    """None of a process that has ended."""
+    with suppress(OSError):
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
 
 
 @contextmanager
 def command(folder: Path, *words: str) -> Iterator[Command]:
     """Connected; killed if it is still there at the end, or after a time."""
     started = Command(folder, *words)
-    late = threading.Timer(TIMEOUT_S, started.process.kill)
+    late = threading.Timer(TIMEOUT_S, started.kill)
     late.start()
     try:
         started.connect()
         yield started
     finally:
         late.cancel()
-        started.process.kill()
+        started.kill()
         started.process.wait()
         started.peer.close()
         for pipe in (started.process.stdout, started.process.stderr):
@@ -287,7 +306,8 @@ SILENT: Final = {
 def test_silence_is_ended_by_an_interrupt_which_says_where_the_guest_is(name: str, tmp_path: Path) -> None:
     data, comes, exit_code = SILENT[name]
     with command(tmp_path, "--touch", "random", "--touch", "sequential") as receive:
-        children = Path(f"/proc/{receive.process.pid}/task/{receive.process.pid}/children").read_text().split()
+        (pid,) = children_of(receive.process.pid)
+        children = children_of(pid)
         receive.send(data)
         if data:
             receive.wait_for(comes)
