@@ -208,6 +208,7 @@ class Listener:
         if self.ram is None:
             raise StreamError("a package before the block list", offset=came.offset, trail=("PACKAGED",))
         assert self.channel is not None
+        self._send()  # what was asked before the package is answered before what is asked in it
         if self.core.kept is not None:
             self.package = came
         package = _in_memory("package", came.data)
