@@ -24,7 +24,7 @@ from qmigrate.qmp.machine import Machine
 from tests.guests import console
 from tests.live.command import ROOT
 from tests.live.recording import FAST, Kind, arguments_of, recorded
-from tests.live.same import assert_same_ram
+from tests.live.same import assert_same_ram, loses_writes
 from tests.live.versions import Qemu
 
 __all__ = ["Input", "command_of", "proved", "recorded_input", "restored", "waiting"]
@@ -90,7 +90,7 @@ async def proved(saved: Input, folder: Path, *more: str, taker: Qemu | None = No
             compared = await assert_same_ram(machine, extracted, folder / "memory")
             assert (taker or saved.qemu).number < (10,) or len(compared.whole) == len(extracted.files)
         lazily = await _saved_again(machine, folder / "lazy")
-        if saved.kind.has_guest:
+        if saved.kind.has_guest and not _is_damaged(saved):
             await _go_on(machine)
             await console.assert_goes_on(folder / "lazy" / "console")
     async with waiting(saved, folder / "eager", "-S", *more, taker=taker) as machine:
@@ -109,6 +109,14 @@ async def proved(saved: Input, folder: Path, *more: str, taker: Qemu | None = No
 async def restored(saved: Input, machine: Machine, folder: Path, **wishes: Any) -> Any:
     restorer = Restorer(saved.stream, channels=saved.channels, **wishes)
     return await restorer.run(machine.session, uri=f"unix:{folder / 'in'}")
+
+
+def _is_damaged(saved: Input) -> bool:
+    """May the saver have lost writes?  Then the file has them not, and the guest finds it out, however it is restored.
+
+    5.2 and 7.2 under TCG lose those of a guest that never empties its TLB.
+    """
+    return loses_writes(saved.qemu, saved.kind) and not saved.kind.guest.pages_per_tick
 
 
 async def _go_on(machine: Machine) -> None:
