@@ -27,7 +27,7 @@ from qmigrate.protocol.phases import Phase
 from qmigrate.uffd.toucher import Histogram
 from qmigrate.uffd.userfault import Userfaultfd
 
-POSTCOPY_READ: Final = 1 << 17  # bytes
+POSTCOPY_READ: Final = 1 << 18  # bytes: all that a unix socket holds, so that the source goes on meanwhile
 PROGRESS_S: Final = 0.25
 QUIET_S: Final = 0.5  # after which a tail that could be whole is taken to be
 LATE: Final = (
