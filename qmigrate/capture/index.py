@@ -7,6 +7,7 @@ further channel) goes into a spill file, which has no name and ends with its own
 
 import mmap
 import os
+import re
 import tempfile
 from array import array
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from qmigrate.capture.placed import KIND_BITS, Kind, Placed, PlacedPages
 from qmigrate.errors import UnsupportedError
 from qmigrate.format.command import DiscardRange, PostcopyRamDiscard
 from qmigrate.format.entry import Entry, RamPage
-from qmigrate.format.mapped_ram import MappedBlock, MappedPages
+from qmigrate.format.mapped_ram import MappedBitmap, MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, Pages, RamBlock, RamFlag
 from qmigrate.format.stretch import Stretch
 
@@ -30,6 +31,8 @@ _ZERO: Final = int(RamFlag.ZERO)
 _CONTINUE: Final = int(RamFlag.CONTINUE)
 _KIND_BITS: Final = KIND_BITS
 _KIND_MASK: Final = (1 << _KIND_BITS) - 1
+_BITS_AT_ONCE: Final = 1 << 13
+_ONES: Final = re.compile("1+")
 _LAZILY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap names since 3.13
 
 
@@ -37,11 +40,16 @@ class PageIndex(PlacedPages):
     """The index of a migration while it is read.  Closes its spill file; ``descriptor`` is the input's, and stays open.
 
     ``base``: where in the file the stream begins, in bytes.  ``spill``: an empty file, which it closes, for
-    what does not stand in the input; else it makes one.
+    what does not stand in the input; else it makes one.  ``by_bitmaps``: of mapped-ram the bitmaps come alone, and
+    say where pages are; else the runs of pages do.
     """
 
-    def __init__(self, descriptor: int | None, *, base: int = 0, spill: IO[bytes] | None = None) -> None:
+    def __init__(
+        self, descriptor: int | None, *, base: int = 0, spill: IO[bytes] | None = None, by_bitmaps: bool = False
+    ) -> None:
         super().__init__(descriptor, spill=spill)
+        self._by_bitmaps = by_bitmaps
+        self._mapped_at = 0  # where the pages of the latest block begin in the stream
         self._base = base
         self._spilled = 0
         self._decoders: dict[int, PageDecoder] = {}
@@ -54,12 +62,17 @@ class PageIndex(PlacedPages):
 
     def take(self, entry: Entry) -> None:
         """Another entry of the migration, in its order.  Raises ``StreamError`` where a page's data is damaged."""
-        match entry.record:
+        record = entry.record
+        match record:
             case BlockList(blocks=blocks):
                 for block in blocks:
                     self._add(block)
-            case MappedBlock(block=block):
+            case MappedBlock(block=block, header=header):
                 self._add(block)
+                self.page_size = header.page_size
+                self._mapped_at = entry.offset + entry.length + header.pages_offset - header.bitmap_offset
+            case MappedBitmap() if self._by_bitmaps:
+                self._bitmap(record)
             case Pages() as pages:
                 self.page_size = pages.page_size
                 self._pages(pages, entry)
@@ -140,6 +153,24 @@ class PageIndex(PlacedPages):
             else:
                 at = offset - entry.offset
                 self._spill_pages(pages.block, first, entry.view[at : at + count * page_size])
+
+    def _bitmap(self, bitmap: MappedBitmap) -> None:
+        """The same, of a piece of a bitmap: some thousand pages at once, as most of a guest may have no contents."""
+        entries, page_size = self._of(bitmap.block), self.page_size
+        end = min(bitmap.first_page + 8 * bitmap.length, len(entries))
+        entries[bitmap.first_page : end] = array("Q", [Kind.ZERO]) * (end - bitmap.first_page)
+        bits, step = bitmap.build(), page_size << _KIND_BITS
+        for first in range(bitmap.first_page, end, _BITS_AT_ONCE):
+            at = (first - bitmap.first_page) // 8
+            word = int.from_bytes(bits[at : at + _BITS_AT_ONCE // 8], "little")
+            if not word:
+                continue
+            count = min(_BITS_AT_ONCE, end - first)
+            begin = (self._base + self._mapped_at + first * page_size) << _KIND_BITS | Kind.PLACED
+            places = memoryview(array("Q", range(begin, begin + step * count, step)))
+            for found in _ONES.finditer(format(word, f"0{count}b")[::-1], 0, count):
+                one, other = found.span()
+                entries[first + one : first + other] = places[one:other]
 
     def _filled(self, pages: Pages) -> None:
         """ZERO pages of another byte: no QEMU writes them, and 5.2 reads them."""

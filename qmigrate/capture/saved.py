@@ -31,7 +31,7 @@ from qmigrate.format.stream import (
     SectionType,
     VmDescriptionHeader,
 )
-from qmigrate.format.walk import walk
+from qmigrate.format.walk import Walker
 from qmigrate.format.write import encode
 
 __all__ = ["Saved", "read_saved"]
@@ -47,10 +47,11 @@ def read_saved(migration: Migration, *, spill: IO[bytes] | None = None) -> Saved
     """
     place = migration.source.in_place
     descriptor, base = place or (None, 0)
-    index = PageIndex(descriptor, base=base, spill=spill)
+    is_read = place is None or bool(migration.parts)
+    index = PageIndex(descriptor, base=base, spill=spill, by_bitmaps=not is_read)
     saved = Saved(index)
     try:
-        entries = migration.entries() if place is None or migration.parts else _without_contents(*place)
+        entries = migration.entries() if place is None or is_read else _without_contents(*place)
         _Reading(saved, index).take_all(entries)
         _check(saved)
     except BaseException:
@@ -84,10 +85,12 @@ class _Sparing:
 def _without_contents(descriptor: int, start: int) -> Iterator[Entry]:
     """The walk of a file, the pages of mapped-ram unread: where they are is known from their bitmap.
 
-    So of the views of ``MappedPages`` nothing is true but their length.  Raises ``StreamError``.
+    So ``MappedPages`` have no runs, and of their views nothing is true but their length.  Raises ``StreamError``.
     """
     feed, reader = Feed(), _Sparing(descriptor, start)
-    for entry in walk(feed):
+    walker = Walker(feed)
+    walker.reads_mapped = False
+    for entry in walker.run():
         if entry is None:
             try:
                 count = reader.readinto(feed.space())

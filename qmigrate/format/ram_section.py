@@ -18,6 +18,7 @@ from qmigrate.format.mapped_ram import (
     Gap,
     MappedBitmap,
     MappedBlock,
+    MappedPages,
     MappedRamHeader,
     MappedSpan,
     is_zero,
@@ -52,7 +53,7 @@ class RamSection:
     """What the section remembers from part to part: its blocks, and the one that pages continue.
 
     ``page_size`` is the target's, in bytes, ``is_known`` where that is more than a guess; ``advised`` what ADVISE
-    said before, None without one.
+    said before, None without one.  ``reads_mapped``: see ``Walker``.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class RamSection:
         is_known: bool,
         capabilities: frozenset[str],
         advised: PageSizes | None,
+        reads_mapped: bool = True,
     ) -> None:
         self.feed = feed
         self.page_size = page_size
         self.page_size_is_known = is_known
         self.capabilities = capabilities
         self.advised = advised
+        self.reads_mapped = reads_mapped
         self.blocks: dict[str, int] = {}
         self.block: str | None = None
         self._is_at_record = False
@@ -157,7 +160,9 @@ class RamSection:
             yield from self.feed.need(span.page_size, ("ram", name))
             count = min(len(self.feed) // span.page_size, span.page_count - page)
             length = count * span.page_size
-            pages = read_mapped(name, self.feed.view(length), bits, page, span.page_size, self.feed.offset)
+            pages = MappedPages(name, span.page_size, ())
+            if self.reads_mapped:
+                pages = read_mapped(name, self.feed.view(length), bits, page, span.page_size, self.feed.offset)
             yield self._consume(pages, length)
             page += count
 

@@ -116,6 +116,8 @@ class Walker:
         self.ram_ended = False
         self.live: dict[int, LiveState] = {}
         self.switched = False
+        self.reads_mapped = True
+        """False: pages of mapped-ram are given without runs, to who goes by their bitmaps and does not read them."""
 
     # -- the top
 
@@ -318,6 +320,7 @@ class Walker:
                 is_known=self._page_size_is_known,
                 capabilities=self.capabilities,
                 advised=self.advised,
+                reads_mapped=self.reads_mapped,
             )
             yield from self.ram.block_list()
             yield from self.ram.records()

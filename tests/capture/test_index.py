@@ -21,12 +21,14 @@ from qmigrate.errors import RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import DiscardRange, PostcopyRamDiscard
 from qmigrate.format.entry import Entry
 from qmigrate.format.feed import Feed
+from qmigrate.format.mapped_ram import MappedPages
 from qmigrate.format.ram import Pages
 from qmigrate.format.ram_section import RamSection
 from qmigrate.format.walk import walk
 from tests import streams
 from tests.joining import joined, pages_of
 from tests.streams import BLOCKS, PAGE
+from tests.walking import entries
 
 CORPUS = Path(__file__).parents[1] / "corpus"
 COUNTS = {name: length // PAGE for name, length in BLOCKS.items()}
@@ -146,6 +148,30 @@ def test_a_mapped_file_is_indexed_as_it_is_extracted(name: str, tmp_path: Path) 
     path = tmp_path / "stream.mig"
     path.write_bytes(lzma.decompress((CORPUS / "odd" / f"{name}.mig.xz").read_bytes()))
     assert_as_extracted(path, tmp_path / "ram")
+
+
+@given(st.lists(st.booleans(), min_size=1, max_size=200), st.integers(0, 3))
+@settings(max_examples=30)
+def test_a_bitmap_says_of_each_page_what_its_run_does(present: list[bool], before: int) -> None:
+    """With another block behind it, and the stream not at the file's beginning."""
+    begin = streams.header() + streams.configuration(capabilities=["mapped-ram"])
+    pages: dict[str, list[bytes | None]] = {
+        "pc.ram": [bytes([number % 251]) * PAGE if is_there else None for number, is_there in enumerate(present)],
+        "pc.rom": [None, b"r" * PAGE],
+    }
+    base = before * PAGE
+    stream = begin + streams.mapped_ram_start(pages, begin=len(begin), base=base)
+    with pytest.MonkeyPatch.context() as patch, PageIndex(0, base=base) as by_runs:
+        patch.setattr("qmigrate.capture.index._BITS_AT_ONCE", 16)
+        with PageIndex(0, base=base, by_bitmaps=True) as by_bitmaps:
+            for entry in entries(stream + streams.eof()):
+                by_runs.take(entry)
+                if isinstance(entry.record, MappedPages):
+                    by_bitmaps.take(entry._replace(record=MappedPages(entry.record.block, PAGE, ())))
+                else:
+                    by_bitmaps.take(entry)
+            for name, each in pages.items():
+                assert list(by_bitmaps.runs(name, 0, len(each))) == list(by_runs.runs(name, 0, len(each)))
 
 
 def assert_as_extracted(path: Path, folder: Path) -> None:
