@@ -3,16 +3,13 @@
 import argparse
 import sys
 import time
-from collections.abc import Callable
-from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
 from qmigrate.cli.lines import EventLines
+from qmigrate.cli.panel_below import PanelBelow, console_for
 from qmigrate.events import GuestChanged, LiveEvent, PassBegan, Progressed, Side, SideFound, StatusChanged
 from qmigrate.report.names import clean
 from qmigrate.report.units import count, duration, plural, size
@@ -20,7 +17,7 @@ from qmigrate.report.units import count, duration, plural, size
 if TYPE_CHECKING:
     from qmigrate.operations.result import MigrationResult
 
-__all__ = ["Display", "is_for"]
+__all__ = ["Display"]
 
 _LABEL: Final = 11  # columns
 _FIGURE: Final = 24
@@ -35,63 +32,14 @@ _STYLES: Final = {
 }
 
 
-class _Steady(Console):
-    """The cursor stays seen: so whatever ends us, a signal that can't be caught too, leaves a terminal as it was."""
-
-    def show_cursor(self, show: bool = True) -> bool:
-        return show
-
-
-def console_for(stream: TextIO) -> Console:
-    """Where nothing that is printed is read as markup."""
-    return _Steady(file=stream, markup=False, highlight=False, emoji=False)
-
-
-def is_for(args: argparse.Namespace) -> bool:
-    """Is there a terminal to show it on, and does anybody want to see it?"""
-    if args.quiet or args.ndjson or sys.stderr is None or not sys.stderr.isatty():
-        return False
-    console = console_for(sys.stderr)
-    return console.is_terminal and not console.is_dumb_terminal
-
-
-class Display(EventLines):
-    """Events as lines, and below them the panel.  It is gone when it ends; the lines stay."""
+class Display(PanelBelow, EventLines):
+    """Events as lines, and below them the panel."""
 
     def __init__(self, args: argparse.Namespace, out: TextIO, console: Console | None = None) -> None:
         super().__init__(args, out)
-        self._console = console or console_for(sys.stderr)
-        self.panel = Panel(ascii_only=self._console.options.ascii_only)
-        self._live = self._new_live()
-
-    def _new_live(self) -> Live:
-        return Live(
-            console=self._console,
-            auto_refresh=False,  # by our own turns: no thread
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            get_renderable=lambda: self.panel.text(self._console.width),
-        )
-
-    def __enter__(self) -> Self:
-        self._quietly(self._live.start)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._quietly(self._live.stop)
-
-    def refresh(self) -> None:
-        self._quietly(self._live.refresh)
-
-    def suspend(self) -> None:
-        self._quietly(self._live.stop)
-
-    def resume(self) -> None:
-        self._live = self._new_live()  # the old one would go up to where it was, over what others have written since
-        self._quietly(self._live.start)
+        console = console or console_for(sys.stderr)
+        self.panel = Panel(ascii_only=console.options.ascii_only)
+        self.show(self.panel, console)
 
     def take(self, event: LiveEvent) -> None:
         self.panel.take(event)
@@ -105,15 +53,6 @@ class Display(EventLines):
 
     def _progress(self, event: LiveEvent) -> str:  # noqa: ARG002 - the panel shows it
         return ""
-
-    def _say(self, line: str) -> None:
-        self._quietly(lambda: self._console.print(Text(clean(line))))
-
-    @staticmethod
-    def _quietly(do: Callable[[], object]) -> None:
-        """A terminal that went away ends no migration."""
-        with suppress(OSError):
-            do()
 
 
 class Panel:

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 __all__ = ["add_one_side", "add_patience", "add_side", "add_telling", "address", "do_one", "drive"]
 
 INTERRUPTED: Final = 130
-REFRESHES_EVERY_S: Final = 0.25
 
 SIDE_HELP: Final = "where its QMP is: a unix socket's path, or HOST:PORT"
 
@@ -139,6 +138,8 @@ async def _driven(
     import asyncio
     import signal
 
+    from qmigrate.cli.until_done import until_done
+
     task = asyncio.ensure_future(start(driver))
 
     def interrupt() -> None:
@@ -147,37 +148,14 @@ async def _driven(
         else:
             task.cancel()
 
-    def suspend() -> None:
-        teller.suspend()
-        os.kill(os.getpid(), signal.SIGSTOP)  # we go on here when somebody says so
-        teller.resume()
-
-    loop = asyncio.get_running_loop()
-    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: interrupt, signal.SIGTSTP: suspend}
-    for number, handler in handlers.items():
-        loop.add_signal_handler(number, handler)
-    refreshing = asyncio.ensure_future(_refresh(teller))
-    try:
-        return await task
-    finally:
-        refreshing.cancel()
-        await asyncio.wait([refreshing])
-        for number in handlers:
-            loop.remove_signal_handler(number)
-
-
-async def _refresh(teller: EventLines) -> None:
-    import asyncio
-
-    while True:
-        teller.refresh()
-        await asyncio.sleep(REFRESHES_EVERY_S)
+    return await until_done(task, teller, {signal.SIGINT: interrupt, signal.SIGTERM: interrupt})
 
 
 def _teller(args: argparse.Namespace, out: TextIO) -> EventLines:
     """A display where there is a terminal for it, else lines."""
     if sys.stderr is not None and sys.stderr.isatty():
-        from qmigrate.cli.display import Display, is_for
+        from qmigrate.cli.display import Display
+        from qmigrate.cli.panel_below import is_for
 
         if is_for(args):
             return Display(args, out)

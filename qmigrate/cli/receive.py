@@ -1,7 +1,6 @@
 """``qmigrate receive``: stand in for a destination."""
 
 import argparse
-import os
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -39,7 +38,6 @@ EXAMPLES = (
 )
 
 PATTERNS: Final = ("sequential", "random", "zipf", "working-set")  # of uffd.toucher, which is loaded later
-REFRESHES_EVERY_S: Final = 0.25
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -205,6 +203,8 @@ async def _received(receiver: "Receiver", teller: ReceiveLines) -> "ReceiveResul
     import asyncio
     import signal
 
+    from qmigrate.cli.until_done import until_done
+
     task = asyncio.ensure_future(receiver.run())
     was_told = False
 
@@ -221,39 +221,18 @@ async def _received(receiver: "Receiver", teller: ReceiveLines) -> "ReceiveResul
         if receiver.place_of_guest in ("none", "source"):
             task.cancel()
 
-    def suspend() -> None:
-        teller.suspend()
-        os.kill(os.getpid(), signal.SIGSTOP)  # we go on here when somebody says so
-        teller.resume()
-
-    loop = asyncio.get_running_loop()
-    handlers = {signal.SIGINT: interrupt, signal.SIGTERM: interrupt, signal.SIGHUP: hang_up, signal.SIGTSTP: suspend}
-    for number, handler in handlers.items():
-        loop.add_signal_handler(number, handler)
-    refreshing = asyncio.ensure_future(_refresh(teller))
     try:
-        return await task
+        return await until_done(
+            task, teller, {signal.SIGINT: interrupt, signal.SIGTERM: interrupt, signal.SIGHUP: hang_up}
+        )
     except asyncio.CancelledError:
         return receiver.interrupted()
-    finally:
-        refreshing.cancel()
-        await asyncio.wait([refreshing])
-        for number in handlers:
-            loop.remove_signal_handler(number)
-
-
-async def _refresh(teller: ReceiveLines) -> None:
-    import asyncio
-
-    while True:
-        teller.refresh()
-        await asyncio.sleep(REFRESHES_EVERY_S)
 
 
 def _teller(args: argparse.Namespace, out: TextIO) -> ReceiveLines:
     """A display where there is a terminal for it, else lines."""
     if sys.stderr is not None and sys.stderr.isatty():
-        from qmigrate.cli.display import is_for
+        from qmigrate.cli.panel_below import is_for
         from qmigrate.cli.receive_display import ReceiveDisplay
 
         if is_for(args):

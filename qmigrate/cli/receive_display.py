@@ -4,17 +4,13 @@ import argparse
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import suppress
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self, TextIO
+from typing import TYPE_CHECKING, Final, TextIO
 
 from rich.console import Console
-from rich.live import Live
 from rich.text import Text
 
 from qmigrate.analysis.latency import Bucket, latency_in
-from qmigrate.cli.display import console_for
+from qmigrate.cli.panel_below import PanelBelow, console_for
 from qmigrate.cli.receiving import ReceiveLines
 from qmigrate.events import BlocksCame, ChannelCame, Latency, LiveEvent, Received, StatusChanged
 from qmigrate.report.names import clean
@@ -40,43 +36,14 @@ _STILL: Final = frozenset({"paused", "recovering", "ended"})  # nothing comes: w
 _WAITED: Final = (("touchers", "touched"), ("requests", "answered"), ("preempt", "preempted"))
 
 
-class ReceiveDisplay(ReceiveLines):
-    """Events as lines, and below them the panel.  It is gone when it ends; the lines stay."""
+class ReceiveDisplay(PanelBelow, ReceiveLines):
+    """Events as lines, and below them the panel."""
 
     def __init__(self, args: argparse.Namespace, out: TextIO, console: Console | None = None) -> None:
         super().__init__(args, out)
-        self._console = console or console_for(sys.stderr)
-        self.panel = ReceivePanel(ascii_only=self._console.options.ascii_only)
-        self._live = self._new_live()
-
-    def _new_live(self) -> Live:
-        return Live(
-            console=self._console,
-            auto_refresh=False,  # by our own turns: no thread
-            transient=True,
-            redirect_stdout=False,
-            redirect_stderr=False,
-            get_renderable=lambda: self.panel.text(self._console.width),
-        )
-
-    def __enter__(self) -> Self:
-        self._quietly(self._live.start)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._quietly(self._live.stop)
-
-    def refresh(self) -> None:
-        self._quietly(self._live.refresh)
-
-    def suspend(self) -> None:
-        self._quietly(self._live.stop)
-
-    def resume(self) -> None:
-        self._live = self._new_live()  # the old one would go up to where it was, over what others have written since
-        self._quietly(self._live.start)
+        console = console or console_for(sys.stderr)
+        self.panel = ReceivePanel(ascii_only=console.options.ascii_only)
+        self.show(self.panel, console)
 
     def take(self, event: LiveEvent) -> None:
         self.panel.take(event)
@@ -91,15 +58,6 @@ class ReceiveDisplay(ReceiveLines):
 
     def _received(self, event: LiveEvent) -> str:  # noqa: ARG002 - the panel shows it
         return ""
-
-    def _say(self, line: str) -> None:
-        self._quietly(lambda: self._console.print(Text(clean(line))))
-
-    @staticmethod
-    def _quietly(do: Callable[[], object]) -> None:
-        """A terminal that went away ends no migration."""
-        with suppress(OSError):
-            do()
 
 
 class ReceivePanel:

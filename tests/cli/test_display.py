@@ -10,9 +10,10 @@ import sys
 import pytest
 
 from qmigrate import events
-from qmigrate.cli import display, lines
+from qmigrate.cli import lines
 from qmigrate.cli.display import Display, Panel
 from qmigrate.cli.lines import EventLines
+from qmigrate.cli.panel_below import is_for
 from qmigrate.events import Side
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.whereabouts import Place, Reach, View, Whereabouts
@@ -175,17 +176,17 @@ def broken(_text: str) -> int:
 
 def test_it_is_for_terminals_that_can_be_written_anew(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
     monkeypatch.setattr(sys, "stderr", terminal)
-    assert display.is_for(args())
-    assert not display.is_for(args(quiet=True))
-    assert not display.is_for(args(ndjson=True))
+    assert is_for(args())
+    assert not is_for(args(quiet=True))
+    assert not is_for(args(ndjson=True))
     monkeypatch.setenv("TERM", "dumb")
-    assert not display.is_for(args())
+    assert not is_for(args())
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    assert not display.is_for(args())
+    assert not is_for(args())
     monkeypatch.setattr(sys, "stderr", None)
-    assert not display.is_for(args())
+    assert not is_for(args())
 
 
 # ---- lines, and the end ----

@@ -353,13 +353,8 @@ async def test_the_command_restores_into_a_qemu_that_waits(tmp_path: Path) -> No
         assert (command.returncode, out.splitlines()[0]) == (0, b"the guest runs, all its pages are in")
         assert b"guest runs after" in out
         page = Read((tmp_path / "page.html").read_text())
-        for expected in (
-            "Restored lazily",
-            f"into QEMU {qemu.version}",
-            "postcopy-active",
-            "Memory missing",
-            "Answers",
-        ):
+        # Not "Answers": so small a guest may have all its pages before it asks for one.
+        for expected in ("Restored lazily", f"into QEMU {qemu.version}", "postcopy-active", "Memory missing"):
             assert expected in page.text, expected
         await console.assert_goes_on(tmp_path / "d" / "console")
         assert (await migration.query(machine.session))["status"] == "completed"
