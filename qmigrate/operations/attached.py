@@ -39,7 +39,7 @@ async def start_postcopy(source: Session, *, timeout_s: float = 30.0) -> Done:
     if is_postcopy(view.status):
         return Done("it is in postcopy already", view)
     _under_way(view)
-    features = await Features.of(source, timeout_s=timeout_s)
+    features = await Features.of(source, timeout_s=timeout_s, with_schema=False)
     if features.postcopy is None:
         raise RefusedError("this QEMU can't do postcopy")
     if not features.capabilities[features.postcopy]:

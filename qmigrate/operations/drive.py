@@ -22,8 +22,8 @@ from qmigrate.operations.prepare import prepare
 from qmigrate.operations.recover import heard
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.switchover import Switchover
+from qmigrate.operations.telling import tell_where
 from qmigrate.operations.whereabouts import receives
-from qmigrate.qmp.features import Features
 from qmigrate.qmp.postcopy import PAUSED, is_postcopy
 from qmigrate.qmp.session import Session
 
@@ -61,10 +61,7 @@ class Driver:
         check(self.plan.uri, self.plan.listen, self.plan.recover_uri, self.plan.recover_listen)
         course.started = course.switch_sent = True
         source, destination = course.source, course.destination
-        features, _, _ = await asyncio.gather(
-            Features.of(source.session, timeout_s=source.answer_timeout_s), source.ask(), self._ask_patiently()
-        )
-        course.features = {Side.SOURCE: features}
+        await asyncio.gather(source.ask(), self._ask_patiently())
         if receives(source.run_state, source.status, source.info):
             raise RefusedError("source: it receives the guest itself; the source comes first, then the destination")
         if source.status != "completed" and not is_postcopy(source.status):
@@ -114,7 +111,7 @@ class Driver:
         course.began_s = time.monotonic()
         course.started = True
         try:
-            await course.source.execute("migrate", course.features[Side.SOURCE].place("migrate", course.uri))
+            await tell_where(course.source, "migrate", course.uri)
         except QmpCommandError as exc:
             raise Ended(Outcome.FAILED, f"source: {exc.message}") from exc
 
@@ -135,7 +132,7 @@ class Driver:
             except asyncio.CancelledError:
                 await asyncio.shield(course.give_up())
                 raise
-        return await conclude(course, ended, phase, self._mending.recoveries)
+        return await conclude(course, ended, phase, self._mending.recoveries, interrupted=self._interruption.happened)
 
     async def _go(self, start: Callable[[], Awaitable[None]]) -> None:
         """Step by step, until Ended is raised."""

@@ -3,20 +3,22 @@
 import asyncio
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from qmigrate.errors import QemuDiedError, QmpError, QmpTimeoutError
 from qmigrate.events import Side
 from qmigrate.operations.course import Course, Ended
+from qmigrate.operations.plan import BLOCKTIME
 from qmigrate.operations.recover import Recoveries, until
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.watch import Watched, progress
 from qmigrate.operations.whereabouts import Place, Reach, View, ask, locate
-from qmigrate.qmp.migration import FINAL_STATUSES
+from qmigrate.qmp.migration import FINAL_STATUSES, query
 from qmigrate.qmp.postcopy import PAUSED
 
 __all__ = ["BLOCKED_AFTER_S", "complete", "conclude", "settle"]
 
+COMPLETED: Final = "completed"
 SETTLES_WITHIN_S: Final = 5.0
 FOLLOWS_WITHIN_S: Final = 2.0
 
@@ -62,9 +64,15 @@ async def settle(course: Course) -> bool:
     return False
 
 
-async def conclude(course: Course, ended: Ended, phase: str, recoveries: Recoveries) -> MigrationResult:
-    """Ask both sides, and say how it ended.  ``phase``: in which it did."""
-    views = await last_views(course)
+async def conclude(
+    course: Course, ended: Ended, phase: str, recoveries: Recoveries, *, interrupted: bool
+) -> MigrationResult:
+    """Ask both sides, and say how it ended.  ``phase``: in which it did.
+
+    Where nothing went wrong and both have said by events that it is over, there is nothing to ask but the last numbers.
+    """
+    smooth = ended.outcome is Outcome.COMPLETED and not recoveries.count and not interrupted and not course.cancelling
+    views = (await told_views(course) if smooth else None) or await last_views(course)
     guest = locate(views[Side.SOURCE], views[Side.DESTINATION])
     outcome, reason = ended.outcome, ended.reason
     if outcome is Outcome.COMPLETED and guest.place is not Place.DESTINATION:
@@ -107,6 +115,37 @@ def at_rest(source: Watched, destination: Watched) -> bool:
     return (source.failure is not None or source.status in rest) and (
         destination.failure is not None or destination.status in (*rest, "none", "setup")
     )
+
+
+async def told_views(course: Course) -> dict[Side, View] | None:
+    """Both sides, as their events have it; None where those leave anything open."""
+    source, destination = course.source, course.destination
+
+    def all_told() -> bool:
+        return source.said(COMPLETED, running=False) and destination.said(COMPLETED, running=True)
+
+    if not all_told():
+        return None
+    try:
+        numbers, numbers_there = await asyncio.gather(
+            query(source.session, timeout_s=course.plan.answer_timeout_s), _numbers_there(course)
+        )
+    except QmpError:
+        return None
+    if not all_told() or numbers["status"] != COMPLETED or numbers_there["status"] != COMPLETED:
+        return None
+    return {
+        side: View(Reach.ANSWERS, watched.run_state, watched.running, COMPLETED, info=info)
+        for side, watched, info in ((source.side, source, numbers), (destination.side, destination, numbers_there))
+    }
+
+
+async def _numbers_there(course: Course) -> dict[str, Any]:
+    """A destination that is done tells no numbers but how long pages took, if it measured that."""
+    features = course.features.get(Side.DESTINATION)
+    if features is not None and not features.capabilities.get(BLOCKTIME) and not course.plan.measures:
+        return {"status": COMPLETED}
+    return await query(course.destination.session, timeout_s=course.plan.answer_timeout_s)
 
 
 async def last_views(course: Course) -> dict[Side, View]:

@@ -58,7 +58,6 @@ class Mending:
         course.tell(self.recoveries.begin(uri))
         return await bring_back(
             course.sides,
-            course.features,
             course.news,
             uri=uri,
             listen=listen,

@@ -88,6 +88,11 @@ class Plan:
     def wants_postcopy(self) -> bool:
         return bool(self.postcopy) or self.preempt or "postcopy-ram" in self._turned_on
 
+    @property
+    def measures(self) -> bool:
+        """Does somebody want to know what the destination of a postcopy measured?"""
+        return self.closely or self.blocktime or BLOCKTIME in self._turned_on
+
     def plain(self) -> dict[str, Any]:
         """As JSON has it: what is not as by default.  A policy is its name and its numbers; of a hook, that it is."""
         default = Plan()
@@ -184,6 +189,11 @@ def measures_blocktime(plan: Plan, destination: Features) -> bool:
     the clock for each page that is requested.
     """
     return plan.closely and plan.wants_postcopy and destination.has(BLOCKTIME)
+
+
+def needs_schema(plan: Plan, side: Side) -> bool:
+    """Is this side to be told parameters?  Then its schema says whether it has them, and of what type."""
+    return bool(_of_side(plan.wanted_parameters(), side))
 
 
 def _parameters(plan: Plan, side: Side, features: Features) -> dict[str, Any]:

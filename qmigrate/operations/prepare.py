@@ -12,22 +12,21 @@ from typing import Any
 from qmigrate.errors import QmigrateError, QmpCommandError, QmpError, RefusedError
 from qmigrate.events import Side
 from qmigrate.operations.addresses import (
-    SPOILED,
     check,
     default_uri,
     reachable,
-    takes_any_port,
     uri_of,
     where_to_connect,
 )
 from qmigrate.operations.hazards import Situation, hazards, release_of
-from qmigrate.operations.plan import Plan, Settings, settle
+from qmigrate.operations.plan import Plan, Settings, needs_schema, settle
+from qmigrate.operations.telling import tell_to_listen
 from qmigrate.operations.watch import Watched
 from qmigrate.operations.whereabouts import INCOMING
 from qmigrate.qmp.features import Features
 from qmigrate.qmp.migration import FINAL_STATUSES
 
-__all__ = ["Prepared", "prepare", "tell_to_listen"]
+__all__ = ["Prepared", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ async def prepare(sides: Mapping[Side, Watched], plan: Plan) -> Prepared:
     check(plan.uri, plan.listen, plan.recover_uri, plan.recover_listen)
     both = list(sides.values())
     found = await asyncio.gather(
-        *(Features.of(each.session, timeout_s=each.answer_timeout_s) for each in both),
+        *(_features(each, plan) for each in both),
         *(each.ask() for each in both),
     )
     features = {side: each for side, each in zip(sides, found, strict=False) if isinstance(each, Features)}
@@ -60,11 +59,16 @@ async def prepare(sides: Mapping[Side, Watched], plan: Plan) -> Prepared:
     async def set_up_destination() -> None:
         await _apply(destination, settings[Side.DESTINATION])
         if not listens:
-            await tell_to_listen(destination, features[Side.DESTINATION], listen)
+            await tell_to_listen(destination, listen)
 
     async with _undone_if_refused(sides, settings, features):
         await _all_of(_apply(source, settings[Side.SOURCE]), set_up_destination())
     return Prepared(where_to_connect(uri, destination), features)
+
+
+async def _features(watched: Watched, plan: Plan) -> Features:
+    wanted = needs_schema(plan, watched.side)
+    return await Features.of(watched.session, timeout_s=watched.answer_timeout_s, with_schema=wanted)
 
 
 def _ready(source: Watched, destination: Watched) -> None:
@@ -153,23 +157,3 @@ async def _undone_if_refused(
 
 def _states(capabilities: Mapping[str, bool]) -> dict[str, Any]:
     return {"capabilities": [{"capability": name, "state": state} for name, state in capabilities.items()]}
-
-
-async def tell_to_listen(destination: Watched, features: Features, uri: str) -> None:
-    """Have a QEMU that was started with ``-incoming defer`` listen there.  Raises ``RefusedError``, ``QmpError``."""
-    arguments = features.place("migrate-incoming", uri)
-    if "exit-on-error" in features.schema.arguments("migrate-incoming"):
-        arguments["exit-on-error"] = False  # so that it can say what went wrong
-    try:
-        await destination.execute("migrate-incoming", arguments)
-    except QmpCommandError as exc:
-        raise await refused_to_listen(destination, exc) from exc
-    if takes_any_port(uri):
-        await destination.ask_status()
-
-
-async def refused_to_listen(destination: Watched, error: QmpCommandError) -> RefusedError:
-    """What it means that ``migrate-incoming`` failed so."""
-    await destination.ask_status()
-    spoiled = destination.status == "setup" and "already" not in error.message
-    return RefusedError(f"destination: {error.message}{SPOILED if spoiled else ''}")

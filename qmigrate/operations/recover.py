@@ -13,9 +13,9 @@ from typing import Final
 from qmigrate.errors import QmpCommandError, QmpTimeoutError
 from qmigrate.events import Recovering, Side
 from qmigrate.operations.addresses import takes_any_port, uri_of, where_to_connect
+from qmigrate.operations.telling import tell_where
 from qmigrate.operations.watch import Watched
-from qmigrate.qmp.features import Features
-from qmigrate.qmp.postcopy import PAUSED, resuming
+from qmigrate.qmp.postcopy import PAUSED
 
 __all__ = [
     "NAME_A_PORT",
@@ -121,7 +121,6 @@ class Attempt:
 
 async def bring_back(
     sides: Mapping[Side, Watched],
-    features: Mapping[Side, Features],
     news: asyncio.Event,
     *,
     uri: str,
@@ -141,7 +140,7 @@ async def bring_back(
         uri = where_to_connect(uri, destination)
     since = len(source.history)
     try:
-        await source.execute("migrate", resuming(features[Side.SOURCE].place("migrate", uri)))
+        await tell_where(source, "migrate", uri, must={"resume": True})
     except QmpCommandError as exc:
         return Attempt(f"source: {exc.message}")
 

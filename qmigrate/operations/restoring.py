@@ -11,9 +11,10 @@ from typing import Any, Final
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import QmpCommandError, QmpError, RefusedError
 from qmigrate.operations.addresses import check, default_uri, reachable, takes_any_port, where_to_connect
+from qmigrate.operations.telling import tell_to_listen
 from qmigrate.operations.watch import Watched
 from qmigrate.operations.whereabouts import INCOMING
-from qmigrate.qmp.features import POSTCOPY_NAMES, Features
+from qmigrate.qmp.features import POSTCOPY_NAMES
 from qmigrate.qmp.migration import capabilities
 from qmigrate.qmp.postcopy import PAUSED
 from qmigrate.qmp.ram_blocks import RamBlockThere, ram_blocks
@@ -127,8 +128,6 @@ async def listen(
         await there.execute("stop")
     if not there.info.get("socket-address"):
         await _listen(there, wanted)
-    if takes_any_port(wanted):
-        await there.ask_status()
     return where_to_connect(reachable(wanted), there), preempt
 
 
@@ -151,20 +150,9 @@ async def _set_capabilities(there: Watched, found: Found, *, lazy: bool, preempt
 
 
 async def _listen(there: Watched, uri: str) -> None:
-    """Nothing has begun yet: a QEMU that can't be talked to is a refusal too.
-
-    To ask what arguments this QEMU knows takes it and us longer than all else here: so all are given, and one that it
-    does not know it refuses before it does anything.
-    """
+    """Nothing has begun yet: a QEMU that can't be talked to is a refusal too."""
     try:
-        try:
-            await there.execute("migrate-incoming", {"uri": uri, "exit-on-error": False})
-        except QmpCommandError as exc:
-            from qmigrate.operations.prepare import refused_to_listen, tell_to_listen  # no newer QEMU gets here
-
-            if "exit-on-error" not in exc.message and "'uri'" not in exc.message:
-                raise await refused_to_listen(there, exc) from exc
-            await tell_to_listen(there, await Features.of(there.session, timeout_s=there.answer_timeout_s), uri)
+        await tell_to_listen(there, uri)
     except RefusedError:
         raise
     except QmpError as exc:

@@ -26,7 +26,8 @@ class MigrationResult:
     """The end of a migration.  ``message`` is one clear sentence, or more where a QEMU had more to say.
 
     ``switched``: it went into postcopy; ``recoveries``: how often it was brought back.  ``statistics``: the last
-    answers of both sides to ``query-migrate``.  ``events``: all that was reported, in order.
+    answers of both sides to ``query-migrate``; of a destination that measured nothing, and is done, the status alone.
+    ``events``: all that was reported, in order.
     """
 
     outcome: Outcome

@@ -71,6 +71,8 @@ class Watched:
         self._pause_s = LAST_POLL_S
         self._listener: Listener | None = None
         self._heard = 0
+        self._said_status = ""
+        self._said_running: bool | None = None
         self._announced = False
 
     # ---- what is known ----
@@ -83,6 +85,12 @@ class Watched:
     def took_over(self) -> bool:
         """Is this destination past RUN, the point after which a broken connection can be mended?"""
         return self.run_state not in (INCOMING, "")
+
+    def said(self, status: str, *, running: bool) -> bool:
+        """Did it tell this by events, as the last that it told, and was nothing lost since?"""
+        self._catch_up()
+        lost = self._listener is None or self._listener.dropped or self.silence or self.failure is not None
+        return not lost and self.session.connected and (self._said_status, self._said_running) == (status, running)
 
     def found(self) -> SideFound:
         """Who it is."""
@@ -227,11 +235,13 @@ class Watched:
         self.last_sign_s = time.monotonic()
         stamp: dict[str, Any] = {"side": self.side, "qemu_us": event.timestamp_us or None}
         if event.name == "MIGRATION" and isinstance(event.data.get("status"), str):
-            self._take_status(event.data["status"], heard=True, **stamp)
+            self._said_status = event.data["status"]
+            self._take_status(self._said_status, heard=True, **stamp)
         elif event.name == "MIGRATION_PASS" and isinstance(event.data.get("pass"), int):
             self._take_pass(event.data["pass"], stamp)
         elif event.name in ("STOP", "RESUME"):
             runs = event.name == "RESUME"
+            self._said_running = runs
             self.run_state = "running" if runs else "stopped"
             self._tell(GuestChanged(running=runs, **stamp))
         else:

@@ -1,7 +1,7 @@
 """What a QEMU can do, found by asking it.
 
-Its version says little: distributions carry patches back, and builds leave things out.  So its own schema is
-asked, once for each session, and its capabilities.
+Its version says little: distributions carry patches back, and builds leave things out.  So its capabilities are
+asked, and its own schema, once for each session, where somebody wants to know what it says.
 """
 
 import asyncio
@@ -42,6 +42,11 @@ class Schema:
             schema = _SCHEMAS[session] = cls(await session.execute("query-qmp-schema", timeout_s=timeout_s))
         return schema
 
+    @staticmethod
+    def known(session: Session) -> "Schema | None":
+        """The schema, if this session was asked for it already."""
+        return _SCHEMAS.get(session)
+
     def has_command(self, command: str) -> bool:
         return self._entries.get(command, {}).get("meta-type") == "command"
 
@@ -74,10 +79,21 @@ class Schema:
                 return tuple(values)
         return ()
 
+    def place(self, command: str, uri: str) -> dict[str, Any]:
+        """The argument of ``migrate`` or ``migrate-incoming`` that says where: ``uri``, or ``channels``."""
+        arguments = self.arguments(command)
+        if "uri" in arguments or "channels" not in arguments:
+            return {"uri": uri}
+        return {"channels": [{"channel-type": "main", "addr": address(uri)}]}
+
     def _type(self, command: str, argument: str) -> Mapping[str, Any]:
         member = self.arguments(command).get(argument, {})
         kind: Mapping[str, Any] = self._entries.get(member.get("type", ""), {})
         return kind
+
+
+UNASKED: Final = Schema([])
+"""Nothing is known of this QEMU's commands."""
 
 
 @dataclass
@@ -88,8 +104,14 @@ class Features:
     capabilities: dict[str, bool] = field(default_factory=dict)
 
     @classmethod
-    async def of(cls, session: Session, *, timeout_s: float) -> "Features":
-        """Ask.  The states of the capabilities are those of now."""
+    async def of(cls, session: Session, *, timeout_s: float, with_schema: bool = True) -> "Features":
+        """Ask.  The states of the capabilities are those of now.
+
+        Without the schema it can only be said what capabilities there are.
+        """
+        if not with_schema:
+            states = await migration.capabilities(session, timeout_s=timeout_s)
+            return cls(Schema.known(session) or UNASKED, states)
         schema, states = await asyncio.gather(
             Schema.of(session, timeout_s=timeout_s), migration.capabilities(session, timeout_s=timeout_s)
         )
@@ -135,13 +157,6 @@ class Features:
         if basic == "int":
             return _integer(name, value)
         return value
-
-    def place(self, command: str, uri: str) -> dict[str, Any]:
-        """The argument of ``migrate`` or ``migrate-incoming`` that says where: ``uri``, or ``channels``."""
-        arguments = self.schema.arguments(command)
-        if "uri" in arguments or "channels" not in arguments:
-            return {"uri": uri}
-        return {"channels": [{"channel-type": "main", "addr": address(uri)}]}
 
 
 _SCHEMAS: WeakKeyDictionary[Session, Schema] = WeakKeyDictionary()

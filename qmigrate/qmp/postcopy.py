@@ -3,8 +3,7 @@
 When each of them is safe is not decided here.
 """
 
-from collections.abc import Mapping
-from typing import Any, Final
+from typing import Final
 
 from qmigrate.qmp.session import COMMAND_TIMEOUT_S, Session
 
@@ -31,8 +30,3 @@ async def pause(session: Session, *, timeout_s: float = COMMAND_TIMEOUT_S) -> No
 async def listen_again(session: Session, uri: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:
     """Have a destination that is paused listen at ``uri`` for a source that resumes."""
     await session.execute("migrate-recover", {"uri": uri}, oob=True, timeout_s=timeout_s)
-
-
-def resuming(place: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of ``migrate`` with which a paused source resumes."""
-    return {**place, "resume": True}

@@ -153,7 +153,7 @@ def test_credentials_may_be_called_otherwise_on_the_destination() -> None:
     ],
 )
 def test_where_is_said_as_this_qemu_wants_it(arguments: tuple[str, ...], uri: str, said: dict[str, Any]) -> None:
-    assert Features(schema(migrate=arguments)).place("migrate", uri) == said
+    assert schema(migrate=arguments).place("migrate", uri) == said
 
 
 def test_statuses_are_found_in_the_schema() -> None:

@@ -23,8 +23,11 @@ pytestmark = pytest.mark.asyncio
 SCHEMA = [
     {"name": "migrate", "meta-type": "command", "arg-type": "1", "ret-type": "0"},
     {"name": "migrate-incoming", "meta-type": "command", "arg-type": "1", "ret-type": "0"},
-    {"name": "1", "meta-type": "object", "members": [{"name": "uri", "type": "str"}]},
+    {"name": "migrate-set-parameters", "meta-type": "command", "arg-type": "2", "ret-type": "0"},
+    {"name": "2", "meta-type": "object", "members": [{"name": "max-bandwidth", "type": "int"}]},
+    {"name": "int", "meta-type": "builtin", "json-type": "int"},
 ]
+ARGUMENTS = [{"name": name, "type": "str"} for name in ("uri", "channels", "exit-on-error")]
 PRECOPY = [("source", "setup"), ("destination", "active"), ("source", "active")]
 END = [("destination", "RESUME"), ("destination", "completed"), ("source", "completed")]
 
@@ -32,7 +35,9 @@ END = [("destination", "RESUME"), ("destination", "completed"), ("source", "comp
 class Story:
     """Two QEMUs and what happens between them once `migrate` (and `migrate-start-postcopy`) was told.
 
-    The first ``withholds`` answers of each side are given when as many commands have come.
+    The first ``withholds`` answers of each side are given when as many commands have come.  ``unknown``: arguments
+    of `migrate` and `migrate-incoming` that both refuse, and that their schema has not.  ``answers_at_end``: the
+    migration's status and the run state that a side answers with when it has said by an event that it is done.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Story:
         after_migrate: Sequence[tuple[str, str]],
         after_switch: Sequence[tuple[str, str]] = (),
         withholds: int = 0,
+        unknown: Sequence[str] = (),
     ) -> None:
         self.capabilities = {side: dict.fromkeys(capabilities, False) for side in ("source", "destination")}
         self.after = {"migrate": after_migrate, "migrate-start-postcopy": after_switch}
@@ -50,6 +56,9 @@ class Story:
         self.heard: list[tuple[str, str]] = []
         self.servers: dict[str, ScriptedQemu] = {}
         self.withholds = withholds
+        self.unknown = unknown
+        self.answers_at_end: dict[str, tuple[str, str]] = {}
+        self.sent: list[dict[str, Any]] = []
 
     def script(self, side: str) -> Callable[[ScriptedQemu], Any]:
         async def play(qemu: ScriptedQemu) -> None:
@@ -60,8 +69,13 @@ class Story:
                     command = await qemu.hear()
                 except (EOFError, ConnectionError):
                     return
-                name = command["execute"]
+                name, arguments = command["execute"], command.get("arguments", {})
                 self.heard.append((side, name))
+                if name in ("migrate", "migrate-incoming"):
+                    self.sent.append(arguments)
+                    if refused := [each for each in arguments if each in self.unknown]:
+                        await qemu.refuse(command, f"Parameter '{refused[0]}' is unexpected")
+                        continue
                 withheld.append(command)
                 if len(self.of(side)) < self.withholds:
                     continue
@@ -79,7 +93,8 @@ class Story:
 
     def _answer(self, side: str, name: str, arguments: dict[str, Any]) -> Any:
         if name == "query-qmp-schema":
-            return SCHEMA
+            members = [each for each in ARGUMENTS if each["name"] not in self.unknown]
+            return [*SCHEMA, {"name": "1", "meta-type": "object", "members": members}]
         if name == "query-status":
             return {"status": self.run_state[side], "running": self.run_state[side] == "running"}
         if name == "query-migrate":
@@ -103,6 +118,8 @@ class Story:
             await server.event(what, of=2031)
         else:
             self.status[side] = what
+            if what == "completed":
+                self.status[side], self.run_state[side] = self.answers_at_end.get(side, (what, self.run_state[side]))
             await server.event("MIGRATION", status=what)
 
 
@@ -210,7 +227,7 @@ async def test_the_switch_is_told_once_and_nothing_else_is_repeated() -> None:
 
 
 async def test_the_questions_of_the_preparation_are_asked_once_and_without_waiting_for_answers_between() -> None:
-    questions = ["query-migrate", "query-migrate-capabilities", "query-qmp-schema", "query-status"]
+    questions = ["query-migrate", "query-migrate-capabilities", "query-status"]
     story = Story(["events"], after_migrate=[*PRECOPY, *END], withholds=len(questions))
     await told(story, Plan(uri="tcp:a:1", answer_timeout_s=5.0))
     for side in ("source", "destination"):
@@ -218,28 +235,108 @@ async def test_the_questions_of_the_preparation_are_asked_once_and_without_waiti
         assert sorted(asked[: asked.index("migrate-set-capabilities")]) == questions
 
 
-PREPARED = {"query-qmp-schema": 1, "query-migrate-capabilities": 1, "query-migrate": 1, "query-status": 1}
+ASKED = {"query-migrate-capabilities": 1, "query-migrate": 1, "query-status": 1}
 LOOKED = {"query-migrate": 1, "query-status": 1}
 SET_UP = {"migrate-set-capabilities": 1}
+SCHEMA_TOO = {"query-qmp-schema": 1, "migrate-set-parameters": 1}
+SWITCHED = [("source", "STOP"), ("source", "postcopy-active"), ("destination", "postcopy-active"), *END]
+
+
+def sent(story: Story, side: str) -> Counter[str]:
+    return Counter(story.of(side))
+
+
+def added(*counts: dict[str, int]) -> Counter[str]:
+    return sum(map(Counter, counts), Counter())
 
 
 @pytest.mark.parametrize(
-    ("plan", "switch"),
-    [(Plan(uri="tcp:a:1"), {}), (Plan(uri="tcp:a:1", postcopy=[AtOnce()]), {"migrate-start-postcopy": 1})],
+    ("plan", "more"),
+    [
+        (Plan(uri="tcp:a:1"), {}),
+        (Plan(uri="tcp:a:1", bandwidth=1 << 20), SCHEMA_TOO),
+        (Plan(uri="tcp:a:1", postcopy=[AtOnce()]), {"migrate-start-postcopy": 1}),
+    ],
 )
-async def test_no_more_commands_are_sent_than_this(plan: Plan, switch: dict[str, int]) -> None:
+async def test_no_more_commands_are_sent_than_this(plan: Plan, more: dict[str, int]) -> None:
     """Of a migration that is over at once.  A longer one is asked how far it is, seldom: scripts/bench_drive."""
-    running = [("source", "STOP"), ("source", "postcopy-active"), ("destination", "postcopy-active"), *END]
     story = Story(
         ["events", "postcopy-ram"],
-        after_migrate=PRECOPY if switch else [*PRECOPY, ("source", "STOP"), *END],
-        after_switch=running,
+        after_migrate=PRECOPY if plan.postcopy else [*PRECOPY, ("source", "STOP"), *END],
+        after_switch=SWITCHED,
     )
     result, _ = await told(story, plan)
     assert result.outcome is Outcome.COMPLETED
-    assert Counter(story.of("source")) == Counter(PREPARED) + Counter(SET_UP | {"migrate": 1} | switch) + Counter(
-        LOOKED
-    )
-    assert Counter(story.of("destination")) == Counter(PREPARED) + Counter(SET_UP | {"migrate-incoming": 1}) + Counter(
-        LOOKED
-    )
+    assert result.statistics[Side.DESTINATION] == {"status": "completed"}
+    assert sent(story, "source") == added(ASKED, SET_UP, {"migrate": 1}, more, {"query-migrate": 1})
+    assert sent(story, "destination") == added(ASKED, SET_UP, {"migrate-incoming": 1})
+
+
+@pytest.mark.parametrize(
+    ("plan", "on"),
+    [
+        (Plan(uri="tcp:a:1", postcopy=[AtOnce()], blocktime=True), False),
+        (Plan(uri="tcp:a:1", postcopy=[AtOnce()], closely=True), False),
+        (Plan(uri="tcp:a:1", postcopy=[AtOnce()]), True),
+    ],
+)
+async def test_a_destination_that_measured_is_asked_what(plan: Plan, on: bool) -> None:
+    story = Story(["events", "postcopy-ram", "postcopy-blocktime"], after_migrate=PRECOPY, after_switch=SWITCHED)
+    story.capabilities["destination"]["postcopy-blocktime"] = on
+    result, _ = await told(story, plan)
+    assert result.statistics[Side.DESTINATION] == {"status": "completed", "a-field-of-2031": {"x": [1]}}
+    assert sent(story, "destination") == added(ASKED, SET_UP, {"migrate-incoming": 1}, {"query-migrate": 1})
+
+
+@pytest.mark.parametrize("unheard", [("source", "STOP"), ("destination", "RESUME")])
+async def test_where_events_leave_anything_open_both_are_asked(unheard: tuple[str, str]) -> None:
+    """As of a guest that was paused: nothing is said of a guest that neither stops nor goes on."""
+    happenings = [each for each in (("source", "STOP"), *END) if each != unheard]
+    story = Story(["events"], after_migrate=[*PRECOPY, *happenings])
+    if unheard == ("source", "STOP"):
+        story.run_state["source"] = "paused"
+    else:
+        story.answers_at_end["destination"] = ("completed", "paused")
+    result, _ = await told(story, Plan(uri="tcp:a:1"))
+    assert (result.outcome, result.place) == (Outcome.COMPLETED, Place.DESTINATION)
+    assert result.guest.running is (unheard[0] == "source")
+    for side in ("source", "destination"):
+        assert sent(story, side) >= added(ASKED, LOOKED)
+
+
+async def test_a_source_that_says_something_else_at_the_last_look_is_believed() -> None:
+    story = Story(["events"], after_migrate=[*PRECOPY, ("source", "STOP"), *END])
+    story.answers_at_end["source"] = ("failed", "running")
+    result, _ = await told(story, Plan(uri="tcp:a:1"))
+    assert (result.outcome, result.place) == (Outcome.FAILED, Place.BOTH)
+
+
+@pytest.mark.parametrize(
+    ("unknown", "incoming", "outgoing"),
+    [
+        ([], [{"uri", "exit-on-error"}], [{"uri"}]),
+        (["exit-on-error"], [{"uri", "exit-on-error"}, {"uri"}], [{"uri"}]),
+        (["uri"], [{"uri", "exit-on-error"}, {"channels", "exit-on-error"}], [{"uri"}, {"channels"}]),
+        (
+            ["uri", "exit-on-error"],
+            [{"uri", "exit-on-error"}, {"exit-on-error", "channels"}, {"channels"}],
+            [{"uri"}, {"channels"}],
+        ),
+    ],
+)
+async def test_what_a_qemu_does_not_know_is_left_out_or_said_otherwise(
+    unknown: list[str], incoming: list[set[str]], outgoing: list[set[str]]
+) -> None:
+    """The schema is asked only of one that takes no `uri`: no QEMU yet."""
+    story = Story(["events"], after_migrate=[*PRECOPY, ("source", "STOP"), *END], unknown=unknown)
+    result, _ = await told(story, Plan(uri="tcp:a:1"))
+    assert result.outcome is Outcome.COMPLETED
+    assert [set(each) for each in story.sent] == [*incoming, *outgoing]
+    asked = [name for _, name in story.heard if name == "query-qmp-schema"]
+    assert len(asked) == (2 if "uri" in unknown else 0)
+
+
+async def test_a_qemu_that_can_be_told_neither_way_is_refused_in_its_own_words() -> None:
+    story = Story(["events"], after_migrate=(), unknown=["uri", "channels"])
+    with pytest.raises(RefusedError, match="destination: migrate-incoming: Parameter 'uri' is unexpected"):
+        await told(story, Plan(uri="tcp:a:1"))
