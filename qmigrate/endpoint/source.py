@@ -31,6 +31,7 @@ _ANSWERS_A_TURN: Final = 16
 _IN_PEACE: Final = 1 << 18  # bytes of pages in one piece that nobody asked for
 _IN_HASTE: Final = 1 << 16  # the same where somebody may ask meanwhile
 _THINNEST: Final = 16  # a piece has so many times more pages at most, where the one before was of zeros
+RESUME_TIMEOUT_MS: Final = 30_000
 _HASTE_NS: Final = 5_000_000  # who asked so lately asks again
 
 
@@ -147,6 +148,7 @@ class Server:
         self._heard_ns = 0
         self._thinness = 1
         self._told: set[Moment] = set()
+        self._resumes = False
         self._reason: Ended | None = None
 
     def __enter__(self) -> Self:
@@ -189,6 +191,7 @@ class Server:
         self._main.span = None
         self._asked.clear()  # what still waits asks again
         self._told -= {Moment.RESUMED, Moment.FILLED}
+        self._resumes = True
         self._main.out = [self._core.resume()]
         return self._pump(peer, self._pieces_after_bitmaps(), urgent)
 
@@ -273,7 +276,7 @@ class Server:
                 poller.modify(peer, select.POLLIN if waits else select.POLLIN | select.POLLOUT)
                 if urgent is not None:
                     poller.modify(urgent, select.POLLOUT if self._has_urgent() else 0)
-                ready = dict(poller.poll())
+                ready = self._ready(poller)
                 if self._wake in ready:
                     return Ended(End.STOPPED, "it was told to stop")
                 state = ready.get(peer.fileno(), 0)
@@ -296,6 +299,17 @@ class Server:
             self._hear_the_rest(peer)
             return self._reason or Ended(End.BROKEN, exc.strerror or str(exc))
         return self._reason
+
+    def _ready(self, poller: select.poll) -> dict[int, int]:
+        """What can go on, once anything can.  Raises ``OSError`` where a destination is silent that never is.
+
+        One that was paused answers at once when it is connected anew; one that is served may say nothing for ever.
+        """
+        is_awaited = self._resumes and Moment.RESUMED not in self._told
+        ready = dict(poller.poll(RESUME_TIMEOUT_MS if is_awaited else None))
+        if not ready:
+            raise OSError("the destination does not answer on its new connection")
+        return ready
 
     def _has_urgent(self) -> bool:
         """Is there anything for the preempt channel?  Before the package is sent nothing is."""
