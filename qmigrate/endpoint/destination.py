@@ -14,15 +14,14 @@ import asyncio
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
 from qmigrate.endpoint.link import Link, LinkClosedError, Said
+from qmigrate.endpoint.own_python import environment, own_python
 from qmigrate.errors import QmigrateError
 from qmigrate.format.walk import Limits
 from qmigrate.uffd.toucher import Workload
@@ -110,18 +109,14 @@ class Destination:
 
     def _start(self, name: str, lifeline: int, peers: Sequence[socket.socket]) -> None:
         numbers = [lifeline, *(peer.fileno() for peer in peers)]
-        command = [sys.executable, "-m", f"qmigrate.endpoint.destination_{name}", *map(str, numbers)]
-        package = str(Path(__file__).parents[2])
-        paths = [package, *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-        # In a group of its own: Ctrl-C is for the command, which then says what it means.
+        command = own_python(f"qmigrate.endpoint.destination_{name}", *map(str, numbers))
         self._processes[name] = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             pass_fds=numbers,
-            env=environment,
-            process_group=0,
+            env=environment(),
+            process_group=0,  # Ctrl-C is for the command, which then says what it means
         )
 
     async def __aexit__(

@@ -7,10 +7,10 @@ here: so this module needs little.
 
 import os
 import stat
-import sys
 from types import TracebackType
 from typing import TYPE_CHECKING, Final, Self
 
+from qmigrate.endpoint.own_python import environment, own_python
 from qmigrate.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -117,13 +117,13 @@ class Reading:
         self._files = [index, spill, answer]
         shared = (index, spill, theirs)
         folder = (self._folder or "") if self._keeps else _KEPT_NOWHERE
-        command = [sys.executable, "-m", "qmigrate.operations.indexing", *map(str, shared), folder, self.path]
+        command = own_python("qmigrate.operations.indexing", *map(str, shared), folder, self.path)
         try:
             for descriptor in shared:
                 os.set_inheritable(descriptor, True)
             # What our terminal says is for us: when we want no index any more we end what makes it.
             self._process = os.posix_spawn(
-                sys.executable, [*command, *self._channels], os.environ, setsigmask=_OF_TERMINALS
+                command[0], [*command, *self._channels], environment(), setsigmask=_OF_TERMINALS
             )
         finally:
             for descriptor in shared:
