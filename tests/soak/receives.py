@@ -339,6 +339,9 @@ def _source_killed(qemu: Qemu, postcopy: bool) -> Callable[[random.Random, Path]
             if postcopy:
                 await _line(lines, '"paused"')
                 command.send_signal(signal.SIGINT)
+                assert command.stderr is not None
+                await _line(command.stderr, "interrupted again, it is lost")
+                command.send_signal(signal.SIGINT)
             async with asyncio.timeout(TIMEOUT_S):
                 _, said = await command.communicate()
             if postcopy:
