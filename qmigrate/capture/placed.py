@@ -12,12 +12,11 @@ from functools import lru_cache
 from types import TracebackType
 from typing import IO, Final, NamedTuple, Self
 
+from qmigrate.capture.kind import KIND_BITS, Kind
 from qmigrate.errors import StreamError
 from qmigrate.format.ram import RamBlock, RamFlag
 
 __all__ = ["KIND_BITS", "Kind", "Placed", "PlacedPages"]
-
-KIND_BITS: Final = 3
 
 _PAGE: Final = int(RamFlag.PAGE)
 _ZERO: Final = int(RamFlag.ZERO)
@@ -27,16 +26,6 @@ _ZERO_RECORD: Final = struct.Struct(">QB")
 _KIND_MASK: Final = (1 << KIND_BITS) - 1
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
 _COUNTED_AT_ONCE: Final = 1 << 14
-
-
-class Kind:
-    """What an entry of the index is; its other bits are an offset in bytes."""
-
-    ABSENT: Final = 0
-    ZERO: Final = 1  # behind the word of its record, where it has one in the input; else the offset is 0
-    RECORD: Final = 2  # in the input, behind the word of its record
-    PLACED: Final = 3  # in the input, at its place: mapped-ram
-    SPILLED: Final = 4
 
 
 class Placed(NamedTuple):

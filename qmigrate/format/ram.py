@@ -8,7 +8,6 @@ migration/ram.c
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from enum import IntFlag
 from typing import Any, Final, NamedTuple
 
 import construct
@@ -16,6 +15,7 @@ from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 
 from qmigrate.errors import StreamError
 from qmigrate.format._record import Adapter, AnyConstruct, CountedString, Record, When, refuse, wire
+from qmigrate.format.ram_flag import RamFlag
 
 __all__ = [
     "RAM_VERSION",
@@ -30,24 +30,6 @@ __all__ = [
 ]
 
 RAM_VERSION: Final = 4
-
-
-class RamFlag(IntFlag):
-    """In the low bits of each record's first word.  migration/ram.h: RAM_SAVE_FLAG_*"""
-
-    FULL = 0x001  # obsolete since 2009, never sent
-    ZERO = 0x002
-    MEM_SIZE = 0x004
-    PAGE = 0x008
-    EOS = 0x010
-    CONTINUE = 0x020
-    XBZRLE = 0x040
-    HOOK = 0x080  # RDMA
-    # 0x100 was RAM_SAVE_FLAG_COMPRESS_PAGE until QEMU 9.1; an older source may still send it.
-    COMPRESS_PAGE = 0x100
-    MULTIFD_FLUSH = 0x200  # since 8.1
-
-
 PAGE_KINDS: Final = frozenset({RamFlag.ZERO, RamFlag.PAGE, RamFlag.XBZRLE, RamFlag.COMPRESS_PAGE})
 MARKERS: Final = frozenset({RamFlag.EOS, RamFlag.HOOK, RamFlag.MULTIFD_FLUSH})
 ALL_FLAGS: Final = 0x3FF
