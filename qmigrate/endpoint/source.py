@@ -16,6 +16,7 @@ from enum import Enum
 from types import TracebackType
 from typing import Final, Self
 
+from qmigrate.capture.arriving import ArrivingPages
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.over_time import OverTime
 from qmigrate.errors import StreamError
@@ -39,6 +40,7 @@ class Moment(Enum):
     """What is told when it happens."""
 
     CONNECTED = "connected"
+    INDEXED = "where all pages are is known"
     SWITCHED = "the package is sent"
     LOADED = "the devices are loaded"
     FIRST_REQUEST = "the first page is asked for"
@@ -140,6 +142,10 @@ class Server:
             section_id=saved.section_id,
             footers=saved.footers,
         )
+        self._arriving = saved.index if isinstance(saved.index, ArrivingPages) else None
+        if self._arriving is not None and not self._arriving.is_complete:
+            self._core.has = self._arriving.has
+        self._stalled = False  # what is asked for is not at hand yet
         self._on_moment = on_moment or _nobody
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._main = _Lane()
@@ -158,6 +164,11 @@ class Server:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         os.close(self._wake)
+
+    @property
+    def has_sent_pages(self) -> bool:
+        """Has any page been sent, by us or by who served it before?  Without one no guest runs a single instruction."""
+        return self._resumes or self._core.has_taken
 
     def stop(self) -> None:
         """End it at the next turn; may be called from any thread."""
@@ -202,8 +213,9 @@ class Server:
             self._tell(Moment.SWITCHED)
         if self._urgent is not None:
             self._urgent.out = []
-        while (span := self._next_span()) is not None:
-            yield self._core.part(span, self._records(self._main, span))
+        while self._core.left:
+            span = self._next_span()
+            yield [] if span is None else self._core.part(span, self._records(self._main, span))
         self._finish_span(self._main)
         if self._urgent is not None:
             yield from self._until_sent(self._urgent)
@@ -264,12 +276,7 @@ class Server:
         self._reason = None
         self._tell(Moment.CONNECTED)
         self._urgent = None if urgent is None else _Lane()
-        poller = select.poll()
-        poller.register(self._wake, select.POLLIN)
-        for each in (peer, urgent):
-            if each is not None:
-                _prepare(each)
-                poller.register(each, 0)
+        poller = self._poller(peer, urgent)
         try:
             waits = False  # for something to be said: there is nothing to send
             while self._reason is None:
@@ -279,6 +286,7 @@ class Server:
                 ready = self._ready(poller)
                 if self._wake in ready:
                     return Ended(End.STOPPED, "it was told to stop")
+                waits &= not self._hear_of_index(poller, ready)
                 state = ready.get(peer.fileno(), 0)
                 if state & (select.POLLIN | select.POLLHUP | select.POLLERR):
                     self._hear(peer)
@@ -300,6 +308,17 @@ class Server:
             return self._reason or Ended(End.BROKEN, exc.strerror or str(exc))
         return self._reason
 
+    def _poller(self, *peers: socket.socket | None) -> select.poll:
+        poller = select.poll()
+        poller.register(self._wake, select.POLLIN)
+        if self._arriving is not None and self._arriving.news is not None:
+            poller.register(self._arriving.news, select.POLLIN)
+        for each in peers:
+            if each is not None:
+                _prepare(each)
+                poller.register(each, 0)
+        return poller
+
     def _ready(self, poller: select.poll) -> dict[int, int]:
         """What can go on, once anything can.  Raises ``OSError`` where a destination is silent that never is.
 
@@ -314,7 +333,21 @@ class Server:
     def _has_urgent(self) -> bool:
         """Is there anything for the preempt channel?  Before the package is sent nothing is."""
         assert self._urgent is not None
-        return bool(self._urgent.out) or (self.is_switched and self._core.waiting > 0)
+        return bool(self._urgent.out) or (self.is_switched and self._core.waiting > 0 and not self._stalled)
+
+    def _hear_of_index(self, poller: select.poll, ready: Mapping[int, int]) -> bool:
+        """Are more pages at hand?"""
+        index = self._arriving
+        if index is None or index.news is None or index.news not in ready:
+            return False
+        news = index.news
+        index.hear()
+        self._stalled = False
+        if index.is_complete:
+            poller.unregister(news)
+            self._core.has = None
+            self._tell(Moment.INDEXED)
+        return True
 
     def _turn_of(self, urgent: socket.socket, state: int, poller: select.poll) -> socket.socket | None:
         """Send on the preempt channel; None once it is closed, mostly as all has come.
@@ -339,6 +372,9 @@ class Server:
         for _ in range(_ANSWERS_A_TURN):
             if not lane.out and (span := self._core.next_requested()) is not None:
                 lane.out = self._core.urgent(span, self._records(lane, span))
+            if not lane.out:
+                self._stalled = self._core.waiting > 0
+                return
             if lane.out:
                 self._send(lane, peer)
             if lane.out:
@@ -391,6 +427,7 @@ class Server:
                 self.over_time.now().requests += 1
                 self._tell(Moment.SIGN if self.has_run else Moment.FIRST_REQUEST)
                 self._heard_ns = time.perf_counter_ns()
+                self._stalled = False
                 if is_new:
                     self._asked[block, start] = self._heard_ns
             case Ponged(token=token) if token == LOADED:
@@ -419,8 +456,9 @@ class Server:
 
     def _all(self) -> Iterator[list[bytes | memoryview]]:
         core, saved = self._core, self.saved
-        while (span := core.next_span()) is not None:
-            yield core.part(span, self._records(self._main, span))
+        while core.left:
+            span = core.next_span()
+            yield [] if span is None else core.part(span, self._records(self._main, span))
         self._finish_span(self._main)
         self._tell(Moment.FILLED)
         self.is_switched = True

@@ -1,56 +1,174 @@
 """A process of its own that makes the index of a saved guest: ``operations.reading`` starts it, and says why.
 
-It writes the index as one that is kept (``capture.kept``) into a file without a name, what does not stand in the input
-into another, and one line of JSON into a pipe: whether it is all there.  Then it keeps a copy, where it shall.
+A plain stream is read in the quick way (``capture.plain_pages``): what stands before and behind its pages is said at
+once, and the places of pages written where the one who asked sees them come.  All else, and what the quick way does not
+take, is read as every stream can be; that index is written as one that is kept (``capture.kept``) into a file without a
+name, what does not stand in the input into another.  What it says stands in a pipe, in lines of JSON
+(``capture.arriving``), the first one of which is ``{"plain": ...}`` in the quick way.  Then it keeps a copy, where it
+shall.
 """
 
 import gc
 import json
 import os
 import sys
-from typing import NoReturn
+from dataclasses import dataclass
+from typing import Any, Final, NoReturn
 
-from qmigrate.errors import NoStreamError, RefusedError, StreamError
+from qmigrate.capture.plain_ends import Head, NotPlainError, Tail, read_head, read_tail
+from qmigrate.capture.plain_pages import PlainPages, absent_pages, shared_entries
 
-__all__ = ["make_index"]
+__all__ = ["Asked", "make_index"]
 
-KEPT_NOWHERE = "-"
+KEPT_NOWHERE: Final = "-"
+_TOLD_EVERY: Final = 1 << 25  # bytes of the file
+_CHANGED: Final = "it was changed while it was read"
 
 
-def make_index(path: str, channels: list[str], *, index: int, spill: int, answer: int, folder: str) -> None:
-    """Into these descriptors, which it closes.  ``folder``: where to keep it, empty for the user's cache."""
+@dataclass(frozen=True)
+class Asked:
+    """What is to be read, and where the answer goes: descriptors, of which it closes ``spill`` and ``answer``.
+
+    ``folder``: where the index is kept, empty for the user's cache.  ``at_once_from``: bytes; a shorter file is read
+    whole before anything is said of it.
+    """
+
+    path: str
+    channels: tuple[str, ...]
+    folder: str
+    at_once_from: int
+    index: int
+    pages: int
+    spill: int
+    answer: int
+
+    def say(self, **said: Any) -> None:
+        data = memoryview(json.dumps(said).encode() + b"\n")
+        while data:
+            data = data[os.write(self.answer, data) :]
+
+
+def make_index(asked: Asked) -> None:
+    """Raises ``OSError`` where there is no room for it."""
+    with open(asked.path, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor is wanted
+        status = os.fstat(file.fileno())
+        quick = None if asked.channels else _Quick.of(asked, file.fileno())
+        if quick is None or not quick.read(status):
+            _make_plainly(asked, file.fileno(), status)
+
+
+def _is_as_it_was(descriptor: int, status: os.stat_result) -> bool:
+    now = os.fstat(descriptor)
+    return all(getattr(now, name) == getattr(status, name) for name in ("st_size", "st_mtime_ns", "st_ctime_ns"))
+
+
+# -- the quick way
+
+
+class _Quick:
+    """A file that seems to be plain."""
+
+    def __init__(self, asked: Asked, descriptor: int, head: Head, tail: Tail) -> None:
+        self._asked = asked
+        self._descriptor = descriptor
+        self._head = head
+        self._tail = tail
+        self._is_told = False
+        self._told_at = 0
+
+    @classmethod
+    def of(cls, asked: Asked, descriptor: int) -> "_Quick | None":
+        """None where it is none."""
+        try:
+            head = read_head(descriptor)
+            return cls(asked, descriptor, head, read_tail(descriptor, head))
+        except NotPlainError:
+            return None
+
+    def read(self, status: os.stat_result) -> bool:
+        """False where it is none after all."""
+        asked, tail = self._asked, self._tail
+        is_all_sent = not tail.has_balloon and not tail.virtio_mems
+        entries = shared_entries(self._head, asked.pages, is_made=True)
+        if status.st_size >= asked.at_once_from:
+            self._tell(self._starts() if is_all_sent else None)
+        pages = PlainPages(self._descriptor, self._head)
+        try:
+            end = pages.index(entries, on_window=self._tell_how_far)
+        except NotPlainError:
+            return False
+        absent = sum(map(absent_pages, entries.values()))
+        if end != tail.devices_at or (absent and is_all_sent):
+            return False
+        if not _is_as_it_was(self._descriptor, status):
+            asked.say(error=_CHANGED)
+            return True
+        is_once = pages.page_count == sum(map(len, entries.values()))
+        asked.say(plain=True, starts=None, done=True, absent=absent, one_pass=is_once)
+        os.close(asked.answer)
+        if asked.folder != KEPT_NOWHERE:
+            self._keep(entries, absent, status)
+        return True
+
+    def _starts(self) -> list[int] | None:
+        from qmigrate.capture.one_pass import OnePass
+
+        once = OnePass(self._descriptor, self._head)
+        return once.starts if once.prove(self._tail.devices_at) else None
+
+    def _tell(self, starts: list[int] | None) -> None:
+        self._asked.say(plain=True, starts=starts)
+        self._is_told = True
+
+    def _tell_how_far(self, position: int) -> None:
+        if self._is_told and position - self._told_at >= _TOLD_EVERY:
+            self._told_at = position
+            self._asked.say(at=position)
+
+    def _keep(self, entries: dict[str, memoryview], absent: int, status: os.stat_result) -> None:
+        from qmigrate.capture.arriving import blocks_of, plain_guest
+        from qmigrate.capture.kept import KeptIndexes, Stamp
+        from qmigrate.capture.placed import PlacedPages
+
+        index = PlacedPages(None, blocks=blocks_of(self._head), entries=entries)
+        saved = plain_guest(self._head, self._tail, index)
+        saved.absent = absent
+        KeptIndexes(self._asked.folder or None).keep(saved, Stamp.of_status(status))
+
+
+# -- as every stream can be read
+
+
+def _make_plainly(asked: Asked, descriptor: int, status: os.stat_result) -> None:
     from qmigrate.capture.kept import KeptIndexes, Stamp, write_kept
     from qmigrate.capture.migration import Migration
     from qmigrate.capture.saved import read_saved
+    from qmigrate.errors import NoStreamError, RefusedError, StreamError
 
-    said: dict[str, str] = {}
-    with Migration(path, channels=channels) as migration, open(path, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor is wanted
-        stamp = Stamp.of(file.fileno())
+    with Migration(asked.path, channels=asked.channels) as migration:
         try:
-            saved = read_saved(migration, spill=os.fdopen(spill, "w+b"))
+            saved = read_saved(migration, spill=os.fdopen(asked.spill, "w+b"))
         except (StreamError, NoStreamError, RefusedError) as exc:
-            said["error"] = str(exc)
-        else:
-            with saved:
-                if Stamp.of(file.fileno()) != stamp:
-                    said["error"] = "it was changed while it was read"
-                else:
-                    write_kept(saved, stamp, index, spilled=saved.index.spilled)
-                os.write(answer, json.dumps(said).encode())
-                os.close(answer)
-                if not said and not saved.index.spilled and not channels and folder != KEPT_NOWHERE:
-                    KeptIndexes(folder or None).keep(saved, stamp)
+            asked.say(error=str(exc))
+            return
+        with saved:
+            if not _is_as_it_was(descriptor, status):
+                asked.say(error=_CHANGED)
                 return
-    os.write(answer, json.dumps(said).encode())
-    os.close(answer)
+            stamp = Stamp.of_status(status)
+            write_kept(saved, stamp, asked.index, spilled=saved.index.spilled)
+            asked.say(made=True)
+            os.close(asked.answer)
+            if not saved.index.spilled and not asked.channels and asked.folder != KEPT_NOWHERE:
+                KeptIndexes(asked.folder or None).keep(saved, stamp)
 
 
 def main(argv: list[str]) -> NoReturn:
     gc.disable()  # to import so much makes much and frees nothing, and afterwards there is little to be freed
-    index, spill, answer = map(int, argv[:3])
-    folder, path, *channels = argv[3:]
+    index, pages, spill, answer, at_once_from = map(int, argv[:5])
+    folder, path, *channels = argv[5:]
     try:
-        make_index(path, channels, index=index, spill=spill, answer=answer, folder=folder)
+        make_index(Asked(path, tuple(channels), folder, at_once_from, index, pages, spill, answer))
     except (OSError, MemoryError):  # no room, mostly: that it was not kept is no harm, and else the pipe has no answer
         sys.exit(1)
     sys.exit(0)

@@ -14,6 +14,7 @@ from qmigrate.endpoint.own_python import environment, own_python
 from qmigrate.errors import RefusedError
 
 if TYPE_CHECKING:
+    from qmigrate.capture.arriving import ArrivingPages
     from qmigrate.capture.saved_guest import Saved
 
 __all__ = ["Reading"]
@@ -22,13 +23,16 @@ _ANSWER_BYTES: Final = 1 << 16
 _KILL: Final = 9  # to import `signal` takes longer than all else here
 _OF_TERMINALS: Final = (1, 2)  # SIGHUP, SIGINT
 _KEPT_NOWHERE: Final = "-"  # as `indexing` has it
+_AT_ONCE_FROM: Final = 1 << 28  # bytes: to read less takes no time, and what is wrong is said before anything began
+_LONGEST_LINE: Final = 1 << 20
 
 
 class Reading:
     """A file being read.  It is opened at once (raises ``OSError``), and what is started ends with ``close()``.
 
     ``keep``: an index that was kept will do, and a new one is kept; in ``folder``, None for the user's cache.
-    ``is_kept``: there was one.
+    ``at_once_from``: bytes; of a plain file so long the guest is given before all its pages are known
+    (``capture.arriving``).  ``is_kept``: there was one.
     """
 
     def __init__(
@@ -38,6 +42,7 @@ class Reading:
         channels: tuple[str, ...] = (),
         keep: bool = True,
         folder: str | os.PathLike[str] | None = None,
+        at_once_from: int = _AT_ONCE_FROM,
     ) -> None:
         self.path = path
         self.is_kept = False
@@ -45,7 +50,9 @@ class Reading:
         self._folder = None if folder is None else os.fspath(folder)
         self._keeps = keep and not channels
         self._process: int | None = None
+        self._at_once_from = at_once_from
         self._is_made = False
+        self._arriving: ArrivingPages | None = None
         self._files: list[int] = []
         self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         self._status = os.fstat(self._file)
@@ -85,7 +92,8 @@ class Reading:
 
     def _end(self) -> None:
         assert self._process is not None
-        if not self._is_made:  # else it has only to keep a copy, or has ended
+        is_made = self._is_made or (self._arriving is not None and self._arriving.is_complete)
+        if not is_made:  # else it has only to keep a copy, or has ended
             os.kill(self._process, _KILL)
         os.waitpid(self._process, 0)
         self._process = None
@@ -110,14 +118,15 @@ class Reading:
         """Start the process that makes it."""
         import tempfile
 
-        index = os.memfd_create("index")
+        index, pages = os.memfd_create("index"), os.memfd_create("pages")
         spill, name = tempfile.mkstemp(prefix="qmigrate-")
         os.unlink(name)  # noqa: PTH108 - at once: it needs no name
         answer, theirs = os.pipe2(os.O_CLOEXEC)
-        self._files = [index, spill, answer]
-        shared = (index, spill, theirs)
+        self._files = [index, pages, spill, answer]
+        shared = (index, pages, spill, theirs)
         folder = (self._folder or "") if self._keeps else _KEPT_NOWHERE
-        command = own_python("qmigrate.operations.indexing", *map(str, shared), folder, self.path)
+        numbers = map(str, (*shared, self._at_once_from))
+        command = own_python("qmigrate.operations.indexing", *numbers, folder, self.path)
         try:
             for descriptor in shared:
                 os.set_inheritable(descriptor, True)
@@ -142,8 +151,8 @@ class Reading:
                 self.is_kept = True
                 return saved
             self._start()
-        await self._answered()
-        return await asyncio.to_thread(self._made)
+        line, behind = await self._first_line()
+        return await asyncio.to_thread(self._answered, line, behind)
 
     def _kept(self) -> "Saved | None":
         from qmigrate.capture.kept import KeptError, KeptIndexes
@@ -158,33 +167,83 @@ class Reading:
         saved.input, self._file = self._file, -1
         return saved
 
-    async def _answered(self) -> None:
+    async def _first_line(self) -> tuple[bytes, bytes]:
+        """What is said first, empty where nothing is; and what has come behind it."""
         import asyncio
 
-        loop, answer = asyncio.get_running_loop(), self._files[2]
-        ready = asyncio.Event()
+        loop, answer = asyncio.get_running_loop(), self._files[-1]
+        ready, said = asyncio.Event(), b""
         loop.add_reader(answer, ready.set)
         try:
-            await ready.wait()
+            while b"\n" not in said and len(said) < _LONGEST_LINE:
+                await ready.wait()
+                ready.clear()
+                data = os.read(answer, _ANSWER_BYTES)
+                if not data:
+                    return b"", b""
+                said += data
         finally:
             loop.remove_reader(answer)
+        line, _, behind = said.partition(b"\n")
+        return line, behind
 
-    def _made(self) -> "Saved":
+    def _answered(self, line: bytes, behind: bytes) -> "Saved":
         import json
 
+        if not line:
+            raise RefusedError(f"{self.path}: its index can't be made: {self._why()}")
+        said = json.loads(line)
+        if (error := said.get("error")) is not None:
+            self._is_made = True
+            raise RefusedError(f"{self.path}: {error}")
+        if said.get("plain"):
+            return self._plain(said["starts"], line + b"\n" + behind)
+        self._is_made = True
+        file = self._file
+        return self._owned(self._made(file))
+
+    def _made(self, file: int) -> "Saved":
         from qmigrate.capture.kept import KeptError, Stamp, read_kept
 
-        index, spill, answer = self._files
-        said = os.read(answer, _ANSWER_BYTES)
-        if not said:
-            raise RefusedError(f"{self.path}: its index can't be made: {self._why()}")
-        self._is_made = True
-        if (error := json.loads(said).get("error")) is not None:
-            raise RefusedError(f"{self.path}: {error}")
+        index, _, spill, _ = self._files
         try:
-            return self._owned(read_kept(index, Stamp.of_status(self._status), self._file, spill=spill))
+            return read_kept(index, Stamp.of_status(self._status), file, spill=spill)
         except KeptError as exc:
             raise RefusedError(f"{self.path}: its index can't be used: {exc}") from exc
+
+    def _plain(self, starts: list[int] | None, heard: bytes) -> "Saved":
+        """Of a plain file, whose pages are all known or on their way."""
+        from qmigrate.capture.arriving import ArrivingPages, blocks_of, plain_guest
+        from qmigrate.capture.one_pass import OnePass
+        from qmigrate.capture.plain_ends import NotPlainError, read_head, read_tail
+        from qmigrate.capture.plain_pages import shared_entries
+        from qmigrate.errors import StreamError
+
+        file = self._file
+        try:
+            head = read_head(file)
+            tail = read_tail(file, head)
+        except NotPlainError as exc:
+            raise RefusedError(f"{self.path}: it was changed while it was read") from exc
+        _, pages, _, answer = self._files
+        self._arriving = ArrivingPages(
+            file,
+            news=os.dup(answer),
+            heard=heard,
+            blocks=blocks_of(head),
+            entries=shared_entries(head, pages),
+            one_pass=None if starts is None else OnePass(file, head, starts=starts),
+            made=lambda: self._made(file),
+            why_not=self._why,
+        )
+        saved = self._owned(plain_guest(head, tail, self._arriving))
+        try:
+            self._arriving.hear()
+        except StreamError as exc:
+            saved.close()
+            raise RefusedError(f"{self.path}: {exc}") from exc
+        saved.absent = self._arriving.absent_pages
+        return saved
 
     def _why(self) -> str:
         """How the process ended, which has said nothing."""

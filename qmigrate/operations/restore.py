@@ -230,6 +230,9 @@ class Restorer(Serving):
             return self._ended(DONE, said + tries.summary, server, there, tries)
         if not server.is_switched:
             return self._ended(STILL_IN_FILE, f"{ended.reason}{await self._why(there)}", server, there, tries)
+        if ended.end is End.UNREADABLE and not server.has_sent_pages:
+            reason = f"{ended.reason}; no page was sent, so the guest has not begun to run there: end that QEMU"
+            return self._ended(STILL_IN_FILE, reason, server, there, tries)
         code, sentence = await self._place(there)
         reason = tries.why if ended.end is End.BROKEN and tries.count else ended.reason
         return self._ended(code, f"{reason}: {sentence}", server, there, tries)

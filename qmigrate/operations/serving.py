@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Final
 
+from qmigrate.capture.arriving import ArrivingPages
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.over_time import OverTime
 from qmigrate.endpoint.source import Answered, Counts, Ended, Moment, Server
@@ -239,7 +240,7 @@ class Serving:
             )
         )
         if saved.absent:
-            self._tell(Troubled(message=f"{saved.absent} pages that the guest did not use were never saved: zero here"))
+            self._tell(_absent(saved.absent))
 
     # -- the connection
 
@@ -247,7 +248,7 @@ class Serving:
     def _serving(self, saved: Saved, page_sizes: Mapping[str, int]) -> Generator[Server]:
         """A server, which can be told to stop as long as the block lasts."""
         loop = asyncio.get_running_loop()
-        with Server(saved, page_sizes, on_moment=lambda moment: self._moment(loop, moment)) as server:
+        with Server(saved, page_sizes, on_moment=lambda moment: self._moment(loop, moment, saved)) as server:
             server.over_time.began_ns = self._began
             self._server = server
             try:
@@ -317,13 +318,16 @@ class Serving:
             )
         )
 
-    def _moment(self, loop: asyncio.AbstractEventLoop, moment: Moment) -> None:
+    def _moment(self, loop: asyncio.AbstractEventLoop, moment: Moment, saved: Saved) -> None:
         """Called by the thread that serves."""
         after_us = (time.monotonic_ns() - self._began) // 1000
         self._moments[moment.name.lower()] = after_us
-        event = Restored(side=Side.DESTINATION, moment=moment.value, after_us=after_us)
+        events: list[LiveEvent] = [Restored(side=Side.DESTINATION, moment=moment.value, after_us=after_us)]
+        if moment is Moment.INDEXED and isinstance(saved.index, ArrivingPages) and saved.index.absent_pages:
+            events.append(_absent(saved.index.absent_pages))
         with suppress(RuntimeError):  # the loop has ended: nobody is told any more
-            loop.call_soon_threadsafe(self._tell, event)
+            for event in events:
+                loop.call_soon_threadsafe(self._tell, event)
 
 
 def _in_thread(serve: Callable[[socket.socket], Ended], peer: socket.socket) -> "Future[Ended]":
@@ -338,6 +342,10 @@ def _in_thread(serve: Callable[[socket.socket], Ended], peer: socket.socket) -> 
 
     Thread(target=work, name="serve pages", daemon=True).start()
     return future
+
+
+def _absent(count: int) -> LiveEvent:
+    return Troubled(message=f"{count} pages that the guest did not use were never saved: zero here")
 
 
 def _no_one(_: LiveEvent) -> None:

@@ -16,7 +16,7 @@ ram_save_host_page(), ram_postcopy_send_discard_bitmap(); migration/savevm.c: qe
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, TypeAlias
 
@@ -138,6 +138,10 @@ class Source:
         self._section_id = section_id
         self._footers = footers
         self.at_once = at_once
+        self.has: Callable[[str, int, int, bool], bool] | None = None
+        """Are these target pages at hand, and does somebody wait for them (the last one)?  If not they are sent later.
+        None: all are.
+        """
         self._order = list(self.blocks)
         self._dirty = {block.name: bytearray([_YES]) * block.count for block in blocks}
         self._sent = {block.name: bytearray(block.count) for block in blocks}
@@ -236,6 +240,11 @@ class Source:
         return self._left
 
     @property
+    def has_taken(self) -> bool:
+        """Has any page been given to be sent?"""
+        return self._left < sum(block.count for block in self.blocks.values())
+
+    @property
     def left_pages(self) -> int:
         """The same in target pages."""
         return sum(
@@ -248,13 +257,16 @@ class Source:
         return len(self._wanted)
 
     def next_span(self) -> Span | None:
-        """What to send next, requested pages first; it counts as sent.  None where all is."""
+        """What to send next, requested pages first; it counts as sent.  None where all is, or nothing is at hand."""
         return self.next_requested() or self.next_in_turn()
 
     def next_requested(self) -> Span | None:
-        """The next host page that somebody waits for; it counts as sent."""
-        while self._wanted:
+        """The next host page that somebody waits for; it counts as sent.  None where there is none that is at hand."""
+        for _ in range(len(self._wanted)):
             name, page = self._wanted.popleft()
+            if self._dirty[name][page] and not self._is_at_hand(name, page, 1, is_wanted=True):
+                self._wanted.append((name, page))
+                continue
             self._queued.discard((name, page))
             if self._dirty[name][page]:
                 # What a guest wants next mostly stands behind what it wanted.
@@ -262,8 +274,14 @@ class Source:
                 return self._take(name, page, 1, requested=True)
         return None
 
+    def _is_at_hand(self, name: str, first: int, count: int, *, is_wanted: bool = False) -> bool:
+        return self.has is None or self.has(name, *self._targets(name, first, count), is_wanted)
+
     def next_in_turn(self) -> Span | None:
-        """The next pages in the order of the blocks, behind those that were asked for last; they count as sent."""
+        """The next pages in the order of the blocks, behind those that were asked for last; they count as sent.
+
+        None where there is none, or they are not at hand.
+        """
         for _ in range(len(self._order) + 1):
             number, page = self._turn
             name = self._order[number]
@@ -274,20 +292,25 @@ class Source:
             return self._in_its_turn(number, name, first)
         return None
 
-    def _in_its_turn(self, number: int, name: str, first: int) -> Span:
+    def _in_its_turn(self, number: int, name: str, first: int) -> Span | None:
         most = max(self.at_once // self.blocks[name].page_size, 1)
         end = self._dirty[name].find(0, first, first + most)
         end = min(first + most, self.blocks[name].count) if end < 0 else end
+        if not self._is_at_hand(name, first, end - first):
+            return None
         self._turn = (number, end)
         return self._take(name, first, end - first)
 
     def _take(self, name: str, first: int, count: int, *, requested: bool = False) -> Span:
-        block = self.blocks[name]
         self._dirty[name][first : first + count] = bytes(count)
         self._left -= count
-        each = block.page_size // self.page_size
-        whole = block.length // self.page_size
-        return Span(name, first * each, min(count * each, whole - first * each), requested)
+        return Span(name, *self._targets(name, first, count), requested)
+
+    def _targets(self, name: str, first: int, count: int) -> tuple[int, int]:
+        """Host pages as target pages: the first one, and how many."""
+        block = self.blocks[name]
+        each, whole = block.page_size // self.page_size, block.length // self.page_size
+        return first * each, min(count * each, whole - first * each)
 
     def part(self, span: Span, records: bytearray) -> list[bytes | memoryview]:
         """A PART of RAM with these records, each of which continues its block: pieces to be sent one after another."""
