@@ -22,9 +22,8 @@ from qmigrate.format.ram import RamBlock
 
 if TYPE_CHECKING:
     from qmigrate.capture.one_pass import OnePass
-    from qmigrate.capture.plain_ends import Head, Tail
 
-__all__ = ["ArrivingPages", "blocks_of", "plain_guest"]
+__all__ = ["ArrivingPages"]
 
 _READ_BYTES: Final = 1 << 16
 
@@ -127,25 +126,3 @@ class ArrivingPages(PlacedPages):
         if all(entries[first : first + count]):
             return True
         return search and self._one_pass.find(block, first, count, entries)
-
-
-def blocks_of(head: "Head") -> dict[str, RamBlock]:
-    """As an index has them."""
-    return {name: RamBlock(name=name, used_length=length) for name, length in head.blocks.items()}
-
-
-def plain_guest(head: "Head", tail: "Tail", index: PlacedPages) -> Saved:
-    """The guest in a plain file whose two ends were read."""
-    return Saved(
-        index,
-        opening=head.opening,
-        machine_type=head.machine_type,
-        devices=tail.devices,
-        description=tail.description,
-        section_id=head.section_id,
-        footers=True,
-        was_running=tail.was_running,
-        has_balloon=tail.has_balloon,
-        virtio_mems=set(tail.virtio_mems),
-        blocks=list(index.blocks.values()),
-    )

@@ -117,7 +117,7 @@ class OnePass:
         # As it would be if all in between were pages with contents, and no section ended.
         skipped = (target - before.offset) // _RECORD
         guess = _Place(before.offset + skipped * _RECORD, before.page + skipped)
-        if self._agrees(block, guess):
+        if skipped and self._agrees(block, guess):
             return guess
         data = os.pread(self._descriptor, _NEXT + 8, target)
         for found in _CANDIDATE.finditer(data):

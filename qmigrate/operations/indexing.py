@@ -126,9 +126,9 @@ class _Quick:
             self._asked.say(at=position)
 
     def _keep(self, entries: dict[str, memoryview], absent: int, status: os.stat_result) -> None:
-        from qmigrate.capture.arriving import blocks_of, plain_guest
         from qmigrate.capture.kept import KeptIndexes, Stamp
         from qmigrate.capture.placed import PlacedPages
+        from qmigrate.capture.plain import blocks_of, plain_guest
 
         index = PlacedPages(None, blocks=blocks_of(self._head), entries=entries)
         saved = plain_guest(self._head, self._tail, index)

@@ -213,8 +213,9 @@ class Reading:
 
     def _plain(self, starts: list[int] | None, heard: bytes) -> "Saved":
         """Of a plain file, whose pages are all known or on their way."""
-        from qmigrate.capture.arriving import ArrivingPages, blocks_of, plain_guest
+        from qmigrate.capture.arriving import ArrivingPages
         from qmigrate.capture.one_pass import OnePass
+        from qmigrate.capture.plain import blocks_of, plain_guest
         from qmigrate.capture.plain_ends import NotPlainError, read_head, read_tail
         from qmigrate.capture.plain_pages import shared_entries
         from qmigrate.errors import StreamError
