@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qmigrate.capture.placed import PlacedPages
 from qmigrate.capture.saved_guest import Saved
-from qmigrate.errors import StreamError
+from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format.ram import RamBlock
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class ArrivingPages(PlacedPages):
             self._hang_up()
             raise StreamError(str(error))
         if said.get("made"):
-            self._replace(self._made())
+            self._replace()
         elif said.get("done"):
             self.absent_pages = said["absent"]
             if self._one_pass is not None and not said["one_pass"]:
@@ -107,10 +107,17 @@ class ArrivingPages(PlacedPages):
         self._one_pass = None
         self._hang_up()
 
-    def _replace(self, made: Saved) -> None:
-        """By what was read in the plain way."""
-        if self._one_pass is not None or made.blocks != list(self.blocks.values()):
+    def _replace(self) -> None:
+        """By what was read as every stream is."""
+        if self._one_pass is not None:
             raise StreamError("it is not what it was taken for, and may have been served as that")
+        try:
+            made = self._made()
+        except (QmigrateError, OSError) as exc:
+            raise StreamError(str(exc)) from exc
+        if made.blocks != list(self.blocks.values()):
+            made.close()
+            raise StreamError("its blocks are others than those that the destination was told of")
         self.absent_pages = made.absent
         self.page_size = made.page_size
         self._entries = {block.name: made.index.entries(block.name) for block in made.blocks}

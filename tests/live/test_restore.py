@@ -27,6 +27,7 @@ from qmigrate.errors import RefusedError
 from qmigrate.events import GuestChanged, LiveEvent
 from qmigrate.format.feed import Feed
 from qmigrate.format.return_path import RequestPagesId, read_return_path
+from qmigrate.operations.reading import Reading
 from qmigrate.operations.restore import Indexed, Restorer, ServingResult
 from qmigrate.operations.send import Sender
 from qmigrate.protocol.source import HostPages, Source
@@ -175,6 +176,25 @@ async def test_a_paused_guest_has_every_page_of_the_file(qemu: Qemu, tmp_path: P
             assert (result.exit_code, result.running) == (0, False)
             await assert_has_all(file, machine, tmp_path / how)
     assert [each.kept for each in said if isinstance(each, Indexed)] == [False, True, True]
+
+
+@every_qemu
+async def test_a_long_file_is_served_while_it_is_read(qemu: Qemu, tmp_path: Path) -> None:
+    """As if these were long: of one pass each page at once, of several once the last copies are known."""
+    for name, runs in (("pc-paused", 1), ("pc-running", 2)):
+        file = await saved(qemu, name, tmp_path / name)
+        folder = tmp_path / f"{name}-d"
+        async with waiting(file, folder) as machine:
+            reading = Reading(str(file.stream), keep=False, at_once_from=0)
+            restorer = Restorer(file.stream, reading=reading, paused=runs == 1)
+            async with asyncio.timeout(TIMEOUT_S):
+                result = await restorer.run(machine.session, uri=f"unix:{folder / 'in'}")
+            assert (result.exit_code, result.counts.pages) == (0, result.counts.total)
+            assert reading._arriving is not None
+            if runs == 1:
+                await assert_has_all(file, machine, folder)
+            else:
+                await console.assert_goes_on(folder / "console")
 
 
 @pytest.mark.parametrize("name", ["q35-many", "pc-postcopy", "pc-mapped", "pc-multifd-zlib", "pc-xbzrle"])
