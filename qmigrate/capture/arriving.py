@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qmigrate.capture.placed import PlacedPages
+from qmigrate.capture.places import Input
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import StreamError
 from qmigrate.format.ram import RamBlock
@@ -45,7 +46,7 @@ class ArrivingPages(PlacedPages):
         made: Callable[[], Saved],
         why_not: Callable[[], str],
     ) -> None:
-        super().__init__(descriptor, blocks=blocks, entries=entries)
+        super().__init__([Input.of(descriptor)], blocks=blocks, entries=entries)
         self.absent_pages = 0
         """How many never came; known in the end."""
         self._news: int | None = news

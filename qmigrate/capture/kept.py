@@ -1,25 +1,26 @@
 """An index that is kept: a saved guest as ``read_saved`` found it, in a file of its own.
 
-It is for one file as it was: its device, inode, size and times; and it is no more than a hint, for what is served is
-compared with the input (``placed``).  A file that is not what was written here, whole, of this user, is as if there
-were none.
+It is for its input files as they were, in their order: the device, inode, size and times of each.  It is no more than a
+hint, for what is served is compared with the inputs (``placed``).  A file that is not what was written here, whole, of
+this user, is as if there were none.
 
-In the file: a header, the pieces that go out verbatim, the blocks, then eight bytes a page.  All that follows the
-header is under its checksum, as is the header itself.
+In the file: a header, the inputs, the pieces that go out verbatim, the blocks, then eight bytes a page.  All that
+follows the header is under its checksum, as is the header itself.
 """
 
 import os
 import stat
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple, Self
 
 from construct import Bytes, Int8ub, Int32ub, Int64sb, Int64ub
 
-from qmigrate.capture.cache import cache_folder
+from qmigrate.capture.cache import cache_folder, index_name
 from qmigrate.capture.placed import PlacedPages
+from qmigrate.capture.places import Input
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format._record import CountedString, Record, wire
@@ -28,7 +29,7 @@ from qmigrate.format.ram import RamBlock
 __all__ = ["KeptError", "KeptIndexes", "Stamp", "read_kept", "write_kept"]
 
 _MAGIC: Final = b"\x89QIDX\r\n\x1a"
-_VERSION: Final = 1
+_VERSION: Final = 2
 _SUFFIX: Final = ".index"
 _ENTRY_BYTES: Final = 8
 _AT_ONCE: Final = 1 << 30
@@ -43,7 +44,7 @@ class KeptError(QmigrateError):
 
 
 class KeptHeader(Record):
-    """What it is for, and what follows; lengths in bytes.
+    """What follows; lengths in bytes, ``inputs`` and ``blocks`` are counts.
 
     ``order`` is that of the entries' bytes, 1: the lowest first.  ``was_running``: 0 unknown, 1 no, 2 yes.
     ``spilled``: how much of the pages stands in the spill file that goes with it, 0 where there is none.
@@ -52,11 +53,7 @@ class KeptHeader(Record):
     magic: bytes = wire(Bytes(len(_MAGIC)), default=_MAGIC)
     version: int = wire(Int32ub, default=_VERSION)
     order: int = wire(Int8ub)
-    device: int = wire(Int64ub)
-    inode: int = wire(Int64ub)
-    length: int = wire(Int64ub)
-    mtime_ns: int = wire(Int64sb)
-    ctime_ns: int = wire(Int64sb)
+    inputs: int = wire(Int32ub)
     page_size: int = wire(Int32ub)
     section_id: int = wire(Int32ub)
     footers: int = wire(Int8ub)
@@ -80,6 +77,17 @@ class KeptChecksum(Record):
     """Of the header before it."""
 
     checksum: int = wire(Int32ub)
+
+
+class KeptInput(Record):
+    """A file as it was.  ``has_pages``: in which some stand as they are."""
+
+    device: int = wire(Int64ub)
+    inode: int = wire(Int64ub)
+    length: int = wire(Int64ub)
+    mtime_ns: int = wire(Int64sb)
+    ctime_ns: int = wire(Int64sb)
+    has_pages: int = wire(Int8ub)
 
 
 class KeptBlock(Record):
@@ -112,20 +120,27 @@ class Stamp(NamedTuple):
 # -- one of them
 
 
-def write_kept(saved: Saved, stamp: Stamp, descriptor: int, *, spilled: int = 0) -> None:
-    """Into this file, from its start.  Raises ``OSError``, ``StreamError`` where a value has no room."""
+def write_kept(saved: Saved, stamps: Sequence[Stamp], descriptor: int, *, spilled: int = 0) -> None:
+    """Into this file, from its start; ``stamps`` are of the inputs.
+
+    Raises ``OSError``, ``StreamError`` where a value has no room.
+    """
+    inputs = [
+        KeptInput(**stamp._asdict(), has_pages=each is not None).build()
+        for stamp, each in zip(stamps, saved.index.inputs, strict=True)
+    ]
     entries = [saved.index.entries(block.name).cast("B") for block in saved.blocks]
     blocks = [
         KeptBlock(name=block.name, used_length=block.used_length, page_count=len(each) // _ENTRY_BYTES).build()
         for block, each in zip(saved.blocks, entries, strict=True)
     ]
-    body: list[bytes | memoryview] = [*(getattr(saved, part) for part in _PARTS), *blocks, *entries]
+    body: list[bytes | memoryview] = [*inputs, *(getattr(saved, part) for part in _PARTS), *blocks, *entries]
     checksum = 0
     for each in body:
         checksum = zlib.crc32(each, checksum)
     machine_type = (saved.machine_type or "").encode("utf-8", "surrogateescape")
     header = KeptHeader(
-        **stamp._asdict(),
+        inputs=len(inputs),
         opening=len(saved.opening),
         before=len(saved.before),
         behind=len(saved.behind),
@@ -150,14 +165,14 @@ def write_kept(saved: Saved, stamp: Stamp, descriptor: int, *, spilled: int = 0)
         at = _write_all(descriptor, memoryview(piece), at)
 
 
-def read_kept(descriptor: int, stamp: Stamp, file: int, *, spill: int | None = None) -> Saved:
-    """The saved guest in ``file``, of which this is the index; ``file`` and ``spill`` stay open.
+def read_kept(descriptor: int, stamps: Sequence[Stamp], files: Sequence[int], *, spill: int | None = None) -> Saved:
+    """The saved guest in ``files``, of which this is the index; ``files`` and ``spill`` stay open.
 
-    Raises ``KeptError`` where it is none of that file, ``OSError``.
+    Raises ``KeptError`` where it is none of those files as these ``stamps`` have them, ``OSError``.
     """
     length, prefix = os.fstat(descriptor).st_size, _prefix_bytes()
     head = os.pread(descriptor, prefix, 0)
-    header = _checked_header(head, stamp)
+    header = _checked_header(head)
     if header.body != length - prefix:
         raise KeptError(f"it has {length} bytes, expected {header.body + prefix}")
     if header.spilled and spill is None:
@@ -171,7 +186,8 @@ def read_kept(descriptor: int, stamp: Stamp, file: int, *, spill: int | None = N
         at += count
     if zlib.crc32(body) != header.body_checksum:
         raise KeptError("its checksum is another")
-    return _saved(header, body, file, spill)
+    inputs, used = _inputs(header, body, stamps, files)
+    return _saved(header, body[used:], inputs, spill)
 
 
 def _prefix_bytes() -> int:
@@ -180,7 +196,7 @@ def _prefix_bytes() -> int:
     return KeptHeader.size + KeptChecksum.size
 
 
-def _checked_header(head: bytes, stamp: Stamp) -> KeptHeader:
+def _checked_header(head: bytes) -> KeptHeader:
     if len(head) != _prefix_bytes() or not head.startswith(_MAGIC):
         raise KeptError("it is no index")
     try:
@@ -192,12 +208,30 @@ def _checked_header(head: bytes, stamp: Stamp) -> KeptHeader:
         raise KeptError("the checksum of its header is another")
     if header.version != _VERSION or header.order != _ORDERS[sys.byteorder]:
         raise KeptError(f"it has version {header.version}.{header.order}, expected {_VERSION}.{_ORDERS[sys.byteorder]}")
-    if Stamp(*(getattr(header, name) for name in Stamp._fields)) != stamp:
-        raise KeptError("the file was changed since")
     return header
 
 
-def _saved(header: KeptHeader, body: memoryview, file: int, spill: int | None) -> Saved:
+def _inputs(
+    header: KeptHeader, body: memoryview, stamps: Sequence[Stamp], files: Sequence[int]
+) -> tuple[list[Input | None], int]:
+    """Those that pages stand in, and where what follows begins."""
+    if header.inputs != len(stamps):
+        raise KeptError(f"it is of {header.inputs} files, expected {len(stamps)}")
+    inputs: list[Input | None] = []
+    at = 0
+    for stamp, file in zip(stamps, files, strict=True):
+        try:
+            kept, used = KeptInput.read_prefix(body[at : at + 64])
+        except StreamError as exc:
+            raise KeptError(str(exc)) from exc
+        at += used
+        if Stamp(*(getattr(kept, name) for name in Stamp._fields)) != stamp:
+            raise KeptError("the file was changed since")
+        inputs.append(Input(file, stamp.length, stamp.mtime_ns) if kept.has_pages else None)
+    return inputs, at
+
+
+def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spill: int | None) -> Saved:
     parts, at = [], 0
     for name in _PARTS:
         length = getattr(header, name)
@@ -223,7 +257,7 @@ def _saved(header: KeptHeader, body: memoryview, file: int, spill: int | None) -
         at += block.page_count * _ENTRY_BYTES
     blocks = {block.name: RamBlock(name=block.name, used_length=block.used_length) for block in listed}
     index = PlacedPages(
-        file,
+        inputs,
         page_size=header.page_size,
         blocks=blocks,
         entries=entries,
@@ -264,37 +298,37 @@ class KeptIndexes:
         self.folder = cache_folder("indexes") if folder is None else Path(folder).absolute()
         self._most = most
 
-    def path(self, stamp: Stamp) -> Path:
-        """Where that of this file is: one for each file, whatever it is called."""
-        return self.folder / f"{stamp.device:x}-{stamp.inode:x}{_SUFFIX}"
+    def path(self, stamps: Sequence[Stamp]) -> Path:
+        """Where that of these files is: one for each, or each row of them, whatever they are called."""
+        return self.folder / (index_name([stamp[:2] for stamp in stamps]) + _SUFFIX)
 
-    def read(self, file: int) -> Saved:
-        """The saved guest in this open file.  Raises ``KeptError`` where there is no index of it."""
+    def read(self, files: Sequence[int]) -> Saved:
+        """The saved guest in these open files.  Raises ``KeptError`` where there is no index of them."""
         try:
-            stamp = Stamp.of(file)
-            descriptor = os.open(self.path(stamp), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            stamps = [Stamp.of(file) for file in files]
+            descriptor = os.open(self.path(stamps), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as exc:
             raise KeptError(exc.strerror) from exc
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
                 raise KeptError("it is no file of this user")
-            return read_kept(descriptor, stamp, file)
+            return read_kept(descriptor, stamps, files)
         except OSError as exc:
             raise KeptError(exc.strerror) from exc
         finally:
             os.close(descriptor)
 
-    def keep(self, saved: Saved, stamp: Stamp) -> Path:
-        """It appears whole or not at all; an older one of the same file goes.  Raises ``OSError``."""
+    def keep(self, saved: Saved, stamps: Sequence[Stamp]) -> Path:
+        """It appears whole or not at all; an older one of the same files goes.  Raises ``OSError``."""
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.path(stamp)
+        path = self.path(stamps)
         temporary = self.folder / f".{path.name}.{os.getpid()}.part"
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             try:
-                write_kept(saved, stamp, descriptor)
+                write_kept(saved, stamps, descriptor)
             finally:
                 os.close(descriptor)
             temporary.replace(path)

@@ -5,7 +5,7 @@ import errno
 import lzma
 import os
 import signal
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from qmigrate.operations.send import Sender
 from qmigrate.operations.serving import Indexed
 from tests import streams
 from tests.capture.test_index import ram_of
+from tests.capture.test_places import corpus
 
 pytestmark = pytest.mark.asyncio
 
@@ -41,15 +42,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def read(path: Path, folder: Path, *, keep: bool = True) -> AsyncGenerator[tuple[Reading, Saved]]:
-    with Reading(str(path), folder=folder, keep=keep) as reading:
+async def read(
+    path: Path, folder: Path, *, channels: Sequence[Path] = (), keep: bool = True
+) -> AsyncGenerator[tuple[Reading, Saved]]:
+    with Reading(str(path), channels=tuple(map(str, channels)), folder=folder, keep=keep) as reading:
         async with asyncio.timeout(TIMEOUT_S):
             with await reading.saved() as saved:
                 yield reading, saved
 
 
-def plainly(path: Path) -> dict[str, bytes]:
-    with Migration(path) as migration, read_saved(migration) as saved:
+def plainly(path: Path, *channels: Path) -> dict[str, bytes]:
+    with Migration(path, channels=channels) as migration, read_saved(migration) as saved:
         return ram_of(saved)
 
 
@@ -59,6 +62,50 @@ async def test_the_next_time_nothing_is_read(path: Path, folder: Path) -> None:
     async with read(path, folder) as (reading, saved):
         assert (reading.is_kept, reading._process) == (True, None)
         assert ram_of(saved) == plainly(path)
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> list[Path]:
+    """Main, and two channels of multifd."""
+    return corpus("pc-multifd-11.1", tmp_path)
+
+
+async def test_the_index_of_several_files_is_kept_too(several: list[Path], folder: Path) -> None:
+    main, *channels = several
+    for is_kept in (False, True):
+        async with read(main, folder, channels=channels) as (reading, saved):
+            assert reading.is_kept == is_kept
+            assert ram_of(saved) == plainly(*several)
+    async with read(main, folder, channels=channels[::-1]) as (reading, saved):
+        assert not reading.is_kept  # files are told by their order in it
+        assert ram_of(saved) == plainly(*several)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+async def test_an_index_of_several_files_is_not_taken_once_one_was_changed(
+    several: list[Path], folder: Path, number: int
+) -> None:
+    main, *channels = several
+    async with read(main, folder, channels=channels):
+        pass
+    os.utime(several[number], ns=(0, 0))
+    async with read(main, folder, channels=channels) as (reading, saved):
+        assert not reading.is_kept
+        assert ram_of(saved) == plainly(*several)
+    with Reading(str(main), channels=tuple(map(str, channels)), folder=folder) as reading:
+        several[number].write_bytes(several[number].read_bytes())
+        with pytest.raises(RefusedError, match="the file was changed since"):
+            await reading.saved()
+
+
+async def test_a_further_channel_that_is_no_file_is_refused(several: list[Path], folder: Path) -> None:
+    fifo = several[0].with_name("fifo")
+    os.mkfifo(fifo)
+    with pytest.raises(RefusedError, match="fifo is no file: the channels of a migration are told by looking at files"):
+        Reading(str(several[0]), channels=(str(fifo),), folder=folder)  # and waits for nobody at its other end
+    with pytest.raises(FileNotFoundError):
+        Reading(str(several[0]), channels=(str(several[0].with_name("nowhere")),))
 
 
 async def test_it_is_not_kept_where_it_shall_not(path: Path, folder: Path) -> None:
@@ -75,7 +122,7 @@ async def test_one_that_is_damaged_is_made_anew(path: Path, folder: Path) -> Non
     index.write_bytes(index.read_bytes()[:-1] + b"\xff")
     async with read(path, folder) as (reading, saved):
         assert (reading.is_kept, ram_of(saved)) == (False, plainly(path))
-    with path.open("rb") as file, KeptIndexes(folder).read(file.fileno()) as again:
+    with path.open("rb") as file, KeptIndexes(folder).read([file.fileno()]) as again:
         assert ram_of(again) == plainly(path)
 
 
