@@ -6,7 +6,8 @@ into memory that both have, and says how far it is in lines of JSON:
 
     {"at": 12345}             so many bytes have been read
     {"done": true, ...}       all of them: ``absent`` pages have not come, ``one_pass`` tells whether each came once
-    {"made": true}            in the plain way, as it was not what it seemed; the index is a kept one
+    {"made": true, ...}       in the plain way, as it was not what it seemed; the index is a kept one, and ``not_kept``
+                              says why it is not kept, where it should be
     {"error": "why"}          it can't be read
 """
 
@@ -49,6 +50,8 @@ class ArrivingPages(PlacedPages):
         super().__init__([Input.of(descriptor)], blocks=blocks, entries=entries)
         self.absent_pages = 0
         """How many never came; known in the end."""
+        self.not_kept: str | None = None
+        """Why no index is kept, where one should be; known in the end."""
         self._news: int | None = news
         self._heard = heard
         self._one_pass = one_pass
@@ -98,6 +101,7 @@ class ArrivingPages(PlacedPages):
             raise StreamError(str(error))
         if said.get("made"):
             self._replace(self._made())
+            self.not_kept = said["not_kept"]
         elif said.get("done"):
             self.absent_pages = said["absent"]
             if self._one_pass is not None and not said["one_pass"]:

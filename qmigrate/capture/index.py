@@ -24,6 +24,7 @@ from qmigrate.format.ram import BlockList, Pages, RamBlock, RamFlag
 from qmigrate.format.stretch import Stretch
 
 if TYPE_CHECKING:
+    from qmigrate.format.multifd import PagePacket
     from qmigrate.format.multifd_pages import PageDecoder
 
 __all__ = ["Kind", "PageIndex", "Placed"]
@@ -289,7 +290,7 @@ class PageIndex(PlacedPages):
 
     def _of_channel(self, entry: Entry) -> None:
         """A packet of multifd, its pages as they are or compressed."""
-        from qmigrate.format.multifd import Compression, PagePacket, header_length
+        from qmigrate.format.multifd import Compression, PagePacket
         from qmigrate.format.multifd_channel import packet_entry
         from qmigrate.format.multifd_pages import PageDecoder
 
@@ -297,19 +298,42 @@ class PageIndex(PlacedPages):
         if not isinstance(packet, PagePacket) or not packet.runs:
             return
         self.page_size = packet.page_size
-        name, header = packet.header.block, packet.header
-        stays = header.compression is Compression.NOCOMP and entry.channel in self._places
+        if packet.header.compression is Compression.NOCOMP and entry.channel in self._places:
+            self._packet(packet, entry)
+            return
         decoder = self._decoders.setdefault(entry.channel, PageDecoder())
-        contents = memoryview(b"") if stays else memoryview(decoder.contents(packet_entry(entry, packet)))
-        begin = entry.offset + header_length(packet.page_size)
+        contents = memoryview(decoder.contents(packet_entry(entry, packet)))
+        entries = self._of(packet.header.block)
         for at, flag, start, count in packet.runs:
             first = start // packet.page_size
-            if flag != _PAGE:
-                self._of(name)[first : first + count] = array("Q", [Kind.ZERO]) * count
-            elif stays:
-                self._stand(name, Placed(Kind.PLACED, first, count, begin + at), entry)
+            if flag == _PAGE:
+                self._spill_pages(packet.header.block, first, contents[at : at + count * packet.page_size])
             else:
-                self._spill_pages(name, first, contents[at : at + count * packet.page_size])
+                entries[first : first + count] = array("Q", [Kind.ZERO]) * count
+
+    def _packet(self, packet: "PagePacket", entry: Entry) -> None:
+        """Its pages, which stand as they are: in one piece mostly, or in as many as its data is cut into."""
+        from qmigrate.format.multifd import header_length
+
+        begin, page_size = entry.offset + header_length(packet.page_size), packet.page_size
+        block, (file, places) = packet.header.block, self._places[entry.channel]
+        entries, step = self._of(block), page_size << _KIND_BITS
+        above = end = 0  # an entry, if `at` were 0; where the piece ends, from `begin` on
+        for at, flag, start, count in packet.runs:
+            first, after = start // page_size, at + count * page_size
+            if flag != _PAGE:
+                entries[first : first + count] = array("Q", [Kind.ZERO]) * count
+                continue
+            if after > end:
+                place, room = places.find(begin + at)
+                end, above = at + room, (file << FILE_SHIFT) + (place - at << _KIND_BITS) + Kind.PLACED
+            placed = above + (at << _KIND_BITS)
+            if after > end:
+                self._stand(block, Placed(Kind.PLACED, first, count, begin + at), entry)
+            elif count == 1:
+                entries[first] = placed
+            else:
+                entries[first : first + count] = array("Q", range(placed, placed + step * count, step))
 
     def _spill_pages(self, block: str, first: int, contents: memoryview) -> None:
         """Append them; a page whose earlier copy is there too takes its place again."""

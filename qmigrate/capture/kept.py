@@ -4,21 +4,20 @@ It is for its input files as they were, in their order: the device, inode, size 
 hint, for what is served is compared with the inputs (``placed``).  A file that is not what was written here, whole, of
 this user, is as if there were none.
 
-In the file: a header, the inputs, the pieces that go out verbatim, the blocks, then eight bytes a page.  All that
-follows the header is under its checksum, as is the header itself.
+In the file: a header, the inputs, the pieces that go out verbatim, the blocks, eight bytes a page, and where spilled
+pages are kept with it four for each of these: its CRC-32, which is compared when it is served.  All that follows the
+header is under its checksum, as is the header itself.
 """
 
 import os
-import stat
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from array import array
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Self
 
 from construct import Bytes, Int8ub, Int32ub, Int64sb, Int64ub
 
-from qmigrate.capture.cache import cache_folder, index_name
 from qmigrate.capture.placed import PlacedPages
 from qmigrate.capture.places import Input
 from qmigrate.capture.saved_guest import Saved
@@ -26,14 +25,13 @@ from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format._record import CountedString, Record, wire
 from qmigrate.format.ram import RamBlock
 
-__all__ = ["KeptError", "KeptIndexes", "Stamp", "read_kept", "write_kept"]
+__all__ = ["KeptError", "KeptHeader", "Stamp", "read_header", "read_kept", "write_kept"]
 
 _MAGIC: Final = b"\x89QIDX\r\n\x1a"
 _VERSION: Final = 2
-_SUFFIX: Final = ".index"
 _ENTRY_BYTES: Final = 8
+_CHECK_BYTES: Final = 4
 _AT_ONCE: Final = 1 << 30
-_MOST_KEPT: Final = 64
 _ORDERS: Final = {"little": 1, "big": 2}
 _RAN: Final[dict[bool | None, int]] = {None: 0, False: 1, True: 2}
 _PARTS: Final = ("opening", "before", "behind", "devices", "description")
@@ -48,6 +46,7 @@ class KeptHeader(Record):
 
     ``order`` is that of the entries' bytes, 1: the lowest first.  ``was_running``: 0 unknown, 1 no, 2 yes.
     ``spilled``: how much of the pages stands in the spill file that goes with it, 0 where there is none.
+    ``checks``: of how many of these pages there is a checksum, of all or of none; ``checks_checksum`` is that of all.
     """
 
     magic: bytes = wire(Bytes(len(_MAGIC)), default=_MAGIC)
@@ -69,6 +68,8 @@ class KeptHeader(Record):
     devices: int = wire(Int64ub)
     description: int = wire(Int64ub)
     blocks: int = wire(Int32ub)
+    checks: int = wire(Int64ub)
+    checks_checksum: int = wire(Int32ub)
     body: int = wire(Int64ub)
     body_checksum: int = wire(Int32ub)
 
@@ -120,8 +121,10 @@ class Stamp(NamedTuple):
 # -- one of them
 
 
-def write_kept(saved: Saved, stamps: Sequence[Stamp], descriptor: int, *, spilled: int = 0) -> None:
-    """Into this file, from its start; ``stamps`` are of the inputs.
+def write_kept(
+    saved: Saved, stamps: Sequence[Stamp], descriptor: int, *, spilled: int = 0, checks: "array[int] | None" = None
+) -> None:
+    """Into this file, from its start; ``stamps`` are of the inputs, ``checks`` the CRC-32 of each spilled page.
 
     Raises ``OSError``, ``StreamError`` where a value has no room.
     """
@@ -135,6 +138,8 @@ def write_kept(saved: Saved, stamps: Sequence[Stamp], descriptor: int, *, spille
         for block, each in zip(saved.blocks, entries, strict=True)
     ]
     body: list[bytes | memoryview] = [*inputs, *(getattr(saved, part) for part in _PARTS), *blocks, *entries]
+    checked = b"" if checks is None else checks.tobytes()
+    body.append(checked)
     checksum = 0
     for each in body:
         checksum = zlib.crc32(each, checksum)
@@ -157,6 +162,8 @@ def write_kept(saved: Saved, stamps: Sequence[Stamp], descriptor: int, *, spille
         spilled=spilled,
         machine_type=machine_type.ljust(256, b"\0"),
         blocks=len(blocks),
+        checks=len(checked) // _CHECK_BYTES,
+        checks_checksum=zlib.crc32(checked),
         body=sum(map(len, body)),
         body_checksum=checksum,
     ).build()
@@ -170,9 +177,8 @@ def read_kept(descriptor: int, stamps: Sequence[Stamp], files: Sequence[int], *,
 
     Raises ``KeptError`` where it is none of those files as these ``stamps`` have them, ``OSError``.
     """
+    header = read_header(descriptor)
     length, prefix = os.fstat(descriptor).st_size, _prefix_bytes()
-    head = os.pread(descriptor, prefix, 0)
-    header = _checked_header(head)
     if header.body != length - prefix:
         raise KeptError(f"it has {length} bytes, expected {header.body + prefix}")
     if header.spilled and spill is None:
@@ -196,7 +202,9 @@ def _prefix_bytes() -> int:
     return KeptHeader.size + KeptChecksum.size
 
 
-def _checked_header(head: bytes) -> KeptHeader:
+def read_header(descriptor: int) -> KeptHeader:
+    """Of this file.  Raises ``KeptError`` where it has none that was written here, ``OSError``."""
+    head = os.pread(descriptor, _prefix_bytes(), 0)
     if len(head) != _prefix_bytes() or not head.startswith(_MAGIC):
         raise KeptError("it is no index")
     try:
@@ -247,10 +255,13 @@ def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spi
             raise KeptError(str(exc)) from exc
         listed.append(block)
         at += used
-    if at + sum(block.page_count for block in listed) * _ENTRY_BYTES != len(body):
+    entries_bytes = sum(block.page_count for block in listed) * _ENTRY_BYTES
+    if at + entries_bytes + header.checks * _CHECK_BYTES != len(body):
         raise KeptError("its parts are not as long as it is")
     if any(block.page_count * header.page_size < block.used_length for block in listed):
         raise KeptError("it lacks pages")
+    if header.checks and header.checks * header.page_size != header.spilled:
+        raise KeptError("it lacks checksums")
     entries = {}
     for block in listed:
         entries[block.name] = body[at : at + block.page_count * _ENTRY_BYTES].cast("Q")
@@ -262,6 +273,7 @@ def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spi
         blocks=blocks,
         entries=entries,
         spill=None if spill is None else os.fdopen(os.dup(spill), "rb"),
+        checks=body[at:].cast("I") if header.checks else None,
     )
     machine_type = header.machine_type.rstrip(b"\0").decode("utf-8", "surrogateescape")
     return Saved(
@@ -282,70 +294,8 @@ def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spi
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> int:
+    """At this offset; where it ends.  Raises ``OSError``."""
     while len(data):
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
     return offset
-
-
-# -- where they are
-
-
-class KeptIndexes:
-    """Those in a folder; by default in the user's cache.  Of more than so many the oldest go."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None = None, *, most: int = _MOST_KEPT) -> None:
-        self.folder = cache_folder("indexes") if folder is None else Path(folder).absolute()
-        self._most = most
-
-    def path(self, stamps: Sequence[Stamp]) -> Path:
-        """Where that of these files is: one for each, or each row of them, whatever they are called."""
-        return self.folder / (index_name([stamp[:2] for stamp in stamps]) + _SUFFIX)
-
-    def read(self, files: Sequence[int]) -> Saved:
-        """The saved guest in these open files.  Raises ``KeptError`` where there is no index of them."""
-        try:
-            stamps = [Stamp.of(file) for file in files]
-            descriptor = os.open(self.path(stamps), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as exc:
-            raise KeptError(exc.strerror) from exc
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-                raise KeptError("it is no file of this user")
-            return read_kept(descriptor, stamps, files)
-        except OSError as exc:
-            raise KeptError(exc.strerror) from exc
-        finally:
-            os.close(descriptor)
-
-    def keep(self, saved: Saved, stamps: Sequence[Stamp]) -> Path:
-        """It appears whole or not at all; an older one of the same files goes.  Raises ``OSError``."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.path(stamps)
-        temporary = self.folder / f".{path.name}.{os.getpid()}.part"
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                write_kept(saved, stamps, descriptor)
-            finally:
-                os.close(descriptor)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._prune(path)
-        return path
-
-    def _prune(self, newest: Path) -> None:
-        kept = sorted(self._all(), reverse=True)
-        for _, path in kept[self._most :]:
-            if path != newest:
-                path.unlink(missing_ok=True)
-
-    def _all(self) -> Iterator[tuple[int, Path]]:
-        for path in self.folder.glob(f"*{_SUFFIX}"):
-            try:
-                yield path.lstat().st_mtime_ns, path
-            except FileNotFoundError:  # another process was sooner
-                continue

@@ -8,6 +8,7 @@ packet of multifd) it is these alone.
 
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import TracebackType
@@ -46,7 +47,8 @@ class Placed(NamedTuple):
 class PlacedPages:
     """The pages of each block.  Closes its spill file; the inputs stay open.
 
-    An input is None where no page stands in it as it is, which may then change: what was in it is spilled.
+    An input is None where no page stands in it as it is, which may then change: what was in it is spilled.  ``checks``:
+    the CRC-32 of each page in the spill file, where that was kept: it is compared first, too.
     """
 
     def __init__(
@@ -57,12 +59,14 @@ class PlacedPages:
         blocks: Mapping[str, RamBlock] | None = None,
         entries: Mapping[str, memoryview] | None = None,
         spill: IO[bytes] | None = None,
+        checks: memoryview | None = None,
     ) -> None:
         self.page_size = page_size
         self.blocks: dict[str, RamBlock] = dict(blocks or {})
         self.inputs = inputs
         self._entries: dict[str, memoryview] = dict(entries or {})
         self._spill = spill
+        self._checks = checks
 
     def __enter__(self) -> Self:
         return self
@@ -80,6 +84,11 @@ class PlacedPages:
     def entries(self, block: str) -> memoryview:
         """As they are kept: eight bytes a page, in this host's order."""
         return self._of(block)
+
+    @property
+    def spill(self) -> int | None:
+        """The descriptor of the spill file, where there is one."""
+        return None if self._spill is None else self._spill.fileno()
 
     @property
     def spilled(self) -> int:
@@ -156,15 +165,27 @@ class PlacedPages:
             return
         if run.kind not in (Kind.PLACED, Kind.SPILLED):
             raise StreamError(f"the index has an entry of kind {run.kind} for it", trail=("ram", block))
-        spill = None if self._spill is None else self._spill.fileno()
-        descriptor = spill if run.kind == Kind.SPILLED else self._input(run.file)
+        descriptor = self.spill if run.kind == Kind.SPILLED else self._input(run.file)
         stride = 8 + page_size
         for begin in range(0, run.page_count, _MOST_BUFFERS):
             pages = range(begin, min(begin + _MOST_BUFFERS, run.page_count))
             buffers = [into[at * stride + 8 : (at + 1) * stride] for at in pages]
             self._read_exactly(descriptor, buffers, run.offset + begin * page_size, block)
+        if run.kind == Kind.SPILLED and self._checks is not None:
+            self._check_spilled(block, run, into, self._checks)
         for index in range(run.page_count):
             _HEAD.pack_into(into, index * stride, start + index * page_size | _PAGE | _CONTINUE)
+
+    def _check_spilled(self, block: str, run: Placed, records: memoryview, checks: memoryview) -> None:
+        number, beside = divmod(run.offset, self.page_size)
+        stride = 8 + self.page_size
+        found = [zlib.crc32(records[at * stride + 8 : (at + 1) * stride]) for at in range(run.page_count)]
+        if beside or found != checks[number : number + run.page_count].tolist():
+            raise StreamError(
+                "a page that was kept is no longer what it was; without a kept index the file is read anew",
+                offset=run.offset,
+                trail=("ram", block),
+            )
 
     def _read_records(self, block: str, run: Placed, into: memoryview) -> None:
         """They stand in the input as they go out; only the first may have another head, with the block's name."""

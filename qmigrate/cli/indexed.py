@@ -16,7 +16,9 @@ def add_index(parser: argparse.ArgumentParser) -> None:
     index.add_argument(
         "--index-folder",
         metavar="FOLDER",
-        help="where the index of FILE's pages is kept, and looked for the next time (default: in the user's cache)",
+        help="where the index of FILE's pages is kept, and looked for the next time (default: in the user's cache); "
+        "pages that do not stand in FILE as they are (it is packed, or they were sent compressed) are kept with it, up "
+        "to 1 GiB of them in all: the oldest go, and where one FILE has more no index of it is kept",
     )
     index.add_argument(
         "--no-kept-index",

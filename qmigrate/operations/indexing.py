@@ -128,7 +128,8 @@ class _Quick:
             self._asked.say(at=position)
 
     def _keep(self, entries: dict[str, memoryview], absent: int, status: os.stat_result) -> None:
-        from qmigrate.capture.kept import KeptIndexes, Stamp
+        from qmigrate.capture.kept import Stamp
+        from qmigrate.capture.kept_folder import KeptIndexes
         from qmigrate.capture.placed import PlacedPages
         from qmigrate.capture.places import Input
         from qmigrate.capture.plain import blocks_of, plain_guest
@@ -143,7 +144,8 @@ class _Quick:
 
 
 def _make_plainly(asked: Asked) -> None:
-    from qmigrate.capture.kept import KeptIndexes, Stamp, write_kept
+    from qmigrate.capture.kept import Stamp, write_kept
+    from qmigrate.capture.kept_folder import KeptIndexes
     from qmigrate.capture.migration import Migration
     from qmigrate.capture.saved import read_saved
     from qmigrate.errors import NoStreamError, RefusedError, StreamError
@@ -161,10 +163,12 @@ def _make_plainly(asked: Asked) -> None:
                 asked.say(error=_CHANGED)
                 return
             write_kept(saved, stamps, asked.index, spilled=saved.index.spilled)
-            asked.say(made=True)
+            kept = None if asked.folder == KEPT_NOWHERE else KeptIndexes(asked.folder or None)
+            not_kept = None if kept is None else kept.why_not(saved.index.spilled)
+            asked.say(made=True, not_kept=not_kept)
             os.close(asked.answer)
-            if not saved.index.spilled and asked.folder != KEPT_NOWHERE:
-                KeptIndexes(asked.folder or None).keep(saved, stamps)
+            if kept is not None and not_kept is None:
+                kept.keep(saved, stamps)
 
 
 def main(argv: list[str]) -> NoReturn:

@@ -33,7 +33,7 @@ class Reading:
 
     ``keep``: an index that was kept will do, and a new one is kept; in ``folder``, None for the user's cache.
     ``at_once_from``: bytes; of a plain file so long the guest is given before all its pages are known
-    (``capture.arriving``).  ``is_kept``: there was one.
+    (``capture.arriving``).  ``is_kept``: there was one.  ``not_kept``: why a new one is not kept, where it should be.
     """
 
     def __init__(
@@ -47,6 +47,7 @@ class Reading:
     ) -> None:
         self.path = path
         self.is_kept = False
+        self.not_kept: str | None = None
         self._channels = channels
         self._folder = None if folder is None else os.fspath(folder)
         self._keeps = keep
@@ -159,7 +160,8 @@ class Reading:
         return await asyncio.to_thread(self._answered, line, behind)
 
     def _kept(self) -> "Saved | None":
-        from qmigrate.capture.kept import KeptError, KeptIndexes
+        from qmigrate.capture.kept import KeptError
+        from qmigrate.capture.kept_folder import KeptIndexes
 
         try:
             saved = KeptIndexes(self._folder).read(self._inputs)
@@ -203,6 +205,7 @@ class Reading:
         if said.get("plain"):
             return self._plain(said["starts"], line + b"\n" + behind)
         self._is_made = True
+        self.not_kept = said["not_kept"]
         return self._owned(self._made(self._inputs))
 
     def _made(self, inputs: list[int]) -> "Saved":

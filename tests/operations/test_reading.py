@@ -5,18 +5,20 @@ import errno
 import lzma
 import os
 import signal
+import sys
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from qmigrate.capture.kept import KeptIndexes
+from qmigrate.capture.kept_folder import KeptIndexes
 from qmigrate.capture.migration import Migration
+from qmigrate.capture.placed import Kind
 from qmigrate.capture.saved import read_saved
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import RefusedError, StreamError
-from qmigrate.events import LiveEvent
+from qmigrate.events import Decided, LiveEvent
 from qmigrate.operations.reading import Reading
 from qmigrate.operations.send import Sender
 from qmigrate.operations.serving import Indexed
@@ -126,12 +128,55 @@ async def test_one_that_is_damaged_is_made_anew(path: Path, folder: Path) -> Non
         assert ram_of(again) == plainly(path)
 
 
-async def test_a_packed_file_has_its_pages_in_another_and_no_index_is_kept(path: Path, folder: Path) -> None:
+@pytest.fixture
+def packed(path: Path) -> Path:
     packed = path.with_suffix(".xz")
     packed.write_bytes(lzma.compress(path.read_bytes()))
-    async with read(packed, folder) as (_, saved):
-        assert ram_of(saved) == plainly(path)
+    return packed
+
+
+async def test_the_pages_of_a_packed_file_are_kept_with_its_index(path: Path, packed: Path, folder: Path) -> None:
+    for is_kept in (False, True):
+        async with read(packed, folder) as (reading, saved):
+            assert (reading.is_kept, reading.not_kept) == (is_kept, None)
+            assert ram_of(saved) == plainly(path)
+            assert {run.kind for run in saved.index.runs("pc.ram", 4, 2)} == {Kind.SPILLED}
+    assert sorted(each.suffix for each in folder.iterdir()) == [".index", ".pages"]
+
+
+async def test_what_was_kept_of_a_packed_file_is_made_anew_where_its_pages_are_gone(
+    path: Path, packed: Path, folder: Path
+) -> None:
+    async with read(packed, folder):
+        pass
+    (pages,) = folder.glob("*.pages")
+    pages.unlink()
+    for is_kept in (False, True):
+        async with read(packed, folder) as (reading, saved):
+            assert (reading.is_kept, ram_of(saved)) == (is_kept, plainly(path))
+
+
+async def test_that_there_are_too_many_pages_to_be_kept_is_said(
+    path: Path, packed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewer = (
+        "import sys; from qmigrate.capture import kept_folder; kept_folder.MOST_SPILLED = 4096; "
+        "from qmigrate.operations.indexing import main; main(sys.argv[1:])"
+    )
+    monkeypatch.setattr(
+        "qmigrate.operations.reading.own_python", lambda _, *words: [sys.executable, "-P", "-c", fewer, *words]
+    )
+    said: list[LiveEvent] = []
+    for _ in range(2):
+        with pytest.raises(RefusedError, match="it can't be reached"):
+            await Sender(packed, index_folder=folder, on_event=said.append).run(f"unix:{path}.nobody")
+    assert [each.kept for each in said if isinstance(each, Indexed)] == [False, False]
+    assert [(each.decision, each.reason) for each in said if isinstance(each, Decided)] == [
+        ("keep no index", "12288 bytes of pages do not stand in the input as they are, and 4096 bytes at most are kept")
+    ] * 2
     assert not folder.exists()
+    async with read(packed, folder, keep=False) as (reading, _):
+        assert reading.not_kept is None  # nobody wants it
 
 
 async def test_a_folder_that_can_not_be_written_is_no_harm(path: Path, folder: Path) -> None:
