@@ -6,7 +6,8 @@ into memory that both have, and says how far it is in lines of JSON:
 
     {"at": 12345}             so many bytes have been read
     {"done": true, ...}       all of them: ``absent`` pages have not come, ``one_pass`` tells whether each came once
-    {"made": true}            in the plain way, as it was not what it seemed; the index is a kept one
+    {"made": true, ...}       in the plain way, as it was not what it seemed; the index is a kept one, and ``not_kept``
+                              says why it is not kept, where it should be
     {"error": "why"}          it can't be read
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Final
 
 from qmigrate.capture.placed import PlacedPages
+from qmigrate.capture.places import Input
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format.ram import RamBlock
@@ -45,9 +47,11 @@ class ArrivingPages(PlacedPages):
         made: Callable[[], Saved],
         why_not: Callable[[], str],
     ) -> None:
-        super().__init__(descriptor, blocks=blocks, entries=entries)
+        super().__init__([Input.of(descriptor)], blocks=blocks, entries=entries)
         self.absent_pages = 0
         """How many never came; known in the end."""
+        self.not_kept: str | None = None
+        """Why no index is kept, where one should be; known in the end."""
         self._news: int | None = news
         self._heard = heard
         self._one_pass = one_pass
@@ -97,6 +101,7 @@ class ArrivingPages(PlacedPages):
             raise StreamError(str(error))
         if said.get("made"):
             self._replace()
+            self.not_kept = said["not_kept"]
         elif said.get("done"):
             self.absent_pages = said["absent"]
             if self._one_pass is not None and not said["one_pass"]:

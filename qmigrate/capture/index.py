@@ -1,8 +1,8 @@
 """Where each page of RAM is: absent, zero, at an offset in the input, or at one in a spill file.
 
 Made by one pass over a migration, whatever way its RAM travelled; the last copy of a page wins.  A page that stands in
-the input as it is, is left there; one that does not (xbzrle, compressed, from a pipe, a packed input, a recording or a
-further channel) goes into a spill file, which has no name and ends with its owner.
+one of the inputs as it is, and in one piece, is left there; one that does not (xbzrle, compressed, from a pipe or a
+packed input, cut where a piece of a recording ends) goes into a spill file, which has no name and ends with its owner.
 """
 
 import mmap
@@ -13,7 +13,9 @@ from array import array
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Final
 
-from qmigrate.capture.placed import KIND_BITS, Kind, Placed, PlacedPages
+from qmigrate.capture.kind import FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind
+from qmigrate.capture.placed import Placed, PlacedPages
+from qmigrate.capture.places import Channels, Input
 from qmigrate.errors import UnsupportedError
 from qmigrate.format.command import DiscardRange, PostcopyRamDiscard
 from qmigrate.format.entry import Entry, RamPage
@@ -22,6 +24,7 @@ from qmigrate.format.ram import BlockList, Pages, RamBlock, RamFlag
 from qmigrate.format.stretch import Stretch
 
 if TYPE_CHECKING:
+    from qmigrate.format.multifd import PagePacket
     from qmigrate.format.multifd_pages import PageDecoder
 
 __all__ = ["Kind", "PageIndex", "Placed"]
@@ -37,17 +40,30 @@ _LAZILY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
 
 
 class PageIndex(PlacedPages):
-    """The index of a migration while it is read.  Closes its spill file; ``descriptor`` is the input's, and stays open.
+    """The index of a migration while it is read.  Closes its spill file; the inputs stay open.
 
-    ``base``: where in the file the stream begins, in bytes.  ``spill``: an empty file, which it closes, for
-    what does not stand in the input; else it makes one.  ``by_bitmaps``: of mapped-ram the bitmaps come alone, and
-    say where pages are; else the runs of pages do.
+    ``descriptor`` is that of a stream in a file, where it begins at ``base``, in bytes; None of one whose bytes can't
+    be read again at any place.  ``channels``: where there is more than one stream in one file.  ``spill``: an empty
+    file, which it closes, for what does not stand in an input; else it makes one.  ``by_bitmaps``: of mapped-ram the
+    bitmaps come alone, and say where pages are; else the runs of pages do.
     """
 
     def __init__(
-        self, descriptor: int | None, *, base: int = 0, spill: IO[bytes] | None = None, by_bitmaps: bool = False
+        self,
+        descriptor: int | None,
+        *,
+        base: int = 0,
+        channels: Channels | None = None,
+        spill: IO[bytes] | None = None,
+        by_bitmaps: bool = False,
     ) -> None:
-        super().__init__(descriptor, spill=spill)
+        if channels is None:
+            channels = Channels(inputs=(None if descriptor is None else Input.of(descriptor),))
+        if any(each is not None and each.length > OFFSET_MASK for each in channels.inputs):
+            raise UnsupportedError("a file of 512 TiB or more, which can't be indexed here")
+        super().__init__(channels.inputs, spill=spill)
+        self._is_plain = descriptor is not None
+        self._places = channels.places
         self._by_bitmaps = by_bitmaps
         self._mapped_at = 0  # where the pages of the latest block begin in the stream
         self._base = base
@@ -108,6 +124,8 @@ class PageIndex(PlacedPages):
         entries, page_size = self._of(pages.block), pages.page_size
         if pages.fill:
             self._filled(pages)
+        elif entry.channel in self._places:
+            self._records(pages, entry)
         elif not self._stays_there(entry):
             self._spill_records(pages, entry)
         elif isinstance(pages.runs, Stretch) and not pages.named:
@@ -120,7 +138,8 @@ class PageIndex(PlacedPages):
                 name = 0  # only the first record of all can have one
 
     def _place(self, entries: memoryview, placed: Placed, stride: int) -> None:
-        begin = (placed.offset + (0 if placed.kind == Kind.SPILLED else self._base)) << _KIND_BITS | placed.kind
+        offset = placed.offset + (0 if placed.kind == Kind.SPILLED else self._base)
+        begin = placed.file << FILE_SHIFT | offset << _KIND_BITS | placed.kind
         step = stride << _KIND_BITS
         entries[placed.page : placed.page + placed.page_count] = array(
             "Q", range(begin, begin + step * placed.page_count, step)
@@ -140,7 +159,65 @@ class PageIndex(PlacedPages):
                 at += short
 
     def _stays_there(self, entry: Entry) -> bool:
-        return self._descriptor is not None and not entry.channel
+        return self._is_plain and not entry.channel
+
+    # -- of channels that stand in a file, in pieces or not
+
+    def _records(self, pages: Pages, entry: Entry) -> None:
+        if isinstance(pages.runs, Stretch) and not pages.named:
+            self._stretch_in_pieces(pages.block, pages.runs, entry)
+            return
+        name = 1 + len(pages.block.encode("utf-8", "surrogateescape")) if pages.named else 0
+        for offset, flag, start, count in pages.runs:
+            kind = Kind.ZERO if flag == _ZERO else Kind.RECORD
+            self._stand(pages.block, Placed(kind, start // pages.page_size, count, offset + 8 + name), entry, name)
+            name = 0  # only the first record of all can have one
+
+    def _stretch_in_pieces(self, block: str, stretch: Stretch, entry: Entry) -> None:
+        """As ``_stretch``, and what is cut as ``_stand``, which does the same run by run."""
+        file, places = self._places[entry.channel]
+        entries, page_size, normal = self._of(block), stretch.page_size, _PAGE | _CONTINUE
+        shift, mask = page_size.bit_length() - 1, page_size - 1
+        at = end = stretch.offset  # in the channel
+        above = 0  # an entry without its kind, if `at` were 0
+        for number in stretch.numbers:
+            is_normal = number & mask == normal
+            after = at + (8 + page_size if is_normal else 9)
+            if after > end:
+                place, room = places.find(at)
+                end, above = at + room, (file << FILE_SHIFT) + (place - at + 8 << _KIND_BITS)
+            if after <= end:
+                entries[number >> shift] = above + (at << _KIND_BITS) + (Kind.RECORD if is_normal else Kind.ZERO)
+            else:
+                kind = Kind.RECORD if is_normal else Kind.ZERO
+                self._stand(block, Placed(kind, number >> shift, 1, at + 8), entry)
+            at = after
+
+    def _stand(self, block: str, placed: Placed, entry: Entry, name: int = 0) -> None:
+        """Pages whose places in their channel these are, each behind its word where it is a record.
+
+        Those that are whole in a piece, with their word (and before the first of all so many bytes of a ``name``), stay
+        there; the others are spilled.
+        """
+        file, places = self._places[entry.channel]
+        entries = self._of(block)
+        kind, page, left, at, _ = placed
+        word = 0 if kind == Kind.PLACED else 8
+        length = 1 if kind == Kind.ZERO else self.page_size
+        while left:
+            begin = at - word - name
+            place, room = places.find(begin)
+            whole = min(left, (room - name) // (word + length))
+            if whole > 0:
+                offset = place + word + name
+                self._place(entries, Placed(kind, page, whole, offset, file), word + length)
+            elif kind == Kind.ZERO:
+                entries[page] = Kind.ZERO
+            else:
+                contents = at - entry.offset
+                self._spill_pages(block, page, entry.view[contents : contents + length])
+            whole = max(whole, 1)
+            page, left, at, name = page + whole, left - whole, at + whole * (word + length), 0
 
     def _mapped(self, pages: MappedPages, entry: Entry) -> None:
         entries, page_size = self._of(pages.block), pages.page_size
@@ -148,6 +225,8 @@ class PageIndex(PlacedPages):
             first = start // page_size
             if flag != _PAGE:
                 entries[first : first + count] = array("Q", [Kind.ZERO]) * count
+            elif entry.channel in self._places:
+                self._stand(pages.block, Placed(Kind.PLACED, first, count, offset), entry)
             elif self._stays_there(entry):
                 self._place(entries, Placed(Kind.PLACED, first, count, offset), page_size)
             else:
@@ -211,16 +290,19 @@ class PageIndex(PlacedPages):
 
     def _of_channel(self, entry: Entry) -> None:
         """A packet of multifd, its pages as they are or compressed."""
-        from qmigrate.format.multifd import PagePacket
+        from qmigrate.format.multifd import Compression, PagePacket
         from qmigrate.format.multifd_channel import packet_entry
         from qmigrate.format.multifd_pages import PageDecoder
 
         packet = entry.record
         if not isinstance(packet, PagePacket) or not packet.runs:
             return
+        self.page_size = packet.page_size
+        if packet.header.compression is Compression.NOCOMP and entry.channel in self._places:
+            self._packet(packet, entry)
+            return
         decoder = self._decoders.setdefault(entry.channel, PageDecoder())
         contents = memoryview(decoder.contents(packet_entry(entry, packet)))
-        self.page_size = packet.page_size
         entries = self._of(packet.header.block)
         for at, flag, start, count in packet.runs:
             first = start // packet.page_size
@@ -229,6 +311,30 @@ class PageIndex(PlacedPages):
             else:
                 entries[first : first + count] = array("Q", [Kind.ZERO]) * count
 
+    def _packet(self, packet: "PagePacket", entry: Entry) -> None:
+        """Its pages, which stand as they are: in one piece mostly, or in as many as its data is cut into."""
+        from qmigrate.format.multifd import header_length
+
+        begin, page_size = entry.offset + header_length(packet.page_size), packet.page_size
+        block, (file, places) = packet.header.block, self._places[entry.channel]
+        entries, step = self._of(block), page_size << _KIND_BITS
+        above = end = 0  # an entry, if `at` were 0; where the piece ends, from `begin` on
+        for at, flag, start, count in packet.runs:
+            first, after = start // page_size, at + count * page_size
+            if flag != _PAGE:
+                entries[first : first + count] = array("Q", [Kind.ZERO]) * count
+                continue
+            if after > end:
+                place, room = places.find(begin + at)
+                end, above = at + room, (file << FILE_SHIFT) + (place - at << _KIND_BITS) + Kind.PLACED
+            placed = above + (at << _KIND_BITS)
+            if after > end:
+                self._stand(block, Placed(Kind.PLACED, first, count, begin + at), entry)
+            elif count == 1:
+                entries[first] = placed
+            else:
+                entries[first : first + count] = array("Q", range(placed, placed + step * count, step))
+
     def _spill_pages(self, block: str, first: int, contents: memoryview) -> None:
         """Append them; a page whose earlier copy is there too takes its place again."""
         if self._spill is None:
@@ -236,7 +342,7 @@ class PageIndex(PlacedPages):
         entries, page_size = self._of(block), self.page_size
         count = len(contents) // page_size
         if count == 1 and entries[first] & _KIND_MASK == Kind.SPILLED:
-            _write_all(self._spill.fileno(), contents, entries[first] >> _KIND_BITS)
+            _write_all(self._spill.fileno(), contents, entries[first] >> _KIND_BITS & OFFSET_MASK)
             return
         _write_all(self._spill.fileno(), contents, self._spilled)
         self._place(entries, Placed(Kind.SPILLED, first, count, self._spilled), page_size)

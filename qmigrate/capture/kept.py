@@ -1,38 +1,37 @@
 """An index that is kept: a saved guest as ``read_saved`` found it, in a file of its own.
 
-It is for one file as it was: its device, inode, size and times; and it is no more than a hint, for what is served is
-compared with the input (``placed``).  A file that is not what was written here, whole, of this user, is as if there
-were none.
+It is for its input files as they were, in their order: the device, inode, size and times of each.  It is no more than a
+hint, for what is served is compared with the inputs (``placed``).  A file that is not what was written here, whole, of
+this user, is as if there were none.
 
-In the file: a header, the pieces that go out verbatim, the blocks, then eight bytes a page.  All that follows the
+In the file: a header, the inputs, the pieces that go out verbatim, the blocks, eight bytes a page, and where spilled
+pages are kept with it four for each of these: its CRC-32, which is compared when it is served.  All that follows the
 header is under its checksum, as is the header itself.
 """
 
 import os
-import stat
 import sys
 import zlib
-from collections.abc import Iterator
-from pathlib import Path
+from array import array
+from collections.abc import Sequence
 from typing import Final, NamedTuple, Self
 
 from construct import Bytes, Int8ub, Int32ub, Int64sb, Int64ub
 
-from qmigrate.capture.cache import cache_folder
 from qmigrate.capture.placed import PlacedPages
+from qmigrate.capture.places import Input
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format._record import CountedString, Record, wire
 from qmigrate.format.ram import RamBlock
 
-__all__ = ["KeptError", "KeptIndexes", "Stamp", "read_kept", "write_kept"]
+__all__ = ["KeptError", "KeptHeader", "Stamp", "read_header", "read_kept", "write_kept"]
 
 _MAGIC: Final = b"\x89QIDX\r\n\x1a"
-_VERSION: Final = 1
-_SUFFIX: Final = ".index"
+_VERSION: Final = 2
 _ENTRY_BYTES: Final = 8
+_CHECK_BYTES: Final = 4
 _AT_ONCE: Final = 1 << 30
-_MOST_KEPT: Final = 64
 _ORDERS: Final = {"little": 1, "big": 2}
 _RAN: Final[dict[bool | None, int]] = {None: 0, False: 1, True: 2}
 _PARTS: Final = ("opening", "before", "behind", "devices", "description")
@@ -43,20 +42,17 @@ class KeptError(QmigrateError):
 
 
 class KeptHeader(Record):
-    """What it is for, and what follows; lengths in bytes.
+    """What follows; lengths in bytes, ``inputs`` and ``blocks`` are counts.
 
     ``order`` is that of the entries' bytes, 1: the lowest first.  ``was_running``: 0 unknown, 1 no, 2 yes.
     ``spilled``: how much of the pages stands in the spill file that goes with it, 0 where there is none.
+    ``checks``: of how many of these pages there is a checksum, of all or of none; ``checks_checksum`` is that of all.
     """
 
     magic: bytes = wire(Bytes(len(_MAGIC)), default=_MAGIC)
     version: int = wire(Int32ub, default=_VERSION)
     order: int = wire(Int8ub)
-    device: int = wire(Int64ub)
-    inode: int = wire(Int64ub)
-    length: int = wire(Int64ub)
-    mtime_ns: int = wire(Int64sb)
-    ctime_ns: int = wire(Int64sb)
+    inputs: int = wire(Int32ub)
     page_size: int = wire(Int32ub)
     section_id: int = wire(Int32ub)
     footers: int = wire(Int8ub)
@@ -72,6 +68,8 @@ class KeptHeader(Record):
     devices: int = wire(Int64ub)
     description: int = wire(Int64ub)
     blocks: int = wire(Int32ub)
+    checks: int = wire(Int64ub)
+    checks_checksum: int = wire(Int32ub)
     body: int = wire(Int64ub)
     body_checksum: int = wire(Int32ub)
 
@@ -80,6 +78,17 @@ class KeptChecksum(Record):
     """Of the header before it."""
 
     checksum: int = wire(Int32ub)
+
+
+class KeptInput(Record):
+    """A file as it was.  ``has_pages``: in which some stand as they are."""
+
+    device: int = wire(Int64ub)
+    inode: int = wire(Int64ub)
+    length: int = wire(Int64ub)
+    mtime_ns: int = wire(Int64sb)
+    ctime_ns: int = wire(Int64sb)
+    has_pages: int = wire(Int8ub)
 
 
 class KeptBlock(Record):
@@ -112,20 +121,31 @@ class Stamp(NamedTuple):
 # -- one of them
 
 
-def write_kept(saved: Saved, stamp: Stamp, descriptor: int, *, spilled: int = 0) -> None:
-    """Into this file, from its start.  Raises ``OSError``, ``StreamError`` where a value has no room."""
+def write_kept(
+    saved: Saved, stamps: Sequence[Stamp], descriptor: int, *, spilled: int = 0, checks: "array[int] | None" = None
+) -> None:
+    """Into this file, from its start; ``stamps`` are of the inputs, ``checks`` the CRC-32 of each spilled page.
+
+    Raises ``OSError``, ``StreamError`` where a value has no room.
+    """
+    inputs = [
+        KeptInput(**stamp._asdict(), has_pages=each is not None).build()
+        for stamp, each in zip(stamps, saved.index.inputs, strict=True)
+    ]
     entries = [saved.index.entries(block.name).cast("B") for block in saved.blocks]
     blocks = [
         KeptBlock(name=block.name, used_length=block.used_length, page_count=len(each) // _ENTRY_BYTES).build()
         for block, each in zip(saved.blocks, entries, strict=True)
     ]
-    body: list[bytes | memoryview] = [*(getattr(saved, part) for part in _PARTS), *blocks, *entries]
+    body: list[bytes | memoryview] = [*inputs, *(getattr(saved, part) for part in _PARTS), *blocks, *entries]
+    checked = b"" if checks is None else checks.tobytes()
+    body.append(checked)
     checksum = 0
     for each in body:
         checksum = zlib.crc32(each, checksum)
     machine_type = (saved.machine_type or "").encode("utf-8", "surrogateescape")
     header = KeptHeader(
-        **stamp._asdict(),
+        inputs=len(inputs),
         opening=len(saved.opening),
         before=len(saved.before),
         behind=len(saved.behind),
@@ -142,6 +162,8 @@ def write_kept(saved: Saved, stamp: Stamp, descriptor: int, *, spilled: int = 0)
         spilled=spilled,
         machine_type=machine_type.ljust(256, b"\0"),
         blocks=len(blocks),
+        checks=len(checked) // _CHECK_BYTES,
+        checks_checksum=zlib.crc32(checked),
         body=sum(map(len, body)),
         body_checksum=checksum,
     ).build()
@@ -150,14 +172,13 @@ def write_kept(saved: Saved, stamp: Stamp, descriptor: int, *, spilled: int = 0)
         at = _write_all(descriptor, memoryview(piece), at)
 
 
-def read_kept(descriptor: int, stamp: Stamp, file: int, *, spill: int | None = None) -> Saved:
-    """The saved guest in ``file``, of which this is the index; ``file`` and ``spill`` stay open.
+def read_kept(descriptor: int, stamps: Sequence[Stamp], files: Sequence[int], *, spill: int | None = None) -> Saved:
+    """The saved guest in ``files``, of which this is the index; ``files`` and ``spill`` stay open.
 
-    Raises ``KeptError`` where it is none of that file, ``OSError``.
+    Raises ``KeptError`` where it is none of those files as these ``stamps`` have them, ``OSError``.
     """
+    header = read_header(descriptor)
     length, prefix = os.fstat(descriptor).st_size, _prefix_bytes()
-    head = os.pread(descriptor, prefix, 0)
-    header = _checked_header(head, stamp)
     if header.body != length - prefix:
         raise KeptError(f"it has {length} bytes, expected {header.body + prefix}")
     if header.spilled and spill is None:
@@ -171,7 +192,8 @@ def read_kept(descriptor: int, stamp: Stamp, file: int, *, spill: int | None = N
         at += count
     if zlib.crc32(body) != header.body_checksum:
         raise KeptError("its checksum is another")
-    return _saved(header, body, file, spill)
+    inputs, used = _inputs(header, body, stamps, files)
+    return _saved(header, body[used:], inputs, spill)
 
 
 def _prefix_bytes() -> int:
@@ -180,7 +202,9 @@ def _prefix_bytes() -> int:
     return KeptHeader.size + KeptChecksum.size
 
 
-def _checked_header(head: bytes, stamp: Stamp) -> KeptHeader:
+def read_header(descriptor: int) -> KeptHeader:
+    """Of this file.  Raises ``KeptError`` where it has none that was written here, ``OSError``."""
+    head = os.pread(descriptor, _prefix_bytes(), 0)
     if len(head) != _prefix_bytes() or not head.startswith(_MAGIC):
         raise KeptError("it is no index")
     try:
@@ -192,12 +216,30 @@ def _checked_header(head: bytes, stamp: Stamp) -> KeptHeader:
         raise KeptError("the checksum of its header is another")
     if header.version != _VERSION or header.order != _ORDERS[sys.byteorder]:
         raise KeptError(f"it has version {header.version}.{header.order}, expected {_VERSION}.{_ORDERS[sys.byteorder]}")
-    if Stamp(*(getattr(header, name) for name in Stamp._fields)) != stamp:
-        raise KeptError("the file was changed since")
     return header
 
 
-def _saved(header: KeptHeader, body: memoryview, file: int, spill: int | None) -> Saved:
+def _inputs(
+    header: KeptHeader, body: memoryview, stamps: Sequence[Stamp], files: Sequence[int]
+) -> tuple[list[Input | None], int]:
+    """Those that pages stand in, and where what follows begins."""
+    if header.inputs != len(stamps):
+        raise KeptError(f"it is of {header.inputs} files, expected {len(stamps)}")
+    inputs: list[Input | None] = []
+    at = 0
+    for stamp, file in zip(stamps, files, strict=True):
+        try:
+            kept, used = KeptInput.read_prefix(body[at : at + 64])
+        except StreamError as exc:
+            raise KeptError(str(exc)) from exc
+        at += used
+        if Stamp(*(getattr(kept, name) for name in Stamp._fields)) != stamp:
+            raise KeptError("the file was changed since")
+        inputs.append(Input(file, stamp.length, stamp.mtime_ns) if kept.has_pages else None)
+    return inputs, at
+
+
+def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spill: int | None) -> Saved:
     parts, at = [], 0
     for name in _PARTS:
         length = getattr(header, name)
@@ -213,21 +255,25 @@ def _saved(header: KeptHeader, body: memoryview, file: int, spill: int | None) -
             raise KeptError(str(exc)) from exc
         listed.append(block)
         at += used
-    if at + sum(block.page_count for block in listed) * _ENTRY_BYTES != len(body):
+    entries_bytes = sum(block.page_count for block in listed) * _ENTRY_BYTES
+    if at + entries_bytes + header.checks * _CHECK_BYTES != len(body):
         raise KeptError("its parts are not as long as it is")
     if any(block.page_count * header.page_size < block.used_length for block in listed):
         raise KeptError("it lacks pages")
+    if header.checks and header.checks * header.page_size != header.spilled:
+        raise KeptError("it lacks checksums")
     entries = {}
     for block in listed:
         entries[block.name] = body[at : at + block.page_count * _ENTRY_BYTES].cast("Q")
         at += block.page_count * _ENTRY_BYTES
     blocks = {block.name: RamBlock(name=block.name, used_length=block.used_length) for block in listed}
     index = PlacedPages(
-        file,
+        inputs,
         page_size=header.page_size,
         blocks=blocks,
         entries=entries,
         spill=None if spill is None else os.fdopen(os.dup(spill), "rb"),
+        checks=body[at:].cast("I") if header.checks else None,
     )
     machine_type = header.machine_type.rstrip(b"\0").decode("utf-8", "surrogateescape")
     return Saved(
@@ -248,70 +294,8 @@ def _saved(header: KeptHeader, body: memoryview, file: int, spill: int | None) -
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> int:
+    """At this offset; where it ends.  Raises ``OSError``."""
     while len(data):
         count = os.pwrite(descriptor, data, offset)
         data, offset = data[count:], offset + count
     return offset
-
-
-# -- where they are
-
-
-class KeptIndexes:
-    """Those in a folder; by default in the user's cache.  Of more than so many the oldest go."""
-
-    def __init__(self, folder: str | os.PathLike[str] | None = None, *, most: int = _MOST_KEPT) -> None:
-        self.folder = cache_folder("indexes") if folder is None else Path(folder).absolute()
-        self._most = most
-
-    def path(self, stamp: Stamp) -> Path:
-        """Where that of this file is: one for each file, whatever it is called."""
-        return self.folder / f"{stamp.device:x}-{stamp.inode:x}{_SUFFIX}"
-
-    def read(self, file: int) -> Saved:
-        """The saved guest in this open file.  Raises ``KeptError`` where there is no index of it."""
-        try:
-            stamp = Stamp.of(file)
-            descriptor = os.open(self.path(stamp), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as exc:
-            raise KeptError(exc.strerror) from exc
-        try:
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
-                raise KeptError("it is no file of this user")
-            return read_kept(descriptor, stamp, file)
-        except OSError as exc:
-            raise KeptError(exc.strerror) from exc
-        finally:
-            os.close(descriptor)
-
-    def keep(self, saved: Saved, stamp: Stamp) -> Path:
-        """It appears whole or not at all; an older one of the same file goes.  Raises ``OSError``."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        path = self.path(stamp)
-        temporary = self.folder / f".{path.name}.{os.getpid()}.part"
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        try:
-            try:
-                write_kept(saved, stamp, descriptor)
-            finally:
-                os.close(descriptor)
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-        self._prune(path)
-        return path
-
-    def _prune(self, newest: Path) -> None:
-        kept = sorted(self._all(), reverse=True)
-        for _, path in kept[self._most :]:
-            if path != newest:
-                path.unlink(missing_ok=True)
-
-    def _all(self) -> Iterator[tuple[int, Path]]:
-        for path in self.folder.glob(f"*{_SUFFIX}"):
-            try:
-                yield path.lstat().st_mtime_ns, path
-            except FileNotFoundError:  # another process was sooner
-                continue

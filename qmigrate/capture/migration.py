@@ -71,8 +71,13 @@ class Migration:
 
     def close(self) -> None:
         """Close the inputs, but not standard input."""
-        for source in (self.source, *(other for other, _ in self._others)):
+        for source in self.sources:
             source.close()
+
+    @property
+    def sources(self) -> list[Source]:
+        """All inputs, in the order in which they were given; those of return paths last."""
+        return [self.source, *(other for other, _ in self._others)]
 
     @cached_property
     def parts(self) -> "list[Part]":

@@ -19,6 +19,7 @@ from collections.abc import Callable, Collection, Iterator
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self
 
+from qmigrate.capture.places import Places
 from qmigrate.errors import NoStreamError, StreamError
 from qmigrate.format.feed import Feed
 from qmigrate.format.tail import Chooser
@@ -147,6 +148,11 @@ class Readable(ABC):
     def open_reader(self) -> Reader:
         """Read from the start."""
 
+    @property
+    @abstractmethod
+    def places(self) -> Places | None:
+        """Where its bytes stand in a file; None where they don't, as they are."""
+
     def entries(
         self,
         *,
@@ -230,6 +236,11 @@ class Source(Readable):
         self._file.close()
 
     @property
+    def descriptor(self) -> int:
+        """Of the file, as long as it is open."""
+        return self._file.fileno()
+
+    @property
     def position(self) -> int | None:
         """How many bytes of the file the latest walk has read, as it is stored; None of a pipe."""
         if not self.can_rewind or self.recording is not None:
@@ -243,6 +254,11 @@ class Source(Readable):
             return None
         self.open_reader()  # finds out whether it is packed
         return None if self.compression is not None else (self._file.fileno(), self._start)
+
+    @property
+    def places(self) -> Places | None:
+        found = self.in_place
+        return None if found is None else Places(*found)
 
     def open_reader(self) -> Reader:
         if self.recording is not None:

@@ -1,18 +1,21 @@
 """Where each page of RAM is, as an index tells it, and the pages themselves read from there.
 
 An entry has eight bytes, of which nothing is used before a page is read: no claim of a length takes memory.  What an
-index says is compared with what stands in the input before anything is served: of a page record its word, of a page of
-zeros its byte too, of any page the input's size and time.
+index says is compared with what stands in its input before anything is served: of a page record its word, of a page of
+zeros its byte too, of any page the size and time of all inputs.  Where no word stands before a page (mapped-ram, a
+packet of multifd) it is these alone.
 """
 
 import os
 import struct
-from collections.abc import Iterator, Mapping
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import TracebackType
 from typing import IO, Final, NamedTuple, Self
 
-from qmigrate.capture.kind import KIND_BITS, Kind
+from qmigrate.capture.kind import FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind
+from qmigrate.capture.places import Input
 from qmigrate.errors import StreamError
 from qmigrate.format.ram import RamBlock, RamFlag
 
@@ -29,35 +32,41 @@ _COUNTED_AT_ONCE: Final = 1 << 14
 
 
 class Placed(NamedTuple):
-    """Pages of one kind, one after the other in the block and in their file; ``offset`` is the first one's."""
+    """Pages of one kind, one after the other in the block and in their file; ``offset`` is the first one's.
+
+    ``file`` is the number of the input.
+    """
 
     kind: int
     page: int
     page_count: int
     offset: int
+    file: int = 0
 
 
 class PlacedPages:
-    """The pages of each block.  Closes its spill file; ``descriptor`` is the input's, which stays open.
+    """The pages of each block.  Closes its spill file; the inputs stay open.
 
-    ``descriptor`` is None where the input can't be read again at any place: then all pages are spilled.
+    An input is None where no page stands in it as it is, which may then change: what was in it is spilled.  ``checks``:
+    the CRC-32 of each page in the spill file, where that was kept: it is compared first, too.
     """
 
     def __init__(
         self,
-        descriptor: int | None,
+        inputs: Sequence[Input | None],
         *,
         page_size: int = 4096,
         blocks: Mapping[str, RamBlock] | None = None,
         entries: Mapping[str, memoryview] | None = None,
         spill: IO[bytes] | None = None,
+        checks: memoryview | None = None,
     ) -> None:
         self.page_size = page_size
         self.blocks: dict[str, RamBlock] = dict(blocks or {})
-        self._descriptor = descriptor
+        self.inputs = inputs
         self._entries: dict[str, memoryview] = dict(entries or {})
         self._spill = spill
-        self._stamp = self._stamped()
+        self._checks = checks
 
     def __enter__(self) -> Self:
         return self
@@ -75,6 +84,11 @@ class PlacedPages:
     def entries(self, block: str) -> memoryview:
         """As they are kept: eight bytes a page, in this host's order."""
         return self._of(block)
+
+    @property
+    def spill(self) -> int | None:
+        """The descriptor of the spill file, where there is one."""
+        return None if self._spill is None else self._spill.fileno()
 
     @property
     def spilled(self) -> int:
@@ -103,12 +117,12 @@ class PlacedPages:
             while following < end and entries[following] == expected:
                 following += 1
                 expected += step
-            yield Placed(kind, page, following - page, entry >> KIND_BITS)
+            yield Placed(kind, page, following - page, entry >> KIND_BITS & OFFSET_MASK, entry >> FILE_SHIFT)
             page = following
 
     def _step(self, entry: int) -> int:
         """By how much the entry of a page differs from that of the page before, where they stand side by side."""
-        kind, offset = entry & _KIND_MASK, entry >> KIND_BITS
+        kind, offset = entry & _KIND_MASK, entry >> KIND_BITS & OFFSET_MASK
         if kind == Kind.ABSENT or (kind == Kind.ZERO and not offset):
             return 0
         length = 1 if kind == Kind.ZERO else self.page_size
@@ -122,8 +136,8 @@ class PlacedPages:
     def records(self, block: str, first: int, count: int) -> bytearray:
         """These pages as page records that continue their block, in order; an absent page as zero.
 
-        Raises ``StreamError`` where the input is no longer what was indexed: of a record its word is compared, of any
-        page the file's size and time.
+        Raises ``StreamError`` where an input is no longer what was indexed: of a record its word is compared, of any
+        page the files' sizes and times.
         """
         self.check()
         runs = list(self.runs(block, first, count))
@@ -151,21 +165,33 @@ class PlacedPages:
             return
         if run.kind not in (Kind.PLACED, Kind.SPILLED):
             raise StreamError(f"the index has an entry of kind {run.kind} for it", trail=("ram", block))
-        spill = None if self._spill is None else self._spill.fileno()
-        descriptor = spill if run.kind == Kind.SPILLED else self._descriptor
+        descriptor = self.spill if run.kind == Kind.SPILLED else self._input(run.file)
         stride = 8 + page_size
         for begin in range(0, run.page_count, _MOST_BUFFERS):
             pages = range(begin, min(begin + _MOST_BUFFERS, run.page_count))
             buffers = [into[at * stride + 8 : (at + 1) * stride] for at in pages]
             self._read_exactly(descriptor, buffers, run.offset + begin * page_size, block)
+        if run.kind == Kind.SPILLED and self._checks is not None:
+            self._check_spilled(block, run, into, self._checks)
         for index in range(run.page_count):
             _HEAD.pack_into(into, index * stride, start + index * page_size | _PAGE | _CONTINUE)
+
+    def _check_spilled(self, block: str, run: Placed, records: memoryview, checks: memoryview) -> None:
+        number, beside = divmod(run.offset, self.page_size)
+        stride = 8 + self.page_size
+        found = [zlib.crc32(records[at * stride + 8 : (at + 1) * stride]) for at in range(run.page_count)]
+        if beside or found != checks[number : number + run.page_count].tolist():
+            raise StreamError(
+                "a page that was kept is no longer what it was; without a kept index the file is read anew",
+                offset=run.offset,
+                trail=("ram", block),
+            )
 
     def _read_records(self, block: str, run: Placed, into: memoryview) -> None:
         """They stand in the input as they go out; only the first may have another head, with the block's name."""
         page_size, start = self.page_size, run.page * self.page_size
         length, flag = (1, _ZERO) if run.kind == Kind.ZERO else (page_size, _PAGE)
-        self._read_exactly(self._descriptor, [into], max(run.offset - 8, 0), block)
+        self._read_exactly(self._input(run.file), [into], max(run.offset - 8, 0), block)
         words = _words(length, run.page_count).unpack(into)
         expected = start | flag | _CONTINUE
         if words[0] != expected:
@@ -181,7 +207,7 @@ class PlacedPages:
         name = block.encode("utf-8", "surrogateescape")
         expected = _HEAD.pack(word) + bytes([len(name)]) + name
         head = bytearray(len(expected))
-        self._read_exactly(self._descriptor, [memoryview(head)], max(run.offset - len(expected), 0), block)
+        self._read_exactly(self._input(run.file), [memoryview(head)], max(run.offset - len(expected), 0), block)
         if head != expected:
             raise StreamError("the page is no longer where it was", offset=run.offset, trail=("ram", block))
 
@@ -202,16 +228,16 @@ class PlacedPages:
 
     # -- is it still the same input
 
-    def _stamped(self) -> tuple[int, int] | None:
-        if self._descriptor is None:
-            return None
-        status = os.fstat(self._descriptor)
-        return status.st_size, status.st_mtime_ns
+    def _input(self, number: int) -> int | None:
+        """Its descriptor, where there is such an input."""
+        found = self.inputs[number] if number < len(self.inputs) else None
+        return None if found is None else found.descriptor
 
     def check(self) -> None:
-        """Raises ``StreamError`` where the input was changed since."""
-        if self._stamp != self._stamped():
-            raise StreamError("the input was changed since its pages were indexed")
+        """Raises ``StreamError`` where an input was changed since."""
+        for each in self.inputs:
+            if each is not None and Input.of(each.descriptor) != each:
+                raise StreamError("the input was changed since its pages were indexed")
 
 
 @lru_cache(maxsize=4096)

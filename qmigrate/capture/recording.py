@@ -33,6 +33,7 @@ from qmigrate.capture.frames import (
     checksum,
 )
 from qmigrate.capture.open import Readable, Reader
+from qmigrate.capture.places import Places
 from qmigrate.errors import NoStreamError, StreamError, TruncatedError
 from qmigrate.format.channel import Channel, ChannelKind, by_order
 from qmigrate.format.feed import Feed
@@ -132,6 +133,11 @@ class Recording:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+    @property
+    def descriptor(self) -> int:
+        """Of the file, as long as it is open."""
+        return self._descriptor
 
     @property
     def size(self) -> int:
@@ -379,6 +385,11 @@ class RecordedStream(Readable):
 
     def close(self) -> None:
         """The recording stays open: it is its owner's."""
+
+    @property
+    def places(self) -> Places:
+        """Pieces of the recording's file, as many as it has by now."""
+        return Places(self.recording.descriptor, pieces=self.pieces)
 
     def time_at(self, offset: int) -> int | None:
         """When the byte at ``offset`` of the stream came, by the recording's monotonic clock, in nanoseconds."""

@@ -11,7 +11,9 @@ from dataclasses import replace
 from typing import IO, Final
 
 from qmigrate.capture.index import PageIndex
+from qmigrate.capture.kind import MOST_FILES
 from qmigrate.capture.migration import Migration
+from qmigrate.capture.places import Channels, Input
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import Command
@@ -45,19 +47,35 @@ def read_saved(migration: Migration, *, spill: IO[bytes] | None = None) -> Saved
     """All of it, in one pass.  Raises ``StreamError`` where the stream is damaged or ends early, ``RefusedError`` where
     it is none that a guest can be restored from.  ``spill`` is the index's.
     """
-    place = migration.source.in_place
-    descriptor, base = place or (None, 0)
-    is_read = place is None or bool(migration.parts)
-    index = PageIndex(descriptor, base=base, spill=spill, by_bitmaps=not is_read)
+    place = None if migration.parts else migration.source.in_place
+    if place is None:
+        index = PageIndex(None, channels=_channels(migration), spill=spill)
+    else:
+        index = PageIndex(place[0], base=place[1], spill=spill, by_bitmaps=True)
     saved = Saved(index)
     try:
-        entries = migration.entries() if place is None or is_read else _without_contents(*place)
+        entries = migration.entries() if place is None else _without_contents(*place)
         _Reading(saved, index).take_all(entries)
         _check(saved)
     except BaseException:
         saved.index.close()
         raise
     return saved
+
+
+def _channels(migration: Migration) -> Channels:
+    """In which input each stands, and where."""
+    sources = migration.sources[:MOST_FILES]  # what is in more of them is spilled
+    inputs: list[Input | None] = [None] * len(sources)
+    places = {}
+    for channel, part in enumerate(migration.parts):
+        found = part.readable.places
+        # Of a recording all parts are in the first.
+        number = next((number for number, source in enumerate(migration.sources) if source is part.readable), 0)
+        if found is not None and number < len(inputs):
+            inputs[number] = inputs[number] or Input.of(found.descriptor)
+            places[channel] = (number, found)
+    return Channels(inputs, places)
 
 
 class _Sparing:

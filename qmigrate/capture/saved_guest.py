@@ -13,7 +13,7 @@ __all__ = ["Saved"]
 
 @dataclass
 class Saved:
-    """One saved guest.  Closes its index, and ``input`` where it has one; not an input that it was read from.
+    """One saved guest.  Closes its index, and the ``inputs`` that it has; not one that it was read from.
 
     ``opening``: FileHeader and CONFIGURATION; ``before`` and ``behind`` are the sections other than RAM that came
     before its START, and after; ``devices`` the FULL ones after RAM; ``description`` as it came, empty without one.
@@ -36,7 +36,7 @@ class Saved:
     virtio_mems: set[str] = field(default_factory=set)
     absent: int = 0
     blocks: list[RamBlock] = field(default_factory=list)
-    input: int | None = None
+    inputs: list[int] = field(default_factory=list)
 
     @property
     def page_size(self) -> int:
@@ -52,6 +52,5 @@ class Saved:
 
     def close(self) -> None:
         self.index.close()
-        if self.input is not None:
-            os.close(self.input)
-            self.input = None
+        while self.inputs:
+            os.close(self.inputs.pop())

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Final, TextIO
 
+from qmigrate.cli.indexed import add_index, begun
 from qmigrate.cli.live import add_patience
 from qmigrate.cli.restored import Kept
 from qmigrate.cli.tell import tell
@@ -79,18 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=RECOVERIES,
         help=f"a connection that breaks is made anew, N times at most (default: {RECOVERIES}; 0: not)",
     )
-    index = parser.add_mutually_exclusive_group()
-    index.add_argument(
-        "--index-folder",
-        metavar="FOLDER",
-        help="where the index of FILE's pages is kept, and looked for the next time (default: in the user's cache)",
-    )
-    index.add_argument(
-        "--no-kept-index",
-        dest="keep_index",
-        action="store_false",
-        help="neither keep an index of FILE's pages nor use one that was kept",
-    )
+    add_index(parser)
     parser.add_argument(
         "--report", metavar="FILE", help="a page for a browser: what came when, and how long pages took"
     )
@@ -105,16 +95,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         raise RefusedError("restore into which QEMU? Give --qmp ADDRESS, or behind -- one to start")
     if args.resume and (args.qemu or args.eager or args.paused):
         raise RefusedError("--resume is for a guest that runs already: give --qmp, and neither --eager nor --paused")
-    from contextlib import nullcontext
-
-    from qmigrate.operations.reading import Reading
-
-    # What is read by a process of its own is begun before all that takes long to import.
-    begun = None
-    if Reading.takes(args.file):
-        begun = Reading(args.file, channels=tuple(args.channel), keep=args.keep_index, folder=args.index_folder)
-    with begun or nullcontext():
-        return _restore(args, out, begun)
+    with begun(args) as reading:
+        return _restore(args, out, reading)
 
 
 def _restore(args: argparse.Namespace, out: TextIO, reading: "Reading | None") -> int:

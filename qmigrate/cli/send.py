@@ -3,11 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING, TextIO
 
+from qmigrate.cli.indexed import add_index, begun
 from qmigrate.cli.restore import INTERRUPTED, Lines
 from qmigrate.cli.sizes import size
 from qmigrate.cli.tell import tell
 
 if TYPE_CHECKING:
+    from qmigrate.operations.reading import Reading
     from qmigrate.operations.send import Sender
 
 __all__ = ["add_arguments", "run"]
@@ -44,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="with --postcopy: the destination's pages under this RAM block, where it has huge ones; may be repeated",
     )
+    add_index(parser)
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="how it ended as JSON, with all times and latencies")
     output.add_argument("--ndjson", action="store_true", help="every event as a JSON object on a line of its own")
@@ -58,6 +61,11 @@ def _host_page(argument: str) -> tuple[str, int]:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
+    with begun(args) as reading:
+        return _send(args, out, reading)
+
+
+def _send(args: argparse.Namespace, out: TextIO, reading: "Reading | None") -> int:
     import asyncio
 
     from qmigrate.operations.send import Sender
@@ -68,6 +76,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         channels=tuple(args.channel),
         postcopy=args.postcopy,
         page_sizes=dict(args.host_page),
+        reading=reading,
         on_event=lines.take,
     )
     status = asyncio.run(_interruptible(args.uri, sender, lines))

@@ -50,11 +50,13 @@ class Asked:
 
 def make_index(asked: Asked) -> None:
     """Raises ``OSError`` where there is no room for it."""
-    with open(asked.path, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor is wanted
-        status = os.fstat(file.fileno())
-        quick = None if asked.channels else _Quick.of(asked, file.fileno())
-        if quick is None or not quick.read(status):
-            _make_plainly(asked, file.fileno(), status)
+    if not asked.channels:
+        with open(asked.path, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor is wanted
+            status = os.fstat(file.fileno())
+            quick = _Quick.of(asked, file.fileno())
+            if quick is not None and quick.read(status):
+                return
+    _make_plainly(asked)
 
 
 def _is_as_it_was(descriptor: int, status: os.stat_result) -> bool:
@@ -126,41 +128,47 @@ class _Quick:
             self._asked.say(at=position)
 
     def _keep(self, entries: dict[str, memoryview], absent: int, status: os.stat_result) -> None:
-        from qmigrate.capture.kept import KeptIndexes, Stamp
+        from qmigrate.capture.kept import Stamp
+        from qmigrate.capture.kept_folder import KeptIndexes
         from qmigrate.capture.placed import PlacedPages
+        from qmigrate.capture.places import Input
         from qmigrate.capture.plain import blocks_of, plain_guest
 
-        index = PlacedPages(None, blocks=blocks_of(self._head), entries=entries)
+        index = PlacedPages([Input.of(self._descriptor)], blocks=blocks_of(self._head), entries=entries)
         saved = plain_guest(self._head, self._tail, index)
         saved.absent = absent
-        KeptIndexes(self._asked.folder or None).keep(saved, Stamp.of_status(status))
+        KeptIndexes(self._asked.folder or None).keep(saved, [Stamp.of_status(status)])
 
 
 # -- as every stream can be read
 
 
-def _make_plainly(asked: Asked, descriptor: int, status: os.stat_result) -> None:
-    from qmigrate.capture.kept import KeptIndexes, Stamp, write_kept
+def _make_plainly(asked: Asked) -> None:
+    from qmigrate.capture.kept import Stamp, write_kept
+    from qmigrate.capture.kept_folder import KeptIndexes
     from qmigrate.capture.migration import Migration
     from qmigrate.capture.saved import read_saved
     from qmigrate.errors import NoStreamError, RefusedError, StreamError
 
     with Migration(asked.path, channels=asked.channels) as migration:
+        descriptors = [source.descriptor for source in migration.sources]
+        stamps = list(map(Stamp.of, descriptors))
         try:
             saved = read_saved(migration, spill=os.fdopen(asked.spill, "w+b"))
         except (StreamError, NoStreamError, RefusedError) as exc:
             asked.say(error=str(exc))
             return
         with saved:
-            if not _is_as_it_was(descriptor, status):
+            if list(map(Stamp.of, descriptors)) != stamps:
                 asked.say(error=_CHANGED)
                 return
-            stamp = Stamp.of_status(status)
-            write_kept(saved, stamp, asked.index, spilled=saved.index.spilled)
-            asked.say(made=True)
+            write_kept(saved, stamps, asked.index, spilled=saved.index.spilled)
+            kept = None if asked.folder == KEPT_NOWHERE else KeptIndexes(asked.folder or None)
+            not_kept = None if kept is None else kept.why_not(saved.index.spilled)
+            asked.say(made=True, not_kept=not_kept)
             os.close(asked.answer)
-            if not saved.index.spilled and not asked.channels and asked.folder != KEPT_NOWHERE:
-                KeptIndexes(asked.folder or None).keep(saved, stamp)
+            if kept is not None and not_kept is None:
+                kept.keep(saved, stamps)
 
 
 def main(argv: list[str]) -> NoReturn:

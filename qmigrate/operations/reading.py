@@ -28,11 +28,12 @@ _LONGEST_LINE: Final = 1 << 20
 
 
 class Reading:
-    """A file being read.  It is opened at once (raises ``OSError``), and what is started ends with ``close()``.
+    """A file being read, and its further channels.  They are opened at once (raises ``OSError``, ``RefusedError``), and
+    what is started ends with ``close()``.
 
     ``keep``: an index that was kept will do, and a new one is kept; in ``folder``, None for the user's cache.
     ``at_once_from``: bytes; of a plain file so long the guest is given before all its pages are known
-    (``capture.arriving``).  ``is_kept``: there was one.
+    (``capture.arriving``).  ``is_kept``: there was one.  ``not_kept``: why a new one is not kept, where it should be.
     """
 
     def __init__(
@@ -46,19 +47,24 @@ class Reading:
     ) -> None:
         self.path = path
         self.is_kept = False
+        self.not_kept: str | None = None
         self._channels = channels
         self._folder = None if folder is None else os.fspath(folder)
-        self._keeps = keep and not channels
+        self._keeps = keep
         self._process: int | None = None
         self._at_once_from = at_once_from
         self._is_made = False
         self._arriving: ArrivingPages | None = None
         self._files: list[int] = []
-        self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._status = os.fstat(self._file)
+        self._inputs: list[int] = []
         try:
-            for each in channels:
-                os.stat(each)  # noqa: PTH116 - not there is told here, before anything is begun
+            for each in (path, *channels):
+                self._inputs.append(os.open(each, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK))
+            self._statuses = [os.fstat(each) for each in self._inputs]
+            for each, status in zip(channels, self._statuses[1:], strict=True):
+                # To open a pipe may wait for ever; and a folder's name is told of by who reads it.
+                if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+                    raise RefusedError(f"{each} is no file: the channels of a migration are told by looking at files")
             if not self._is_likely_kept():
                 self._start()
         except BaseException:
@@ -85,10 +91,9 @@ class Reading:
         """End it, whatever it is at.  What was given out stays open."""
         if self._process is not None:
             self._end()
-        for descriptor in (self._file, *self._files):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._file, self._files = -1, []
+        for descriptor in (*self._inputs, *self._files):
+            os.close(descriptor)
+        self._inputs, self._files = [], []
 
     def _end(self) -> None:
         assert self._process is not None
@@ -104,15 +109,15 @@ class Reading:
         """By its name and times alone: to read it takes what is not imported yet."""
         if not self._keeps:
             return False
-        from qmigrate.capture.cache import cache_folder
+        from qmigrate.capture.cache import cache_folder, index_name
 
-        status = self._status
         folder = str(cache_folder("indexes")) if self._folder is None else self._folder
+        name = index_name([(status.st_dev, status.st_ino) for status in self._statuses])
         try:
-            kept = os.lstat(f"{folder}/{status.st_dev:x}-{status.st_ino:x}.index")
+            kept = os.lstat(f"{folder}/{name}.index")
         except OSError:
             return False
-        return kept.st_mtime_ns >= status.st_ctime_ns
+        return all(kept.st_mtime_ns >= status.st_ctime_ns for status in self._statuses)
 
     def _start(self) -> None:
         """Start the process that makes it."""
@@ -155,16 +160,17 @@ class Reading:
         return await asyncio.to_thread(self._answered, line, behind)
 
     def _kept(self) -> "Saved | None":
-        from qmigrate.capture.kept import KeptError, KeptIndexes
+        from qmigrate.capture.kept import KeptError
+        from qmigrate.capture.kept_folder import KeptIndexes
 
         try:
-            saved = KeptIndexes(self._folder).read(self._file)
+            saved = KeptIndexes(self._folder).read(self._inputs)
         except KeptError:
             return None
         return self._owned(saved)
 
     def _owned(self, saved: "Saved") -> "Saved":
-        saved.input, self._file = self._file, -1
+        saved.inputs, self._inputs = self._inputs, []
         return saved
 
     async def _first_line(self) -> tuple[bytes, bytes]:
@@ -199,15 +205,15 @@ class Reading:
         if said.get("plain"):
             return self._plain(said["starts"], line + b"\n" + behind)
         self._is_made = True
-        file = self._file
-        return self._owned(self._made(file))
+        self.not_kept = said["not_kept"]
+        return self._owned(self._made(self._inputs))
 
-    def _made(self, file: int) -> "Saved":
+    def _made(self, inputs: list[int]) -> "Saved":
         from qmigrate.capture.kept import KeptError, Stamp, read_kept
 
         index, _, spill, _ = self._files
         try:
-            return read_kept(index, Stamp.of_status(self._status), file, spill=spill)
+            return read_kept(index, list(map(Stamp.of_status, self._statuses)), inputs, spill=spill)
         except KeptError as exc:
             raise RefusedError(f"{self.path}: its index can't be used: {exc}") from exc
 
@@ -220,7 +226,8 @@ class Reading:
         from qmigrate.capture.plain_pages import shared_entries
         from qmigrate.errors import StreamError
 
-        file = self._file
+        inputs = self._inputs
+        (file,) = inputs
         try:
             head = read_head(file)
             tail = read_tail(file, head)
@@ -234,7 +241,7 @@ class Reading:
             blocks=blocks_of(head),
             entries=shared_entries(head, pages),
             one_pass=None if starts is None else OnePass(file, head, starts=starts),
-            made=lambda: self._made(file),
+            made=lambda: self._made(inputs),
             why_not=self._why,
         )
         saved = self._owned(plain_guest(head, tail, self._arriving))

@@ -214,6 +214,8 @@ class Serving:
             return await asyncio.to_thread(self.read, reading)
         saved = await reading.saved()
         self._tell_read(saved, began_ns, kept=reading.is_kept)
+        if reading.not_kept is not None:
+            self._tell(_not_kept(reading.not_kept))
         return saved
 
     def read(self, migration: "Migration") -> Saved:
@@ -323,8 +325,9 @@ class Serving:
         after_us = (time.monotonic_ns() - self._began) // 1000
         self._moments[moment.name.lower()] = after_us
         events: list[LiveEvent] = [Restored(side=Side.DESTINATION, moment=moment.value, after_us=after_us)]
-        if moment is Moment.INDEXED and isinstance(saved.index, ArrivingPages) and saved.index.absent_pages:
-            events.append(_absent(saved.index.absent_pages))
+        if moment is Moment.INDEXED and isinstance(saved.index, ArrivingPages):
+            events += [_absent(saved.index.absent_pages)] * bool(saved.index.absent_pages)
+            events += [] if saved.index.not_kept is None else [_not_kept(saved.index.not_kept)]
         with suppress(RuntimeError):  # the loop has ended: nobody is told any more
             for event in events:
                 loop.call_soon_threadsafe(self._tell, event)
@@ -346,6 +349,10 @@ def _in_thread(serve: Callable[[socket.socket], Ended], peer: socket.socket) -> 
 
 def _absent(count: int) -> LiveEvent:
     return Troubled(message=f"{count} pages that the guest did not use were never saved: zero here")
+
+
+def _not_kept(why: str) -> LiveEvent:
+    return Decided(decision="keep no index", reason=why)
 
 
 def _no_one(_: LiveEvent) -> None:

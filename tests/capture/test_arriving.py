@@ -151,7 +151,7 @@ def test_where_a_page_may_have_been_served_too_early_it_ends(path: Path) -> None
         with pytest.raises(StreamError, match="a page comes again that may have been served"):
             one.index.hear()
     with arriving(path, ONCE, is_once=True) as one:
-        one.say(made=True)
+        one.say(made=True, not_kept=None)
         with pytest.raises(StreamError, match="it is not what it was taken for"):
             one.index.hear()
 
@@ -159,7 +159,7 @@ def test_where_a_page_may_have_been_served_too_early_it_ends(path: Path) -> None
 def test_what_was_no_plain_file_after_all_is_served_as_it_was_read(path: Path) -> None:
     with arriving(path, ONCE + streams.xbzrle(0, b"\x03\x02ab", block="pc.ram"), is_once=False) as one:
         assert not one.has()
-        one.say(made=True)
+        one.say(made=True, not_kept=None)
         one.index.hear()
         assert one.has()
         expected = plainly(path)["pc.ram"]

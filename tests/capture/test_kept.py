@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qmigrate.capture.kept import KeptError, KeptIndexes, Stamp, read_kept, write_kept
+from qmigrate.capture.kept import KeptError, Stamp, read_kept, write_kept
+from qmigrate.capture.kept_folder import KeptIndexes
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.placed import KIND_BITS, Kind
 from qmigrate.capture.saved import read_saved
@@ -32,7 +33,7 @@ def fresh(path: Path) -> Iterator[tuple[Saved, Stamp]]:
 
 @contextmanager
 def kept(indexes: KeptIndexes, path: Path) -> Iterator[Saved]:
-    with path.open("rb") as file, indexes.read(file.fileno()) as saved:
+    with path.open("rb") as file, indexes.read([file.fileno()]) as saved:
         yield saved
 
 
@@ -52,7 +53,7 @@ def indexes(tmp_path: Path) -> KeptIndexes:
 def index(stream: Path, indexes: KeptIndexes) -> Path:
     """That of ``stream``."""
     with fresh(stream) as (saved, stamp):
-        return indexes.keep(saved, stamp)
+        return indexes.keep(saved, [stamp])
 
 
 def facts(saved: Saved) -> dict[str, object]:
@@ -66,18 +67,17 @@ def test_a_kept_index_is_the_same_as_a_fresh_one(tmp_path: Path, records: bytes,
     path.write_bytes(whole(records))
     with fresh(path) as (saved, stamp):
         with (tmp_path / "spill").open("rb") as spill, (tmp_path / "index").open("w+b") as file:
-            write_kept(saved, stamp, file.fileno(), spilled=saved.index.spilled)
+            write_kept(saved, [stamp], file.fileno(), spilled=saved.index.spilled)
             with (
                 path.open("rb") as again,
-                read_kept(file.fileno(), stamp, again.fileno(), spill=spill.fileno()) as read,
+                read_kept(file.fileno(), [stamp], [again.fileno()], spill=spill.fileno()) as read,
             ):
                 assert facts(read) == facts(saved)
                 assert ram_of(read) == in_spans(read, span) == ram_of(saved)
-        if not saved.index.spilled:
-            indexes.keep(saved, stamp)
-            with kept(indexes, path) as read:
-                assert facts(read) == facts(saved)
-                assert ram_of(read) == ram_of(saved)
+        indexes.keep(saved, [stamp])
+        with kept(indexes, path) as read:
+            assert facts(read) == facts(saved)
+            assert ram_of(read) == in_spans(read, span) == ram_of(saved)
 
 
 @pytest.mark.usefixtures("index")
@@ -209,7 +209,7 @@ def test_of_many_the_oldest_go(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.mig"
         path.write_bytes(streams.minimal())
         with fresh(path) as (saved, stamp):
-            paths.append(indexes.keep(saved, stamp))
+            paths.append(indexes.keep(saved, [stamp]))
             os.utime(paths[-1], ns=(number, number))
     assert sorted(indexes.folder.iterdir()) == sorted(paths[2:])
 
@@ -223,7 +223,7 @@ def test_one_that_can_not_be_written_leaves_nothing(
     with fresh(stream) as (saved, stamp):
         monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(OSError, match="No space left"):
-            indexes.keep(saved, stamp)
+            indexes.keep(saved, [stamp])
     assert list(indexes.folder.iterdir()) == []
 
 

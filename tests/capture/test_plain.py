@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.one_pass import OnePass
 from qmigrate.capture.placed import PlacedPages
+from qmigrate.capture.places import Input
 from qmigrate.capture.plain import blocks_of, plain_guest
 from qmigrate.capture.plain_ends import Head, NotPlainError, read_head, read_tail
 from qmigrate.capture.plain_pages import PlainPages, absent_pages, shared_entries
@@ -53,7 +54,7 @@ def quickly(path: Path, *, window: int = 1 << 20) -> Saved:
         absent = sum(map(absent_pages, entries.values()))
         if end != tail.devices_at or (absent and not tail.has_balloon):
             raise NotPlainError("its ends do not meet")
-        saved = plain_guest(head, tail, PlacedPages(again, blocks=blocks_of(head), entries=entries))
+        saved = plain_guest(head, tail, PlacedPages([Input.of(again)], blocks=blocks_of(head), entries=entries))
         saved.absent = absent
         return saved
 

@@ -5,23 +5,26 @@ import errno
 import lzma
 import os
 import signal
-from collections.abc import AsyncGenerator
+import sys
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from qmigrate.capture.kept import KeptIndexes
+from qmigrate.capture.kept_folder import KeptIndexes
 from qmigrate.capture.migration import Migration
+from qmigrate.capture.placed import Kind
 from qmigrate.capture.saved import read_saved
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import RefusedError, StreamError
-from qmigrate.events import LiveEvent
+from qmigrate.events import Decided, LiveEvent
 from qmigrate.operations.reading import Reading
 from qmigrate.operations.send import Sender
 from qmigrate.operations.serving import Indexed
 from tests import streams
 from tests.capture.test_index import ram_of
+from tests.capture.test_places import corpus
 
 pytestmark = pytest.mark.asyncio
 
@@ -41,15 +44,17 @@ def folder(tmp_path: Path) -> Path:
 
 
 @asynccontextmanager
-async def read(path: Path, folder: Path, *, keep: bool = True) -> AsyncGenerator[tuple[Reading, Saved]]:
-    with Reading(str(path), folder=folder, keep=keep) as reading:
+async def read(
+    path: Path, folder: Path, *, channels: Sequence[Path] = (), keep: bool = True
+) -> AsyncGenerator[tuple[Reading, Saved]]:
+    with Reading(str(path), channels=tuple(map(str, channels)), folder=folder, keep=keep) as reading:
         async with asyncio.timeout(TIMEOUT_S):
             with await reading.saved() as saved:
                 yield reading, saved
 
 
-def plainly(path: Path) -> dict[str, bytes]:
-    with Migration(path) as migration, read_saved(migration) as saved:
+def plainly(path: Path, *channels: Path) -> dict[str, bytes]:
+    with Migration(path, channels=channels) as migration, read_saved(migration) as saved:
         return ram_of(saved)
 
 
@@ -59,6 +64,50 @@ async def test_the_next_time_nothing_is_read(path: Path, folder: Path) -> None:
     async with read(path, folder) as (reading, saved):
         assert (reading.is_kept, reading._process) == (True, None)
         assert ram_of(saved) == plainly(path)
+
+
+@pytest.fixture
+def several(tmp_path: Path) -> list[Path]:
+    """Main, and two channels of multifd."""
+    return corpus("pc-multifd-11.1", tmp_path)
+
+
+async def test_the_index_of_several_files_is_kept_too(several: list[Path], folder: Path) -> None:
+    main, *channels = several
+    for is_kept in (False, True):
+        async with read(main, folder, channels=channels) as (reading, saved):
+            assert reading.is_kept == is_kept
+            assert ram_of(saved) == plainly(*several)
+    async with read(main, folder, channels=channels[::-1]) as (reading, saved):
+        assert not reading.is_kept  # files are told by their order in it
+        assert ram_of(saved) == plainly(*several)
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+async def test_an_index_of_several_files_is_not_taken_once_one_was_changed(
+    several: list[Path], folder: Path, number: int
+) -> None:
+    main, *channels = several
+    async with read(main, folder, channels=channels):
+        pass
+    os.utime(several[number], ns=(0, 0))
+    async with read(main, folder, channels=channels) as (reading, saved):
+        assert not reading.is_kept
+        assert ram_of(saved) == plainly(*several)
+    with Reading(str(main), channels=tuple(map(str, channels)), folder=folder) as reading:
+        several[number].write_bytes(several[number].read_bytes())
+        with pytest.raises(RefusedError, match="the file was changed since"):
+            await reading.saved()
+
+
+async def test_a_further_channel_that_is_no_file_is_refused(several: list[Path], folder: Path) -> None:
+    fifo = several[0].with_name("fifo")
+    os.mkfifo(fifo)
+    with pytest.raises(RefusedError, match="fifo is no file: the channels of a migration are told by looking at files"):
+        Reading(str(several[0]), channels=(str(fifo),), folder=folder)  # and waits for nobody at its other end
+    with pytest.raises(FileNotFoundError):
+        Reading(str(several[0]), channels=(str(several[0].with_name("nowhere")),))
 
 
 async def test_it_is_not_kept_where_it_shall_not(path: Path, folder: Path) -> None:
@@ -75,16 +124,59 @@ async def test_one_that_is_damaged_is_made_anew(path: Path, folder: Path) -> Non
     index.write_bytes(index.read_bytes()[:-1] + b"\xff")
     async with read(path, folder) as (reading, saved):
         assert (reading.is_kept, ram_of(saved)) == (False, plainly(path))
-    with path.open("rb") as file, KeptIndexes(folder).read(file.fileno()) as again:
+    with path.open("rb") as file, KeptIndexes(folder).read([file.fileno()]) as again:
         assert ram_of(again) == plainly(path)
 
 
-async def test_a_packed_file_has_its_pages_in_another_and_no_index_is_kept(path: Path, folder: Path) -> None:
+@pytest.fixture
+def packed(path: Path) -> Path:
     packed = path.with_suffix(".xz")
     packed.write_bytes(lzma.compress(path.read_bytes()))
-    async with read(packed, folder) as (_, saved):
-        assert ram_of(saved) == plainly(path)
+    return packed
+
+
+async def test_the_pages_of_a_packed_file_are_kept_with_its_index(path: Path, packed: Path, folder: Path) -> None:
+    for is_kept in (False, True):
+        async with read(packed, folder) as (reading, saved):
+            assert (reading.is_kept, reading.not_kept) == (is_kept, None)
+            assert ram_of(saved) == plainly(path)
+            assert {run.kind for run in saved.index.runs("pc.ram", 4, 2)} == {Kind.SPILLED}
+    assert sorted(each.suffix for each in folder.iterdir()) == [".index", ".pages"]
+
+
+async def test_what_was_kept_of_a_packed_file_is_made_anew_where_its_pages_are_gone(
+    path: Path, packed: Path, folder: Path
+) -> None:
+    async with read(packed, folder):
+        pass
+    (pages,) = folder.glob("*.pages")
+    pages.unlink()
+    for is_kept in (False, True):
+        async with read(packed, folder) as (reading, saved):
+            assert (reading.is_kept, ram_of(saved)) == (is_kept, plainly(path))
+
+
+async def test_that_there_are_too_many_pages_to_be_kept_is_said(
+    path: Path, packed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fewer = (
+        "import sys; from qmigrate.capture import kept_folder; kept_folder.MOST_SPILLED = 4096; "
+        "from qmigrate.operations.indexing import main; main(sys.argv[1:])"
+    )
+    monkeypatch.setattr(
+        "qmigrate.operations.reading.own_python", lambda _, *words: [sys.executable, "-P", "-c", fewer, *words]
+    )
+    said: list[LiveEvent] = []
+    for _ in range(2):
+        with pytest.raises(RefusedError, match="it can't be reached"):
+            await Sender(packed, index_folder=folder, on_event=said.append).run(f"unix:{path}.nobody")
+    assert [each.kept for each in said if isinstance(each, Indexed)] == [False, False]
+    assert [(each.decision, each.reason) for each in said if isinstance(each, Decided)] == [
+        ("keep no index", "12288 bytes of pages do not stand in the input as they are, and 4096 bytes at most are kept")
+    ] * 2
     assert not folder.exists()
+    async with read(packed, folder, keep=False) as (reading, _):
+        assert reading.not_kept is None  # nobody wants it
 
 
 async def test_a_folder_that_can_not_be_written_is_no_harm(path: Path, folder: Path) -> None:

@@ -1,0 +1,47 @@
+"""``qmigrate send``: what of it is the command's own."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from qmigrate.cli.main import main
+from tests import streams
+
+Output = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def stream(tmp_path: Path) -> Path:
+    path = tmp_path / "a.mig"
+    path.write_bytes(streams.minimal())
+    return path
+
+
+def sent(stream: Path, capsys: Output, *options: str) -> list[bool]:
+    """To nobody, so that all it does is to read the file: was there an index of it?"""
+    assert main(["send", "--ndjson", *options, str(stream), f"unix:{stream}.nobody"]) == 2
+    said = capsys.readouterr()
+    assert "it can't be reached" in said.err
+    events = [json.loads(line) for line in said.out.splitlines()]
+    return [each["kept"] for each in events if each["event"] == "indexed"]
+
+
+def test_it_keeps_an_index_and_uses_it_the_next_time(stream: Path, tmp_path: Path, capsys: Output) -> None:
+    folder = tmp_path / "indexes"
+    assert [sent(stream, capsys, "--index-folder", str(folder)) for _ in range(2)] == [[False], [True]]
+    assert len(list(folder.iterdir())) == 1
+
+
+def test_it_keeps_none_where_it_shall_not(
+    stream: Path, tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QMIGRATE_CACHE", str(tmp_path / "cache"))
+    assert [sent(stream, capsys, "--no-kept-index") for _ in range(2)] == [[False], [False]]
+    assert not (tmp_path / "cache").exists()
+    assert [sent(stream, capsys) for _ in range(2)] == [[False], [True]]
+
+
+def test_what_can_not_be_opened_is_told_at_once(tmp_path: Path, capsys: Output) -> None:
+    assert main(["send", str(tmp_path / "nothing.mig"), "unix:/nowhere"]) == 2
+    assert "No such file" in capsys.readouterr().err
