@@ -27,6 +27,9 @@ _CONTINUE: Final = int(RamFlag.CONTINUE)
 _HEAD: Final = struct.Struct(">Q")
 _ZERO_RECORD: Final = struct.Struct(">QB")
 _KIND_MASK: Final = (1 << KIND_BITS) - 1
+_RECORDS: Final = (Kind.RECORD, Kind.ZERO)
+_WORD_BYTES: Final = 8
+_SHORT: Final = 9  # bytes of the record of a page of zeros
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
 _COUNTED_AT_ONCE: Final = 1 << 14
 
@@ -140,6 +143,57 @@ class PlacedPages:
         page the files' sizes and times.
         """
         self.check()
+        numbers = self._of(block)[first : first + count].tolist()
+        pieces, page = [], 0
+        while page < len(numbers):
+            end, length = self._end_of_stretch(numbers, page)
+            piece = self._as_it_stands(block, first + page, numbers[page:end], length) if length else None
+            pieces.append(self._by_runs(block, first + page, end - page) if piece is None else piece)
+            page = end
+        return pieces[0] if len(pieces) == 1 else bytearray().join(pieces)
+
+    # Most pages are records that stand one behind the other as they were sent, of whatever kind: then the input has
+    # what goes out, and one read gets it.
+
+    def _end_of_stretch(self, numbers: Sequence[int], begin: int) -> tuple[int, int]:
+        """Where the stretch of entries ends that begins here, and its length in bytes; 0 where it is none of these."""
+        end = begin
+        while end < len(numbers) and not _is_record(numbers[end]):
+            end += 1
+        if end > begin:
+            return end, 0
+        place = numbers[begin] >> KIND_BITS
+        record, started = _WORD_BYTES + self.page_size, place
+        for entry in numbers[begin:] if begin else numbers:
+            kind = entry & _KIND_MASK
+            if entry >> KIND_BITS != place or kind not in _RECORDS:
+                break
+            place += record if kind == Kind.RECORD else _SHORT
+            end += 1
+        return end, place - started
+
+    def _as_it_stands(self, block: str, first: int, numbers: Sequence[int], length: int) -> bytearray | None:
+        """A stretch of records; None where one is not what it was, or names its block: by runs it is told."""
+        place = numbers[0] >> KIND_BITS
+        out = bytearray(length)
+        at = (place & OFFSET_MASK) - _WORD_BYTES
+        self._read_exactly(self._input(numbers[0] >> FILE_SHIFT), [memoryview(out)], at, block)
+        at, unpack, word = 0, _HEAD.unpack_from, first * self.page_size | _CONTINUE
+        record = _WORD_BYTES + self.page_size
+        for number in numbers:
+            if number & _KIND_MASK == Kind.RECORD:
+                if unpack(out, at)[0] != word | _PAGE:
+                    return None
+                at += record
+            else:
+                if unpack(out, at)[0] != word | _ZERO or out[at + _WORD_BYTES]:
+                    return None
+                at += _SHORT
+            word += self.page_size
+        return out
+
+    def _by_runs(self, block: str, first: int, count: int) -> bytearray:
+        """Records of any pages."""
         runs = list(self.runs(block, first, count))
         out = bytearray(sum(run.page_count * self._record_bytes(run.kind) for run in runs))
         view, at = memoryview(out), 0
@@ -238,6 +292,11 @@ class PlacedPages:
         for each in self.inputs:
             if each is not None and Input.of(each.descriptor) != each:
                 raise StreamError("the input was changed since its pages were indexed")
+
+
+def _is_record(entry: int) -> bool:
+    """Is it of a page that has a record in an input?"""
+    return entry & _KIND_MASK in _RECORDS and entry >> KIND_BITS & OFFSET_MASK >= _WORD_BYTES
 
 
 @lru_cache(maxsize=4096)

@@ -117,6 +117,18 @@ def whole(records: bytes) -> bytes:
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(page_records(), st.integers(0, 15), st.integers(1, 16))
+def test_pages_read_as_they_stand_are_those_read_by_runs(
+    tmp_path: Path, records: bytes, first: int, count: int
+) -> None:
+    path = tmp_path / "stream.mig"
+    path.write_bytes(whole(records))
+    with saved(path) as read:
+        some = min(count, COUNTS["pc.ram"] - first)
+        assert read.index.records("pc.ram", first, some) == read.index._by_runs("pc.ram", first, some)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(page_records(), st.integers(1, 20))
 def test_the_index_tells_of_each_page_what_plain_reading_does(tmp_path: Path, records: bytes, span: int) -> None:
     data = whole(records)
