@@ -18,6 +18,7 @@ ram_save_host_page(), ram_postcopy_send_discard_bitmap(); migration/savevm.c: qe
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Final, TypeAlias
 
 from qmigrate.errors import SequenceError, StreamError
@@ -314,11 +315,15 @@ class Source:
 
     def part(self, span: Span, records: bytearray) -> list[bytes | memoryview]:
         """A PART of RAM with these records, each of which continues its block: pieces to be sent one after another."""
-        head = SectionPart(kind=SectionType.PART, section_id=self._section_id).build()
-        behind = self._closing()
+        head, behind = self._part_frame
         named, rest = self._with_name(span, records, self._named)
         self._named = span.block
         return [head + named, rest, behind]
+
+    @cached_property
+    def _part_frame(self) -> tuple[bytes, bytes]:
+        """What stands around the records of every PART; to build it takes longer than to read the pages in it."""
+        return SectionPart(kind=SectionType.PART, section_id=self._section_id).build(), self._closing()
 
     def urgent(self, span: Span, records: bytearray) -> list[bytes | memoryview]:
         """The same for the preempt channel (since 7.1): records alone, with a block of its own to go on with."""
