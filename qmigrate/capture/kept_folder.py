@@ -96,7 +96,10 @@ class KeptIndexes:
         return None
 
     def keep(self, saved: Saved, stamps: Sequence[Stamp]) -> Path:
-        """It appears whole or not at all; an older one of the same files goes.  Raises ``OSError``."""
+        """It appears whole or not at all; an older one of the same files goes.
+
+        Raises ``OSError``, also where another process is keeping the same pages just now.
+        """
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         path, spilled, spill = self.path(stamps), saved.index.spilled, saved.index.spill
         if not spilled or spill is None:
@@ -106,18 +109,23 @@ class KeptIndexes:
             return path
         checks = _checks_of(spill, spilled, saved.page_size)
         pages = _pages_of(path, zlib.crc32(checks))
+        self._sweep()
         # So the index appears first: as long as its pages are not there it is as if there were none.
-        with self._appearing(pages) as copy, self._appearing(path) as descriptor:
+        with self._appearing(pages, by="one") as copy, self._appearing(path) as descriptor:
             _copy(spill, copy, spilled)
             write_kept(saved, stamps, descriptor, spilled=spilled, checks=checks)
         self._prune(path, pages)
         return path
 
     @contextmanager
-    def _appearing(self, path: Path) -> Iterator[int]:
-        """A new file, which has this name once it is written, if it comes to that."""
-        temporary = self.folder / f".{path.name}.{os.getpid()}{_PART}"
-        temporary.unlink(missing_ok=True)
+    def _appearing(self, path: Path, *, by: str | None = None) -> Iterator[int]:
+        """A new file, which has this name once it is written, if it comes to that.
+
+        ``by``: of those that call themselves the same only one writes it, as it takes room; else each process may.
+        """
+        temporary = self.folder / f".{path.name}.{os.getpid() if by is None else by}{_PART}"
+        if by is None:
+            temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
             try:
@@ -141,10 +149,16 @@ class KeptIndexes:
             if number >= self._most or taken > self._most_spilled:
                 left_over += [index, *here]
         left_over += [path for of_no_index in pages.values() for path in of_no_index]
-        since_ns = time.time_ns() - _LEFT_BEHIND_NS
-        left_over += [path for mtime_ns, path in self._all(_PART) if mtime_ns < since_ns]
         for path in left_over:
             path.unlink(missing_ok=True)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """What a process that was killed has left half written."""
+        since_ns = time.time_ns() - _LEFT_BEHIND_NS
+        for mtime_ns, path in self._all(_PART):
+            if mtime_ns < since_ns:
+                path.unlink(missing_ok=True)
 
     def _pages(self) -> dict[Path, list[Path]]:
         """All files of pages by the indexes that they are of."""

@@ -250,6 +250,21 @@ def test_what_was_left_behind_goes_once_it_is_old(many: list[Path], indexes: Kep
     assert names(indexes) == there
 
 
+def test_of_several_that_keep_the_same_pages_one_takes_the_room(stream: Path, indexes: KeptIndexes) -> None:
+    keep(indexes, stream)
+    (pages,) = indexes.folder.glob("*.pages")
+    for each in indexes.folder.iterdir():
+        each.unlink()
+    other = indexes.folder / f".{pages.name}.one.part"
+    other.write_bytes(b"half of it")
+    with pytest.raises(FileExistsError):
+        keep(indexes, stream)
+    assert (names(indexes), other.read_bytes()) == ([other.name], b"half of it")
+    os.utime(other, ns=(0, 0))  # it is not at it any more
+    keep(indexes, stream)
+    assert sorted(each.suffix for each in indexes.folder.iterdir()) == [".index", ".pages"]
+
+
 @pytest.mark.parametrize("failing", ["pwrite", "sendfile", "preadv"])
 def test_pages_that_can_not_be_written_leave_nothing(
     stream: Path, indexes: KeptIndexes, monkeypatch: pytest.MonkeyPatch, failing: str

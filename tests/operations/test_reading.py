@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from qmigrate.capture.arriving import ArrivingPages
 from qmigrate.capture.kept_folder import KeptIndexes
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.placed import Kind
@@ -156,9 +157,9 @@ async def test_what_was_kept_of_a_packed_file_is_made_anew_where_its_pages_are_g
             assert (reading.is_kept, ram_of(saved)) == (is_kept, plainly(path))
 
 
-async def test_that_there_are_too_many_pages_to_be_kept_is_said(
-    path: Path, packed: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def keeps_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No more than a page."""
     fewer = (
         "import sys; from qmigrate.capture import kept_folder; kept_folder.MOST_SPILLED = 4096; "
         "from qmigrate.operations.indexing import main; main(sys.argv[1:])"
@@ -166,17 +167,40 @@ async def test_that_there_are_too_many_pages_to_be_kept_is_said(
     monkeypatch.setattr(
         "qmigrate.operations.reading.own_python", lambda _, *words: [sys.executable, "-P", "-c", fewer, *words]
     )
+
+
+TOO_MANY = "12288 bytes of pages do not stand in the input as they are, and 4096 bytes at most are kept"
+
+
+@pytest.mark.usefixtures("keeps_less")
+async def test_that_there_are_too_many_pages_to_be_kept_is_said(path: Path, packed: Path, folder: Path) -> None:
     said: list[LiveEvent] = []
     for _ in range(2):
         with pytest.raises(RefusedError, match="it can't be reached"):
             await Sender(packed, index_folder=folder, on_event=said.append).run(f"unix:{path}.nobody")
     assert [each.kept for each in said if isinstance(each, Indexed)] == [False, False]
     assert [(each.decision, each.reason) for each in said if isinstance(each, Decided)] == [
-        ("keep no index", "12288 bytes of pages do not stand in the input as they are, and 4096 bytes at most are kept")
+        ("keep no index", TOO_MANY)
     ] * 2
     assert not folder.exists()
     async with read(packed, folder, keep=False) as (reading, _):
         assert reading.not_kept is None  # nobody wants it
+
+
+@pytest.mark.usefixtures("keeps_less")
+async def test_it_is_known_too_of_a_file_that_is_served_while_it_is_read(path: Path, folder: Path) -> None:
+    deltas = b"".join(streams.xbzrle(page * streams.PAGE, b"\x03\x02ab", block="pc.ram") for page in (4, 5, 6))
+    path.write_bytes(path.read_bytes().replace(streams.ram_end()[:5], streams.ram_part(deltas) + streams.ram_end()[:5]))
+    with Reading(str(path), folder=folder, at_once_from=0) as reading:
+        async with asyncio.timeout(TIMEOUT_S):
+            with await reading.saved() as saved:
+                assert isinstance(saved.index, ArrivingPages)
+                while not saved.index.is_complete:
+                    await asyncio.sleep(0.01)
+                    saved.index.hear()
+                assert ram_of(saved) == plainly(path)
+                assert saved.index.not_kept == TOO_MANY
+    assert not folder.exists()
 
 
 async def test_a_folder_that_can_not_be_written_is_no_harm(path: Path, folder: Path) -> None:
