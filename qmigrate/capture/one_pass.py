@@ -21,7 +21,7 @@ import re
 import struct
 from bisect import bisect_right, insort
 from collections.abc import Sequence
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from typing import Final, NamedTuple
 
 from qmigrate.capture.kind import KIND_BITS
@@ -36,6 +36,7 @@ _FRONT: Final = 23 + 8 + 1 + 255  # what stands before a page's contents at most
 _NEXT: Final = _RECORD + _FRONT  # wherever one looks, a record that continues its block begins sooner
 _AGREED: Final = 2 * _RECORD + 32  # bytes of records that follow one another, to be sure of the first
 _LOOK: Final = 2 * _NEXT + _AGREED
+_WORD_BYTES: Final = 8
 _SHORTEST: Final = 1 << 16  # bytes; to step over less is not worth it
 _WORD: Final = struct.Struct(">Q")
 _EVEN: Final = b"".join(b"\\x%02x" % byte for byte in range(0, 256, 16))
@@ -112,6 +113,19 @@ class OnePass:
 
     # -- in the middle
 
+    def record_near(self, target: int) -> tuple[int, str] | None:
+        """A record that continues the longest block, whatever its page; None where there is none to be sure of.
+
+        It is no more than a likely one: who reads up to there is to see whether it was.  Raises ``OSError``.
+        """
+        (_, next_longest), (longest, total) = sorted([("", 0), *self._blocks], key=itemgetter(1))[-2:]
+        data = os.pread(self._descriptor, _NEXT + _WORD_BYTES, target)
+        for found in _CANDIDATE.finditer(data):
+            place = _Place(target + found.start(), _WORD.unpack_from(data, found.start())[0] // PAGE_BYTES)
+            if next_longest <= place.page < total and self._agrees(longest, place):
+                return place.offset, longest
+        return None
+
     def _found(self, block: str, before: _Place, target: int) -> _Place:
         """A record near to ``target``, behind ``before``.  ``NotPlainError`` where there is none to be sure of."""
         # As it would be if all in between were pages with contents, and no section ended.
@@ -119,7 +133,7 @@ class OnePass:
         guess = _Place(before.offset + skipped * _RECORD, before.page + skipped)
         if skipped and self._agrees(block, guess):
             return guess
-        data = os.pread(self._descriptor, _NEXT + 8, target)
+        data = os.pread(self._descriptor, _NEXT + _WORD_BYTES, target)
         for found in _CANDIDATE.finditer(data):
             offset = target + found.start()
             place = _Place(offset, _WORD.unpack_from(data, found.start())[0] // PAGE_BYTES)

@@ -23,7 +23,7 @@ from qmigrate.capture.kind import KIND_BITS, Kind
 from qmigrate.capture.plain_ends import END_OF_RECORDS, Head, NotPlainError
 from qmigrate.format.ram_flag import RamFlag
 
-__all__ = ["PAGE_BYTES", "STEPS", "PlainPages", "Run", "absent_pages", "shared_entries"]
+__all__ = ["PAGE_BYTES", "STEPS", "PlainPages", "Run", "absent_pages", "overlay", "shared_entries"]
 
 Run: TypeAlias = tuple[str, int, int, int, int]
 """Block, kind as an entry has it, first page, how many pages, where the first one's contents are in the file."""
@@ -50,17 +50,20 @@ _SWITCHOVER_START: Final = b"\x08\0\x0b\0\0"  # says nothing to who has a file; 
 _CYCLE: Final = 1 << 24  # bytes of RAM, whose words are made at once
 _PAGES_A_CYCLE: Final = _CYCLE // PAGE_BYTES
 _IN_A_ROW: Final = 6  # after so many the next ones are looked at all at once
+_OVERLAID_AT_ONCE: Final = 512
 _FEW, _FEW_ZEROS = 8, 32  # as many of them first
 
 
 class PlainPages:
     """The pages of an open file, which stays open.  ``window``: how many bytes are read at once.
 
-    ``page_count``: how many ``index()`` has noted, each copy of a page counted.
+    ``page_count``: how many ``index()`` has noted, each copy of a page counted.  ``block``: the one that a record would
+    continue where it stopped.
     """
 
     def __init__(self, descriptor: int, head: Head, *, window: int = _WINDOW) -> None:
         self.page_count = 0
+        self.block: str | None = None
         self._descriptor = descriptor
         self._head = head
         self._closing = END_OF_RECORDS + _FOOTER + _LENGTH.pack(head.section_id)
@@ -69,18 +72,27 @@ class PlainPages:
         # Every eighth byte begins a word of one of these: so words that stand _RECORD apart are a slice.
         self._words = [self._view[phase : len(self._buffer) - -phase % 8].cast("Q") for phase in range(8)]
 
-    def index(self, entries: Mapping[str, memoryview], *, on_window: Callable[[int], None] | None = None) -> int:
+    def index(
+        self,
+        entries: Mapping[str, memoryview],
+        *,
+        begin: tuple[int, str] | None = None,
+        stop: int | None = None,
+        on_window: Callable[[int], None] | None = None,
+    ) -> int:
         """Note where the last copy of each page is, in its block's ``entries``: eight bytes each, as an index has them.
 
-        The value is where RAM ends.  ``on_window`` is told now and then how far in the file it is.
-        Raises ``NotPlainError``, ``OSError``.
+        The value is where RAM ends, or ``stop``.  ``begin``: not from the beginning, but from a record on that
+        continues this block.  ``on_window`` is told now and then how far in the file it is.  Raises ``OSError``, and
+        ``NotPlainError``, also where no record begins at ``stop``.
         """
-        runs = self.runs(self._head.pages_at, entries=entries, on_window=on_window)
+        at, block = begin or (self._head.pages_at, None)
+        runs = self.runs(at, block=block, stop=stop, entries=entries, on_window=on_window)
         while True:
             try:
                 block, kind, page, count, offset = next(runs)
-            except StopIteration as stop:
-                return int(stop.value)
+            except StopIteration as ended:
+                return int(ended.value)
             entry = offset << KIND_BITS | kind
             step = STEPS[kind]
             entries[block][page : page + count] = array("Q", range(entry, entry + step * count, step))
@@ -91,6 +103,7 @@ class PlainPages:
         begin: int,
         *,
         block: str | None = None,
+        stop: int | None = None,
         entries: Mapping[str, memoryview] | None = None,
         on_window: Callable[[int], None] | None = None,
     ) -> Generator[Run, None, int]:
@@ -98,13 +111,14 @@ class PlainPages:
 
         ``begin``: where a section of RAM does; or a record, given the ``block`` that it continues: then, where its
         section ends and none of RAM follows, it is taken for the last.  With ``entries`` most runs are noted there, and
-        not given.  Raises ``NotPlainError``, ``OSError``.
+        not given.  ``stop``: it ends there, if that is between two records.  Raises ``NotPlainError``, ``OSError``.
         """
         window, is_last, is_sure = begin, False, block is None
         if is_sure:
             is_last, window = self._section(begin)
-        while True:
-            count, at = os.preadv(self._descriptor, [self._view], window), 0
+        while window != stop:
+            room = self._view if stop is None else self._view[: max(stop - window, 0)]
+            count, at = os.preadv(self._descriptor, [room], window), 0
             while True:
                 if entries is not None and block is not None:
                     at = self._note(entries[block], at, count, window)
@@ -129,6 +143,8 @@ class PlainPages:
                         raise
                     return window  # we began in the last section
                 is_sure = True
+        self.block = block
+        return window
 
     def _section(self, position: int) -> tuple[bool, int]:
         """The header of RAM's next section: is it the last, and where do its records begin?"""
@@ -288,3 +304,16 @@ def shared_entries(head: Head, descriptor: int, *, is_made: bool = False) -> dic
 def absent_pages(entries: memoryview) -> int:
     """How many pages have not come: their entries are zero, and of no other is the byte with its kind."""
     return entries.cast("B")[0 if sys.byteorder == "little" else _ENTRY_BYTES - 1 :: _ENTRY_BYTES].tobytes().count(0)
+
+
+def overlay(entries: memoryview, later: memoryview) -> None:
+    """What came later takes its place; of most pages in a row it is all of them or none."""
+    for at in range(0, len(entries), _OVERLAID_AT_ONCE):
+        some = later[at : at + _OVERLAID_AT_ONCE]
+        absent = absent_pages(some)
+        if not absent:
+            entries[at : at + len(some)] = some
+        elif absent < len(some):
+            for page, entry in enumerate(some.tolist(), at):
+                if entry:
+                    entries[page] = entry

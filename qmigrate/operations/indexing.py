@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
 from qmigrate.capture.plain_ends import Head, NotPlainError, Tail, read_head, read_tail
-from qmigrate.capture.plain_pages import PlainPages, absent_pages, shared_entries
+from qmigrate.capture.plain_pages import PlainPages, absent_pages, overlay, shared_entries
+from qmigrate.operations.half import Half
 
 __all__ = ["Asked", "make_index"]
 
@@ -75,7 +76,7 @@ class _Quick:
         self._descriptor = descriptor
         self._head = head
         self._tail = tail
-        self._is_told = False
+        self._is_told = self._is_proven = False
         self._told_at = 0
 
     @classmethod
@@ -93,10 +94,11 @@ class _Quick:
         is_all_sent = not tail.has_balloon and not tail.virtio_mems
         entries = shared_entries(self._head, asked.pages, is_made=True)
         if status.st_size >= asked.at_once_from:
-            self._tell(self._starts() if is_all_sent else None)
-        pages = PlainPages(self._descriptor, self._head)
+            starts = self._starts() if is_all_sent else None
+            self._is_proven = starts is not None
+            self._tell(starts)
         try:
-            end = pages.index(entries, on_window=self._tell_how_far)
+            end, page_count = self._index(entries, halved=asked.at_once_from <= status.st_size)
         except NotPlainError:
             return False
         absent = sum(map(absent_pages, entries.values()))
@@ -105,12 +107,37 @@ class _Quick:
         if not _is_as_it_was(self._descriptor, status):
             asked.say(error=_CHANGED)
             return True
-        is_once = pages.page_count == sum(map(len, entries.values()))
+        is_once = page_count == sum(map(len, entries.values()))
         asked.say(plain=True, starts=None, done=True, absent=absent, one_pass=is_once)
         os.close(asked.answer)
         if asked.folder != KEPT_NOWHERE:
             self._keep(entries, absent, status)
         return True
+
+    def _index(self, entries: dict[str, memoryview], *, halved: bool) -> tuple[int, int]:
+        """Where RAM ends, and how many copies of pages there are.  Raises ``NotPlainError``.
+
+        ``halved``: by two processes, where a record is found in the middle, and reading up to there meets it.  Where
+        the guest runs already it shall have the other core.
+        """
+        pages = PlainPages(self._descriptor, self._head)
+        half = Half.begun(self._descriptor, self._head, self._tail) if halved and not self._is_proven else None
+        if half is None:
+            end = pages.index(entries, on_window=self._tell_how_far)
+            return end, pages.page_count
+        with half:
+            try:
+                pages.index(entries, stop=half.begin[0])
+            except NotPlainError:
+                is_met = False
+            else:
+                is_met = pages.block == half.begin[1]
+            found = half.found() if is_met else None
+            if found is None:
+                return self._index(entries, halved=False)
+            for name, later in half.entries.items():
+                overlay(entries[name], later)
+            return found[0], found[1] + pages.page_count
 
     def _starts(self) -> list[int] | None:
         from qmigrate.capture.one_pass import OnePass

@@ -18,11 +18,12 @@ from qmigrate.capture.placed import PlacedPages
 from qmigrate.capture.places import Input
 from qmigrate.capture.plain import blocks_of, plain_guest
 from qmigrate.capture.plain_ends import Head, NotPlainError, read_head, read_tail
-from qmigrate.capture.plain_pages import PlainPages, absent_pages, shared_entries
+from qmigrate.capture.plain_pages import PlainPages, absent_pages, overlay, shared_entries
 from qmigrate.capture.saved import read_saved
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import StreamError
 from qmigrate.format.stream import SectionType
+from qmigrate.operations.half import Half
 from tests import streams
 from tests.capture.test_index import whole
 from tests.streams import BLOCKS, PAGE
@@ -326,3 +327,45 @@ def test_a_page_that_is_missing_is_no_pass(tmp_path: Path) -> None:
     with stored(tmp_path / "stream.mig", _zeros(0, 10), _zeros(11, PAGE_COUNT), ROM) as (file, head, end):
         assert not OnePass(file, head, shortest=SHORTEST).prove(end)
         assert not OnePass(file, head, shortest=1 << 40).prove(end)
+
+
+# -- by halves
+
+
+def entries_of(blocks: dict[str, int]) -> dict[str, memoryview]:
+    return {name: memoryview(bytearray(8 * length // PAGE)).cast("Q") for name, length in blocks.items()}
+
+
+@settings(anew, max_examples=40)
+@given(first_pass(), more_passes(), st.floats(0.05, 0.95))
+def test_in_two_halves_the_same_is_found(tmp_path: Path, first: bytes, again: bytes, share: float) -> None:
+    with stored(tmp_path / "stream.mig", first, again) as (file, head, end):
+        expected, found, later = entries_of(BIG), entries_of(BIG), entries_of(BIG)
+        whole_pages = PlainPages(file, head)
+        assert whole_pages.index(expected) == end
+        begin = OnePass(file, head).record_near(head.pages_at + int((end - head.pages_at) * share))
+        if begin is None:  # among the pages that come again
+            return
+        front, back = PlainPages(file, head), PlainPages(file, head)
+        assert (front.index(found, stop=begin[0]), front.block) == begin
+        assert back.index(later, begin=begin) == end
+        assert front.page_count + back.page_count == whole_pages.page_count
+        for name, entries in found.items():
+            overlay(entries, later[name])
+            assert entries == expected[name]
+
+
+def test_a_place_where_no_record_begins_is_not_met(tmp_path: Path) -> None:
+    with stored(tmp_path / "stream.mig", ZEROS, ROM) as (file, head, _), pytest.raises(NotPlainError):
+        PlainPages(file, head).index(entries_of(BIG), stop=head.pages_at + 1004)
+
+
+def test_the_second_half_is_found_by_another_process(tmp_path: Path) -> None:
+    with stored(tmp_path / "stream.mig", ZEROS, ROM, ZEROS, ROM) as (file, head, end):
+        half = Half.begun(file, head, read_tail(file, head))
+        assert half is not None
+        with half:
+            back, expected = PlainPages(file, head), entries_of(BIG)
+            back.index(expected, begin=half.begin)
+            assert half.found() == (end, back.page_count)
+            assert half.entries == expected

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import lzma
 import os
+import select
 import signal
 import sys
 from collections.abc import AsyncGenerator, Sequence
@@ -26,6 +27,7 @@ from qmigrate.operations.serving import Indexed
 from tests import streams
 from tests.capture.test_index import ram_of
 from tests.capture.test_places import corpus
+from tests.capture.test_plain import FRONT, ROM, ZEROS
 
 pytestmark = pytest.mark.asyncio
 
@@ -289,3 +291,21 @@ async def test_a_file_that_goes_wrong_while_it_is_served_is_served_no_longer(
             monkeypatch.setattr(os, "preadv", fails)
         with pytest.raises(StreamError, match=reason):
             saved.index.records("pc.ram", 4, 2)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+async def test_a_long_file_is_given_while_it_is_read(path: Path, folder: Path, passes: int) -> None:
+    records = [streams.page(0, block="pc.ram"), *(ZEROS, ROM) * passes]
+    if passes == 1:
+        records = [ZEROS, ROM]
+    parts = [FRONT, streams.ram_part(*records), streams.ram_end(), streams.devices(), streams.eof()]
+    path.write_bytes(b"".join([*parts, streams.devices_described()]))
+    for keeps in (False, True, True):
+        with Reading(str(path), folder=folder, keep=keeps, at_once_from=0) as reading:
+            async with asyncio.timeout(TIMEOUT_S):
+                with await reading.saved() as saved:
+                    while isinstance(saved.index, ArrivingPages) and not saved.index.is_complete:
+                        await asyncio.to_thread(select.select, [saved.index.news], [], [])
+                        saved.index.hear()
+                    assert ram_of(saved) == plainly(path)
+    assert reading.is_kept
