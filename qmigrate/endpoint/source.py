@@ -30,7 +30,7 @@ _RECEIVED: Final = 1 << 16
 _NS_A_US: Final = 1000
 _ANSWERS_A_TURN: Final = 16
 _IN_PEACE: Final = 1 << 18  # bytes of pages in one piece that nobody asked for
-_IN_HASTE: Final = 1 << 16  # the same where somebody may ask meanwhile
+_IN_HASTE: Final = 1 << 16  # the same where somebody may ask meanwhile, whose page has to go over the same connection
 _THINNEST: Final = 16  # a piece has so many times more pages at most, where the one before was of zeros
 RESUME_TIMEOUT_MS: Final = 30_000
 _HASTE_NS: Final = 5_000_000  # who asked so lately asks again
@@ -226,7 +226,7 @@ class Server:
         yield [self._core.end()]
 
     def _next_span(self) -> Span | None:
-        is_asked = time.perf_counter_ns() - self._heard_ns < _HASTE_NS
+        is_asked = self._urgent is None and time.perf_counter_ns() - self._heard_ns < _HASTE_NS
         self._core.at_once = (_IN_HASTE if is_asked else _IN_PEACE) * self._thinness
         return self._core.next_span() if self._urgent is None else self._core.next_in_turn()
 
