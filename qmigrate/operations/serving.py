@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from qmigrate.capture.arriving import ArrivingPages
 from qmigrate.capture.saved_guest import Saved
@@ -22,6 +22,8 @@ from qmigrate.operations.reading import Reading
 
 if TYPE_CHECKING:
     from qmigrate.capture.migration import Migration
+
+T = TypeVar("T")
 
 __all__ = ["Indexed", "Restored", "Served", "Serving", "ServingResult"]
 
@@ -202,17 +204,17 @@ class Serving:
                     if isinstance(saved, Saved):
                         saved.close()
 
-    def _begun(self) -> "Reading | Migration":
+    def _begun(self) -> "Reading | _Piped":
         if Reading.takes(self.path):
             return Reading(self.path, channels=self._channels, keep=self._keep_index, folder=self._index_folder)
         from qmigrate.capture.migration import Migration  # to be read here, as it can be only once
 
-        return Migration(self.path, channels=self._channels)
+        return _Piped(Migration(self.path, channels=self._channels), self.read)
 
-    async def _read_by(self, reading: "Reading | Migration", began_ns: int) -> Saved:
-        if not isinstance(reading, Reading):
-            return await asyncio.to_thread(self.read, reading)
+    async def _read_by(self, reading: "Reading | _Piped", began_ns: int) -> Saved:
         saved = await reading.saved()
+        if isinstance(reading, _Piped):
+            return saved
         self._tell_read(saved, began_ns, kept=reading.is_kept)
         if reading.not_kept is not None:
             self._tell(_not_kept(reading.not_kept))
@@ -286,7 +288,7 @@ class Serving:
 
     async def _served(self, server: Server, peer: socket.socket, serve: Callable[[socket.socket], Ended]) -> Ended:
         """In a thread of its own, until it ends; we tell meanwhile how far it is."""
-        work = asyncio.wrap_future(_in_thread(serve, peer))
+        work = asyncio.wrap_future(_in_thread(lambda: serve(peer)))
         telling = asyncio.create_task(self._tell_progress(server))
         try:
             return await asyncio.shield(work)
@@ -333,17 +335,44 @@ class Serving:
                 loop.call_soon_threadsafe(self._tell, event)
 
 
-def _in_thread(serve: Callable[[socket.socket], Ended], peer: socket.socket) -> "Future[Ended]":
-    """Not one of asyncio's own, for whose end the interpreter waits."""
-    future: Future[Ended] = Future()
+class _Piped:
+    """What can be read only once, read in a thread of its own: who is told to stop does not wait for its next byte."""
+
+    def __init__(self, migration: "Migration", read: Callable[["Migration"], Saved]) -> None:
+        self._migration = migration
+        self._read = read
+        self._work: Future[Saved] | None = None
+
+    async def saved(self) -> Saved:
+        """Raises ``RefusedError``."""
+        self._work = _in_thread(lambda: self._read(self._migration))
+        return await asyncio.wrap_future(self._work)
+
+    def close(self) -> None:
+        """Not while it is read: then it is closed by who reads, in the end."""
+        if self._work is None or self._work.done():
+            self._migration.close()
+        else:
+            self._work.add_done_callback(self._close_all)
+
+    def _close_all(self, work: "Future[Saved]") -> None:
+        if work.exception() is None:
+            work.result().close()
+        self._migration.close()
+
+
+def _in_thread(do: Callable[[], T]) -> "Future[T]":
+    """Not one of asyncio's own, for whose end the interpreter waits.  It can't be cancelled."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
 
     def work() -> None:
         try:
-            future.set_result(serve(peer))
+            future.set_result(do())
         except BaseException as exc:
             future.set_exception(exc)
 
-    Thread(target=work, name="serve pages", daemon=True).start()
+    Thread(target=work, name="read or serve pages", daemon=True).start()
     return future
 
 

@@ -1,6 +1,13 @@
 """``qmigrate send``: what of it is the command's own."""
 
+import fcntl
 import json
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import time
 from pathlib import Path
 
 import pytest
@@ -9,6 +16,7 @@ from qmigrate.cli.main import main
 from tests import streams
 
 Output = pytest.CaptureFixture[str]
+TIMEOUT_S = 30.0
 
 
 @pytest.fixture
@@ -45,3 +53,24 @@ def test_it_keeps_none_where_it_shall_not(
 def test_what_can_not_be_opened_is_told_at_once(tmp_path: Path, capsys: Output) -> None:
     assert main(["send", str(tmp_path / "nothing.mig"), "unix:/nowhere"]) == 2
     assert "No such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_told_to_stop_it_does_not_wait_for_a_pipe(number: signal.Signals, stream: Path) -> None:
+    command = [sys.executable, "-m", "qmigrate", "send", "-", f"unix:{stream}.nobody"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.write(stream.read_bytes()[:5000])
+        process.stdin.flush()
+        wait_for_it_to_be_read(process.stdin.fileno())
+        process.send_signal(number)
+        status = process.wait(TIMEOUT_S)
+        assert process.stderr is not None
+        assert (status, process.stderr.read()) == (130, b"qmigrate: interrupted before anything began\n")
+
+
+def wait_for_it_to_be_read(pipe: int) -> None:
+    deadline = time.monotonic() + TIMEOUT_S
+    while struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
