@@ -46,7 +46,7 @@ __all__ = ["units"]
 MIB: Final = 1 << 20
 TIMEOUT_S: Final = 60.0
 LONG_MIB: Final = 768
-LONG: Final = Guest("walker", memory_mib=LONG_MIB, walked_share=1 / 256, pages_per_tick=32)
+LONG: Final = Guest("walker", memory_mib=LONG_MIB, walked_share=1 / 256, pages_per_tick=256)
 PASSES: Final = {
     "one pass": Kind("long, of one pass", guest=LONG, paused=True, course=at_once),
     # The source goes as fast as it can, and yet does not converge before it may.
@@ -56,7 +56,7 @@ PASSES: Final = {
 LARGE: Final = Kind(
     "large, of several passes",
     machine="q35",
-    guest=replace(LONG, memory_mib=4096, zero_share=0.5),
+    guest=replace(LONG, memory_mib=4096, zero_share=0.5, pages_per_tick=1024),
     parameters={"max-bandwidth": FAST},
 )
 KEPT: Final = ("plain", "packed", "channels", "channels zlib", "recording", "recording of postcopy")
@@ -254,9 +254,10 @@ def _kill_server(qemu: Qemu, passes: str) -> Callable[[random.Random, Path], Awa
                 await _until_active(machine, victim)
                 assert victim.returncode is None, "it serves"
                 victim.kill()
+                await _assert_ends(victim.pid)
+                held.go_on()  # it has the victim's own stdout: until it ends that of the victim does not
                 await victim.communicate()
             reader = held.pid
-            held.go_on()
             status = await settled(machine)
             assert status == "postcopy-paused", status
             await _assert_ends(reader)
@@ -329,17 +330,17 @@ async def _held_reader(saved: Input) -> AsyncGenerator[_Held]:
 
 
 async def _assert_ends(pid: int | None) -> None:
-    """Nobody hears it any more."""
+    """A zombie too has ended."""
     deadline = time.monotonic() + 20
     while pid is not None and time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
             return
-        if state == "Z":  # whoever inherited it does not ask
+        if state == "Z":
             return
         await asyncio.sleep(0.05)
-    assert pid is None, "what reads the file goes on though nobody hears it"
+    assert pid is None, f"process {pid} goes on"
 
 
 async def _until_active(machine: Machine, server: asyncio.subprocess.Process | None = None) -> None:
