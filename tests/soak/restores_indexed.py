@@ -20,7 +20,7 @@ from typing import Final
 from qmigrate.analysis.extract import extract
 from qmigrate.capture.migration import Migration
 from qmigrate.endpoint.destination import Workload
-from qmigrate.errors import QmpError
+from qmigrate.errors import QmpTimeoutError
 from qmigrate.format.ram_flag import RamFlag
 from qmigrate.operations.migrate import migrate
 from qmigrate.operations.plan import Plan
@@ -38,7 +38,7 @@ from tests.live.tapping import tapped
 from tests.live.versions import Qemu
 from tests.soak import encodings
 from tests.soak.migrations import Unit
-from tests.soak.restores_broken import Acting, cut, relayed, settled
+from tests.soak.restores_broken import Acting, assert_has_not_run, cut, relayed, settled
 from tests.soak.restoring import Input, command_of, proved, recorded_input, restored, restorer_of, waiting
 
 __all__ = ["units"]
@@ -251,7 +251,7 @@ def _kill_server(qemu: Qemu, passes: str) -> Callable[[random.Random, Path], Awa
         async with _held_reader(saved) as held, waiting(saved, here, *more) as machine:
             async with relayed(here, Acting(1, held.stop)) as relay:
                 victim = await command_of(saved, qmp, here, "--uri", str(relay.address), "--listen", f"unix:{here}/in")
-                await _until_active(machine, victim)
+                await _until_waiting(machine, victim)
                 assert victim.returncode is None, "it serves"
                 victim.kill()
                 await _assert_ends(victim.pid)
@@ -259,12 +259,16 @@ def _kill_server(qemu: Qemu, passes: str) -> Callable[[random.Random, Path], Awa
                 await victim.communicate()
             reader = held.pid
             status = await settled(machine)
-            assert status == "postcopy-paused", status
             await _assert_ends(reader)
-            second = await command_of(saved, qmp, here, "--uri", f"unix:{here / 'again'}", "--resume")
-            said = (await second.communicate())[1]
-            assert second.returncode == 0, said.decode()
-            await console.assert_goes_on(here / "console")
+            if status == "postcopy-paused":
+                second = await command_of(saved, qmp, here, "--uri", f"unix:{here / 'again'}", "--resume")
+                said = (await second.communicate())[1]
+                assert second.returncode == 0, said.decode()
+                await console.assert_goes_on(here / "console")
+            else:
+                machine.kill()
+        if status != "postcopy-paused":
+            return f"before RUN ({status}): {await _anew(saved, folder)}"
         return "" if reader else "all of it was read before the kill"
 
     return run
@@ -284,19 +288,33 @@ def _cut(qemu: Qemu, passes: str) -> Callable[[random.Random, Path], Awaitable[s
             task = asyncio.ensure_future(
                 restorer_of(saved).run(machine.session, uri=f"unix:{here / 'relay'}", listen=f"unix:{here / 'in'}")
             )
-            await _until_active(machine)
+            await _until_waiting(machine)
             reader = held.pid
             cut(relay)
             await asyncio.sleep(0.5)
             held.go_on()
             async with asyncio.timeout(TIMEOUT_S):
                 result = await task
-            assert result.exit_code == 0, result.message
-            assert result.recoveries == 1, result.message
-            await console.assert_goes_on(here / "console")
+            if result.exit_code == 0:
+                assert result.recoveries == 1, result.message
+                await console.assert_goes_on(here / "console")
+            else:
+                assert_has_not_run(result)
+                machine.kill()
+        if result.exit_code:
+            return f"before RUN: {await _anew(saved, folder)}"
         return "" if reader else "all of it was read before the cut"
 
     return run
+
+
+async def _anew(saved: Input, folder: Path) -> str:
+    """The guest has not begun to run: it is in the file."""
+    async with waiting(saved, folder / "anew") as machine:
+        result = await restored(saved, machine, folder / "anew")
+        assert result.exit_code == 0, result.message
+        await console.assert_goes_on(folder / "anew" / "console")
+    return "restored anew"
 
 
 class _Held:
@@ -343,14 +361,16 @@ async def _assert_ends(pid: int | None) -> None:
     assert pid is None, f"process {pid} goes on"
 
 
-async def _until_active(machine: Machine, server: asyncio.subprocess.Process | None = None) -> None:
-    """Until its devices are loaded: then it waits for pages."""
+async def _until_waiting(machine: Machine, server: asyncio.subprocess.Process | None = None) -> None:
+    """Until it waits for pages: its guest, or its main loop, which loads the devices and answers nothing then."""
     deadline = time.monotonic() + TIMEOUT_S
     while time.monotonic() < deadline and (server is None or server.returncode is None):
-        with suppress(QmpError):
+        try:
             status = (await migration.query(machine.session, timeout_s=2))["status"]
-            if status == "postcopy-active":
-                return
-            assert status not in ("completed", "failed"), status
+        except QmpTimeoutError:
+            return
+        if status == "postcopy-active":
+            return
+        assert status not in ("completed", "failed"), status
         await asyncio.sleep(0.005)
-    raise AssertionError("the guest does not get so far")
+    raise AssertionError("it does not get so far")
