@@ -257,9 +257,9 @@ def _kill_server(qemu: Qemu, passes: str) -> Callable[[random.Random, Path], Awa
                 await _assert_ends(victim.pid)
                 held.go_on()  # it has the victim's own stdout: until it ends that of the victim does not
                 await victim.communicate()
-            reader = held.pid
             status = await settled(machine)
-            await _assert_ends(reader)
+            for reader in held.pids:
+                await _assert_ends(reader)
             if status == "postcopy-paused":
                 second = await command_of(saved, qmp, here, "--uri", f"unix:{here / 'again'}", "--resume")
                 said = (await second.communicate())[1]
@@ -269,7 +269,7 @@ def _kill_server(qemu: Qemu, passes: str) -> Callable[[random.Random, Path], Awa
                 machine.kill()
         if status != "postcopy-paused":
             return f"before RUN ({status}): {await _anew(saved, folder)}"
-        return "" if reader else "all of it was read before the kill"
+        return "" if held.pids else "all of it was read before the kill"
 
     return run
 
@@ -289,7 +289,6 @@ def _cut(qemu: Qemu, passes: str) -> Callable[[random.Random, Path], Awaitable[s
                 restorer_of(saved).run(machine.session, uri=f"unix:{here / 'relay'}", listen=f"unix:{here / 'in'}")
             )
             await _until_waiting(machine)
-            reader = held.pid
             cut(relay)
             await asyncio.sleep(0.5)
             held.go_on()
@@ -303,7 +302,7 @@ def _cut(qemu: Qemu, passes: str) -> Callable[[random.Random, Path], Awaitable[s
                 machine.kill()
         if result.exit_code:
             return f"before RUN: {await _anew(saved, folder)}"
-        return "" if reader else "all of it was read before the cut"
+        return "" if held.pids else "all of it was read before the cut"
 
     return run
 
@@ -318,10 +317,10 @@ async def _anew(saved: Input, folder: Path) -> str:
 
 
 class _Held:
-    """The process that reads this file for a server; stopped, so that it is not over too soon."""
+    """The processes that read this file for a server; stopped, so that they are not over too soon."""
 
     def __init__(self, path: Path) -> None:
-        self.pid: int | None = None
+        self.pids: list[int] = []
         self._path = os.fsencode(path)
 
     def stop(self, _: object = None) -> None:
@@ -329,13 +328,13 @@ class _Held:
             with suppress(OSError):
                 words = (each / "cmdline").read_bytes().split(b"\0")
                 if b"qmigrate.operations.indexing" in b"\0".join(words) and self._path in words:
-                    self.pid = int(each.name)
-                    os.kill(self.pid, signal.SIGSTOP)
+                    os.kill(int(each.name), signal.SIGSTOP)
+                    self.pids.append(int(each.name))
 
     def go_on(self) -> None:
-        if self.pid is not None:
+        for each in self.pids:
             with suppress(ProcessLookupError):
-                os.kill(self.pid, signal.SIGCONT)
+                os.kill(each, signal.SIGCONT)
 
 
 @asynccontextmanager
@@ -347,10 +346,10 @@ async def _held_reader(saved: Input) -> AsyncGenerator[_Held]:
         held.go_on()
 
 
-async def _assert_ends(pid: int | None) -> None:
+async def _assert_ends(pid: int) -> None:
     """A zombie too has ended."""
     deadline = time.monotonic() + 20
-    while pid is not None and time.monotonic() < deadline:
+    while time.monotonic() < deadline:
         try:
             state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         except OSError:
@@ -358,7 +357,7 @@ async def _assert_ends(pid: int | None) -> None:
         if state == "Z":
             return
         await asyncio.sleep(0.05)
-    assert pid is None, f"process {pid} goes on"
+    raise AssertionError(f"process {pid} goes on")
 
 
 async def _until_waiting(machine: Machine, server: asyncio.subprocess.Process | None = None) -> None:
