@@ -76,7 +76,7 @@ async def wait_until(session: Session, statuses: str | Collection[str], *, timeo
     otherwise: so waiting for "postcopy-active" alone raises if precopy completes first.
     """
     wanted = {statuses} if isinstance(statuses, str) else set(statuses)
-    status: str = "none"
+    status: str | None = None
     try:
         async with asyncio.timeout(timeout_s):
             with session.listen("MIGRATION") as changes:
@@ -93,10 +93,12 @@ async def wait_until(session: Session, statuses: str | Collection[str], *, timeo
                         return passed
                     poll_s = min(poll_s * 1.5, _LAST_POLL_S)
     except TimeoutError as exc:
-        raise QmpTimeoutError(
-            f"the migration is {status} and not {_either(wanted)} after {timeout_s:g} s",
-            address=session.address,
-        ) from exc
+        found = (
+            f"the migration is {status} and not {_either(wanted)} after {timeout_s:g} s"
+            if status
+            else f"query-migrate: no answer within {timeout_s:g} s"
+        )
+        raise QmpTimeoutError(found, address=session.address) from exc
 
 
 async def _passed_through(changes: Listener, wanted: Collection[str], timeout_s: float) -> str | None:

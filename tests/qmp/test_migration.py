@@ -1,5 +1,6 @@
 """The steps of a migration, against a server that answers as told."""
 
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -82,6 +83,19 @@ async def test_waiting_for_failure_is_no_failure() -> None:
 async def test_a_migration_that_takes_too_long_is_a_time_out_with_its_status() -> None:
     async with session_with(MigratingQemu({"status": "active"})) as session:
         with pytest.raises(QmpTimeoutError, match=r"is active and not completed after 0\.1 s"):
+            await migration.wait_until(session, "completed", timeout_s=0.1)
+
+
+async def test_that_no_status_was_told_is_no_status() -> None:
+    """As of a QEMU whose main loop waits for a page."""
+
+    async def say_nothing(qemu: ScriptedQemu) -> None:
+        with suppress(EOFError, ConnectionError):
+            while True:
+                await qemu.hear()
+
+    async with session_with(say_nothing) as session:
+        with pytest.raises(QmpTimeoutError, match=r"query-migrate: no answer within 0\.1 s"):
             await migration.wait_until(session, "completed", timeout_s=0.1)
 
 

@@ -35,9 +35,17 @@ from tests.live.receiving import huge_pages
 from tests.live.recording import FAST, KINDS, ODD, Kind, at_once
 from tests.live.tapping import tapped
 from tests.live.versions import Qemu, installed, named
-from tests.soak import encodings, files
+from tests.soak import encodings, files, restores_indexed
 from tests.soak.migrations import Unit
-from tests.soak.restores_broken import CUTS, VICTIM_PHASES, cut_connection, kill_destination, kill_server
+from tests.soak.restores_broken import (
+    CUTS,
+    VICTIM_PHASES,
+    WRONGS,
+    cut_connection,
+    kill_destination,
+    kill_server,
+    spoil_file,
+)
 from tests.soak.restoring import Input, command_of, proved, recorded_input, waiting
 
 __all__ = ["units"]
@@ -86,6 +94,9 @@ def units() -> Iterator[Unit]:
         for phase in VICTIM_PHASES:
             yield Unit(f"restore server killed {phase} {qemu.name}", kill_server(qemu, phase))
             yield Unit(f"restore destination killed {phase} {qemu.name}", kill_destination(qemu, phase))
+        for how in WRONGS:
+            yield Unit(f"restore file {how} while served {qemu.name}", spoil_file(qemu, how))
+        yield from restores_indexed.units(qemu)
     for source, destination, machine in NEWER:
         one, two = named(source), named(destination)
         if one is not None and two is not None:
@@ -149,7 +160,7 @@ def _tapped(qemu: Qemu, name: str, preempt: bool, cut: bool) -> Callable[[random
             two.kill()
         kind = Kind("a guest of a pair", guest=Guest("walker", memory_mib=16))
         # QEMU's own postcopy goes on changing pages of a running guest: what the recording holds is the measure.
-        return await proved(Input(qemu, kind, recording), folder)
+        return await proved(Input(qemu, kind, recording, index_folder=folder / "indexes"), folder)
 
     return run
 

@@ -1,28 +1,44 @@
 """What breaks while a saved guest is restored: its connection, its server, its destination; what is said is true."""
 
 import asyncio
+import errno
+import os
 import random
 import signal
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from qmigrate.endpoint.relay import Channel, Relay
 from qmigrate.errors import QmpError
-from qmigrate.operations.restore import Restorer
+from qmigrate.operations.restore import ServingResult
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
 from tests.guests.build import Guest
 from tests.live.recording import Kind, at_once
 from tests.live.versions import Qemu
-from tests.soak.restoring import Input, command_of, recorded_input, restored, waiting
+from tests.soak.restoring import Input, command_of, recorded_input, restored, restorer_of, waiting
 
-__all__ = ["CUTS", "VICTIM_PHASES", "cut_connection", "kill_destination", "kill_server"]
+__all__ = [
+    "CUTS",
+    "VICTIM_PHASES",
+    "WRONGS",
+    "Acting",
+    "assert_has_not_run",
+    "cut",
+    "cut_connection",
+    "kill_destination",
+    "kill_server",
+    "relayed",
+    "settled",
+    "spoil_file",
+]
 
 CUTS: Final = 20
+WRONGS: Final = ("truncated", "changed", "unreadable")
 VICTIM_PHASES: Final = ("at once", "early", "middle", "late", "at the end")
 
 BROKEN: Final = Guest("walker", memory_mib=32, zero_share=0.25, walked_share=0.25, pages_per_tick=0)
@@ -75,18 +91,28 @@ def cut_connection(qemu: Qemu, number: int) -> Callable[[random.Random, Path], A
         part = saved.stream.stat().st_size // CUTS
         acting = Acting(number * part + chance.randrange(part), cut)
         async with waiting(saved, folder / "d") as machine, relayed(folder / "d", acting):
-            restorer = Restorer(saved.stream)
+            restorer = restorer_of(saved)
             here = folder / "d"
             result = await restorer.run(machine.session, uri=f"unix:{here / 'relay'}", listen=f"unix:{here / 'in'}")
-            if result.exit_code == 3:  # before RUN nothing can be brought back, and nothing is lost
-                assert not restorer._moments.get("loaded")
-                return "before RUN: the guest is in the file"
-            assert result.exit_code == 0, result.message
+            if result.exit_code:
+                assert_has_not_run(result)
+                return f"before RUN ({result.exit_code}): the guest is in the file"
             assert result.recoveries == acting.acted, result.message
             await console.assert_goes_on(here / "console")
         return "" if acting.acted else "over before the cut"
 
     return run
+
+
+def assert_has_not_run(result: ServingResult) -> None:
+    """Before RUN nothing can be brought back, and nothing is lost; but a destination whose main loop waits for a page,
+    to load its devices, does not say where its guest is.
+    """
+    assert "loaded" not in result.moments, result.message
+    assert "running" not in result.moments, result.message
+    assert result.exit_code == 3 or (
+        result.exit_code == 7 and "as far as is known it has not begun to run: end that QEMU" in result.message
+    ), result.message
 
 
 def _after(phase: str, saved: Input, chance: random.Random) -> int:
@@ -118,7 +144,7 @@ def kill_server(qemu: Qemu, phase: str) -> Callable[[random.Random, Path], Await
             if victims[0].returncode == 0:
                 return "over before the kill"
             assert victims[0].returncode == -signal.SIGKILL
-            status = await _settled(machine)
+            status = await settled(machine)
             if status == "postcopy-paused":
                 second = await command_of(saved, qmp, here, "--uri", f"unix:{here / 'again'}", "--resume")
                 _, said = await second.communicate()
@@ -137,7 +163,7 @@ def kill_server(qemu: Qemu, phase: str) -> Callable[[random.Random, Path], Await
     return run
 
 
-async def _settled(machine: Machine) -> str:
+async def settled(machine: Machine) -> str:
     """What a destination is that was left alone; empty where it ended."""
     deadline = time.monotonic() + 20
     while time.monotonic() < deadline:
@@ -162,7 +188,7 @@ def kill_destination(qemu: Qemu, phase: str) -> Callable[[random.Random, Path], 
         async with waiting(saved, here) as machine:
             acting = Acting(_after(phase, saved, chance), lambda _: machine.kill())
             async with relayed(here, acting):
-                restorer = Restorer(saved.stream)
+                restorer = restorer_of(saved)
                 result = await restorer.run(machine.session, uri=f"unix:{here / 'relay'}", listen=f"unix:{here / 'in'}")
             if result.exit_code == 0:
                 return "over before the kill"
@@ -172,3 +198,58 @@ def kill_destination(qemu: Qemu, phase: str) -> Callable[[random.Random, Path], 
         return "" if ran else "before RUN: the guest is in the file"
 
     return run
+
+
+def spoil_file(qemu: Qemu, how: str) -> Callable[[random.Random, Path], Awaitable[str]]:
+    """While it is served: its guest stops rather than to get what is wrong; once it is whole again it goes on."""
+
+    async def run(chance: random.Random, folder: Path) -> str:
+        saved = await _for_breaking(qemu, folder)
+        here, whole = folder / "d", saved.stream.read_bytes()
+        with ExitStack() as stack:
+
+            def spoil(_: Relay) -> None:
+                if how == "unreadable":
+                    stack.enter_context(_unreadable(saved.stream))
+                elif how == "truncated":
+                    os.truncate(saved.stream, len(whole) // 2)
+                else:
+                    os.utime(saved.stream)
+
+            async with waiting(saved, here) as machine:
+                acting = Acting(_after("middle", saved, chance), spoil)
+                async with relayed(here, acting):
+                    result = await restorer_of(saved).run(
+                        machine.session, uri=f"unix:{here / 'relay'}", listen=f"unix:{here / 'in'}"
+                    )
+                if result.exit_code == 0:
+                    return "over before it went wrong"
+                assert result.exit_code == 5, result.message
+                expected = "can't be read" if how == "unreadable" else "the input was changed since"
+                assert expected in result.message, result.message
+                assert await settled(machine) == "postcopy-paused"
+                stack.close()
+                saved.stream.write_bytes(whole)
+                again = await restorer_of(saved, resume=True).run(machine.session, uri=f"unix:{here / 'again'}")
+                assert again.exit_code == 0, again.message
+                await console.assert_goes_on(here / "console")
+        return ""
+
+    return run
+
+
+@contextmanager
+def _unreadable(path: Path) -> Generator[None]:
+    """Each read of its contents in this process fails, as those of a disk that is broken do."""
+    inode, read = path.stat().st_ino, os.preadv
+
+    def preadv(descriptor: int, *rest: Any) -> int:
+        if os.fstat(descriptor).st_ino == inode:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(descriptor, *rest)
+
+    os.preadv = preadv
+    try:
+        yield
+    finally:
+        os.preadv = read

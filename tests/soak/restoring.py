@@ -8,9 +8,9 @@ import asyncio
 import shlex
 import sys
 import time
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,7 +18,7 @@ from qmigrate.analysis.diff import diff, read_side
 from qmigrate.analysis.extract import extract
 from qmigrate.capture.migration import Migration
 from qmigrate.errors import QmpCommandError
-from qmigrate.operations.restore import Restorer
+from qmigrate.operations.restore import Restorer, ServingResult
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
@@ -27,7 +27,7 @@ from tests.live.recording import FAST, Kind, arguments_of, recorded
 from tests.live.same import assert_same_ram, loses_writes
 from tests.live.versions import Qemu
 
-__all__ = ["Input", "command_of", "proved", "recorded_input", "restored", "waiting"]
+__all__ = ["Input", "command_of", "proved", "recorded_input", "restored", "restorer_of", "waiting"]
 
 TIMEOUT_S: Final = 120.0
 # Else it goes on by the host's clock while all is held by -S, and differs from one destination to the next.
@@ -36,7 +36,10 @@ RTC: Final = ("-rtc", "base=2026-01-01,clock=vm")
 
 @dataclass(frozen=True)
 class Input:
-    """A saved guest, and how to have its machine.  ``eager``: the URI from which QEMU itself loads it, if it can."""
+    """A saved guest, and how to have its machine.  ``eager``: the URI from which QEMU itself loads it, if it can.
+
+    ``index_folder``: where its index is kept; None: nowhere, and what was kept is not used.
+    """
 
     qemu: Qemu
     kind: Kind
@@ -44,6 +47,7 @@ class Input:
     channels: tuple[str, ...] = ()
     eager: str | None = None
     capabilities: Mapping[str, bool] | None = None
+    index_folder: Path | None = None
 
 
 async def recorded_input(qemu: Qemu, kind: Kind, folder: Path) -> Input:
@@ -55,17 +59,21 @@ async def recorded_input(qemu: Qemu, kind: Kind, folder: Path) -> Input:
         eager = f"file:{path}"
     elif not channels and not kind.through_relay:
         eager, capabilities = f"exec:cat {shlex.quote(str(path))}", {}
-    return Input(qemu, kind, path, channels, eager, capabilities)
+    return Input(qemu, kind, path, channels, eager, capabilities, folder / "indexes")
 
 
 async def command_of(saved: Input, qmp: Path, folder: Path, *more: str) -> asyncio.subprocess.Process:
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "qmigrate", "restore", str(saved.stream), "--qmp", str(qmp)),
-        *("--uri", f"unix:{folder / 'in'}", "-q", *more),
+        *("--uri", f"unix:{folder / 'in'}", "-q", *_index_of(saved), *more),
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         cwd=ROOT,
     )
+
+
+def _index_of(saved: Input) -> list[str]:
+    return ["--no-kept-index"] if saved.index_folder is None else ["--index-folder", str(saved.index_folder)]
 
 
 @asynccontextmanager
@@ -78,12 +86,22 @@ async def waiting(saved: Input, folder: Path, *more: str, taker: Qemu | None = N
         yield machine
 
 
-async def proved(saved: Input, folder: Path, *more: str, taker: Qemu | None = None, ram: bool = True) -> str:
-    """Restored lazily, it is what it is when loaded eagerly; and goes on.  ``ram``: held to the file's pages too."""
+async def proved(
+    saved: Input,
+    folder: Path,
+    *more: str,
+    taker: Qemu | None = None,
+    ram: bool = True,
+    holds: Callable[[ServingResult], object] = bool,
+) -> str:
+    """Restored lazily, it is what it is when loaded eagerly; and goes on.  ``ram``: held to the file's pages too;
+    ``holds``: more that is asked of its end.
+    """
     async with waiting(saved, folder / "lazy", "-S", *more, taker=taker) as machine:
         result = await restored(saved, machine, folder / "lazy")
         assert (result.exit_code, result.running) == (0, False), result.message
         assert result.counts.pages == result.counts.total
+        holds(result)
         if ram:
             with Migration(saved.stream, channels=saved.channels) as read:
                 extracted = extract(read, folder / "ram")
@@ -95,7 +113,8 @@ async def proved(saved: Input, folder: Path, *more: str, taker: Qemu | None = No
             await console.assert_goes_on(folder / "lazy" / "console")
     async with waiting(saved, folder / "eager", "-S", *more, taker=taker) as machine:
         if saved.eager is None:
-            result = await restored(saved, machine, folder / "eager", eager=True)
+            anew = replace(saved, index_folder=None)
+            result = await restored(anew, machine, folder / "eager", eager=True)
             assert result.exit_code == 0, result.message
         else:
             await migration.set_capabilities(machine.session, saved.capabilities or {})
@@ -106,9 +125,13 @@ async def proved(saved: Input, folder: Path, *more: str, taker: Qemu | None = No
     return "" if saved.eager else "eagerly by our own precopy"
 
 
-async def restored(saved: Input, machine: Machine, folder: Path, **wishes: Any) -> Any:
-    restorer = Restorer(saved.stream, channels=saved.channels, **wishes)
-    return await restorer.run(machine.session, uri=f"unix:{folder / 'in'}")
+async def restored(saved: Input, machine: Machine, folder: Path, **wishes: Any) -> ServingResult:
+    return await restorer_of(saved, **wishes).run(machine.session, uri=f"unix:{folder / 'in'}")
+
+
+def restorer_of(saved: Input, **wishes: Any) -> Restorer:
+    keeps = saved.index_folder is not None
+    return Restorer(saved.stream, channels=saved.channels, keep_index=keeps, index_folder=saved.index_folder, **wishes)
 
 
 def _is_damaged(saved: Input) -> bool:
