@@ -15,6 +15,7 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -32,6 +33,10 @@ _TAIL: Final = 8  # bytes of the return path's last message
 _SHUT: Final = b"\x00\x01\x00\x04"
 _SNDBUFFORCE: Final = 32  # SO_SNDBUFFORCE of asm-generic/socket.h, which Python lacks
 _ON_ITS_WAY: Final = 1 << 20  # bytes
+_WORTH_WAITING: Final = 1 << 15  # bytes: less is a page that somebody waits for
+_LONG_NS: Final = 1_000_000  # a source fills its socket in a tenth of that
+_UNTIL_NEXT_TRY: Final = 1000  # pieces
+_yield = ctypes.CDLL(None).sched_yield  # that of os keeps the interpreter's lock, in Python 3.11
 _tee = ctypes.CDLL(None, use_errno=True).tee
 _tee.restype = ctypes.c_ssize_t
 _tee.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint]
@@ -68,6 +73,7 @@ class Joined:
         self._is_ending = False
         self._more = select.poll()
         self._more.register(source, select.POLLIN)
+        self._stays = 0  # for so many pieces
 
     @property
     def is_unfinished(self) -> bool:
@@ -137,14 +143,34 @@ class Joined:
         """
         source = self._source.fileno()
         count = os.splice(source, through.into, LONGEST_PIECE)
+        waited = False
         with suppress(OSError):  # the pipe is full; or it was cut, and what came before is still passed on
             # SPLICE_F_NONBLOCK is of the pipe: tcp would wait all the same.
-            while 0 < count < LONGEST_PIECE and self._more.poll(0):
+            while 0 < count < LONGEST_PIECE:
+                if not self._more.poll(0):
+                    if waited or count < _WORTH_WAITING:
+                        break
+                    waited = True
+                    self._give_way()
+                    continue
                 more = os.splice(source, through.into, LONGEST_PIECE - count, flags=os.SPLICE_F_NONBLOCK)
                 if not more:  # its end, which the next call meets again
                     break
                 count += more
         return count
+
+    def _give_way(self) -> None:
+        """Let a source that waits for the very CPU that we have fill its socket again.
+
+        Others may wait for it too.  Where one kept it for a whole time slice, many pieces go before the next try.
+        """
+        if self._stays:
+            self._stays -= 1
+            return
+        began = time.monotonic_ns()
+        _yield()
+        if time.monotonic_ns() - began > _LONG_NS:
+            self._stays = _UNTIL_NEXT_TRY
 
     def _widen(self) -> None:
         """Room for what is on its way, so that the destination has work while we record what comes next.
