@@ -1,9 +1,12 @@
 """What an entry of an index of pages says: its low bits a kind, the others where, and in which of several files."""
 
+import sys
 from typing import Final
 
-__all__ = ["FILE_SHIFT", "KIND_BITS", "MOST_FILES", "OFFSET_MASK", "Kind"]
+__all__ = ["FILE_SHIFT", "KIND_BITS", "MOST_FILES", "OFFSET_MASK", "Kind", "absent_pages"]
 
+_ENTRY_BYTES: Final = 8
+_LOWEST_BYTE: Final = 0 if sys.byteorder == "little" else _ENTRY_BYTES - 1
 KIND_BITS: Final = 3
 FILE_SHIFT: Final = 52  # so an offset is below 512 TiB; of the first file, mostly the only one, nothing stands above it
 MOST_FILES: Final = 1 << (64 - FILE_SHIFT)
@@ -18,3 +21,8 @@ class Kind:
     RECORD: Final = 2  # in the input, behind the word of its record
     PLACED: Final = 3  # in the input, with no word before it: of mapped-ram, of multifd
     SPILLED: Final = 4  # in the spill file
+
+
+def absent_pages(entries: memoryview) -> int:
+    """How many pages have not come: their entries are zero, and of no other is the byte with its kind."""
+    return entries.cast("B")[_LOWEST_BYTE::_ENTRY_BYTES].tobytes().count(Kind.ABSENT)

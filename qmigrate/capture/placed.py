@@ -14,7 +14,7 @@ from functools import lru_cache
 from types import TracebackType
 from typing import IO, Final, NamedTuple, Self
 
-from qmigrate.capture.kind import FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind
+from qmigrate.capture.kind import FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind, absent_pages
 from qmigrate.capture.places import Input
 from qmigrate.errors import StreamError
 from qmigrate.format.ram import RamBlock, RamFlag
@@ -104,10 +104,7 @@ class PlacedPages:
     def absent(self, block: str) -> int:
         """How many of its pages have not come."""
         entries = self._of(block)
-        return sum(
-            entries[at : at + _COUNTED_AT_ONCE].tolist().count(Kind.ABSENT)
-            for at in range(0, len(entries), _COUNTED_AT_ONCE)
-        )
+        return sum(absent_pages(entries[at : at + _COUNTED_AT_ONCE]) for at in range(0, len(entries), _COUNTED_AT_ONCE))
 
     def runs(self, block: str, first: int, count: int) -> Iterator[Placed]:
         """Where these pages are, in their order."""

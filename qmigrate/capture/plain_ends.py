@@ -21,19 +21,19 @@ from typing import Final
 from qmigrate.errors import QmigrateError
 from qmigrate.format.ram_flag import RamFlag
 
-__all__ = ["END_OF_RECORDS", "Head", "NotPlainError", "Tail", "read_head", "read_tail"]
+__all__ = ["Head", "NotPlainError", "Tail", "read_head", "read_tail"]
 
 _OPENING: Final = b"QEVM\0\0\0\3"
 _CONFIGURATION, _SUBSECTION, _FOOTER = b"\x07", b"\x05", b"\x7e"
 _START, _FULL = b"\x01", b"\x04"
-FOOTER_BYTES: Final = 5
 _WORD: Final = struct.Struct(">Q")
 _LENGTH: Final = struct.Struct(">I")
 _RAM_HEADER: Final = struct.Struct(">B3sII")  # behind the section's id
 _RAM_VERSION: Final = 4
 _PAGE_BYTES: Final = 4096
-END_OF_RECORDS: Final = _WORD.pack(int(RamFlag.EOS))
+_END_OF_RECORDS: Final = _WORD.pack(int(RamFlag.EOS))
 _SHORTEST_RECORD: Final = 9
+_FOOTER_BYTES: Final = 5
 _LONGEST_HEAD: Final = 1 << 16
 _FIRST_LOOK: Final = 1 << 20  # bytes of the tail: most guests' devices are no longer
 _LONGEST_TAIL: Final = 1 << 26
@@ -61,6 +61,11 @@ class Head:
     section_id: int
     blocks: dict[str, int]
     pages_at: int
+
+    @property
+    def closing(self) -> bytes:
+        """What ends each of RAM's sections: EOS and a footer."""
+        return _END_OF_RECORDS + _FOOTER + _LENGTH.pack(self.section_id)
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,9 @@ def _head(data: bytes) -> Head:
     (section_id,) = _LENGTH.unpack_from(data, at + 1)
     _expect(_RAM_HEADER.unpack_from(data, at + 5) == (3, b"ram", 0, _RAM_VERSION), "RAM's START")
     blocks, at = _blocks(data, at + 5 + _RAM_HEADER.size)
-    closing = END_OF_RECORDS + _FOOTER + _LENGTH.pack(section_id)
-    _expect(data[at : at + len(closing)] == closing, "the end of RAM's START")
-    return Head(opening, machine_type, section_id, blocks, at + len(closing))
+    head = Head(opening, machine_type, section_id, blocks, at + len(_END_OF_RECORDS) + _FOOTER_BYTES)
+    _expect(data[at : head.pages_at] == head.closing, "the end of RAM's START")
+    return head
 
 
 def _blocks(data: bytes, at: int) -> tuple[dict[str, int], int]:
@@ -158,7 +163,7 @@ def _tail(data: bytes, begin: int, head: Head) -> Tail | None:
         raise NotPlainError("its description is no list of devices") from exc
     _expect(page_size in (None, _PAGE_BYTES), "a target whose pages have 4096 bytes")
     _expect(bool(headers), "a guest with devices")
-    sections = _sections(data, at - 1, headers, END_OF_RECORDS + _FOOTER + _LENGTH.pack(head.section_id))
+    sections = _sections(data, at - 1, headers, head.closing)
     if sections is None:
         return None
     kinds = [name.rpartition(b"/") for name in names]

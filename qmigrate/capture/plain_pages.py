@@ -13,17 +13,16 @@ migration/ram.c: ram_save_iterate(), save_normal_page(), save_zero_page(), save_
 import mmap
 import os
 import struct
-import sys
 from array import array
 from collections.abc import Callable, Generator, Mapping
 from functools import lru_cache
 from typing import Final, TypeAlias
 
-from qmigrate.capture.kind import KIND_BITS, Kind
-from qmigrate.capture.plain_ends import END_OF_RECORDS, Head, NotPlainError
+from qmigrate.capture.kind import KIND_BITS, Kind, absent_pages
+from qmigrate.capture.plain_ends import Head, NotPlainError
 from qmigrate.format.ram_flag import RamFlag
 
-__all__ = ["PAGE_BYTES", "STEPS", "PlainPages", "Run", "absent_pages", "overlay", "shared_entries"]
+__all__ = ["PAGE_BYTES", "STEPS", "PlainPages", "Run", "overlay", "shared_entries"]
 
 Run: TypeAlias = tuple[str, int, int, int, int]
 """Block, kind as an entry has it, first page, how many pages, where the first one's contents are in the file."""
@@ -45,7 +44,6 @@ _LONGEST_FRONT: Final = 8 + 1 + 255 + 1  # of a record; what stands between two 
 _WORD: Final = struct.Struct(">Q")
 _LENGTH: Final = struct.Struct(">I")
 _PART, _END = 2, 3
-_FOOTER: Final = b"\x7e"
 _SWITCHOVER_START: Final = b"\x08\0\x0b\0\0"  # says nothing to who has a file; since 10.0
 _CYCLE: Final = 1 << 24  # bytes of RAM, whose words are made at once
 _PAGES_A_CYCLE: Final = _CYCLE // PAGE_BYTES
@@ -66,7 +64,7 @@ class PlainPages:
         self.block: str | None = None
         self._descriptor = descriptor
         self._head = head
-        self._closing = END_OF_RECORDS + _FOOTER + _LENGTH.pack(head.section_id)
+        self._closing = head.closing
         self._buffer = bytearray(max(window, 2 * _RECORD) + 7 & ~7)
         self._view = memoryview(self._buffer)
         # Every eighth byte begins a word of one of these: so words that stand _RECORD apart are a slice.
@@ -285,8 +283,10 @@ def _first_records(flags: int, stride: int) -> bytes:
 # -- entries
 
 
-def shared_entries(head: Head, descriptor: int, *, is_made: bool = False) -> dict[str, memoryview]:
-    """Those of each block, in a file that several processes have in their memory; ``is_made``: its room is made here.
+def shared_entries(head: Head, descriptor: int = -1, *, is_made: bool = False) -> dict[str, memoryview]:
+    """Those of each block, in memory that several processes have: a file's, or, with no descriptor, inherited.
+
+    ``is_made``: the file's room is made here.
 
     A claim of so many pages is for the file to bear: ``read_tail`` has compared it.  Raises ``OSError``.
     """
@@ -299,11 +299,6 @@ def shared_entries(head: Head, descriptor: int, *, is_made: bool = False) -> dic
         entries[name] = view[at : at + count]
         at += count
     return entries
-
-
-def absent_pages(entries: memoryview) -> int:
-    """How many pages have not come: their entries are zero, and of no other is the byte with its kind."""
-    return entries.cast("B")[0 if sys.byteorder == "little" else _ENTRY_BYTES - 1 :: _ENTRY_BYTES].tobytes().count(0)
 
 
 def overlay(entries: memoryview, later: memoryview) -> None:

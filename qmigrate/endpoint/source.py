@@ -375,8 +375,7 @@ class Server:
             if not lane.out:
                 self._stalled = self._core.waiting > 0
                 return
-            if lane.out:
-                self._send(lane, peer)
+            self._send(lane, peer)
             if lane.out:
                 return
             self._finish_span(lane)

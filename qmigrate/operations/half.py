@@ -2,11 +2,10 @@
 
 import os
 from collections.abc import Mapping
-from mmap import mmap
 from types import TracebackType
 from typing import TYPE_CHECKING, NoReturn, Self
 
-from qmigrate.capture.plain_pages import PAGE_BYTES, PlainPages
+from qmigrate.capture.plain_pages import PlainPages, shared_entries
 
 if TYPE_CHECKING:
     from qmigrate.capture.plain_ends import Head, Tail
@@ -15,7 +14,6 @@ __all__ = ["Half"]
 
 _KILL = 9
 _ANSWER_BYTES = 64
-_ENTRY_BYTES = 8
 
 
 class Half:
@@ -26,10 +24,7 @@ class Half:
 
     def __init__(self, descriptor: int, head: "Head", begin: tuple[int, str]) -> None:
         self.begin = begin
-        self.entries = {
-            name: memoryview(mmap(-1, length // PAGE_BYTES * _ENTRY_BYTES)).cast("Q")
-            for name, length in head.blocks.items()
-        }
+        self.entries = shared_entries(head)
         self._answer, theirs = os.pipe2(os.O_CLOEXEC)
         ours = os.getpid()
         self._process = os.fork()  # this process has no threads, and what it has is small

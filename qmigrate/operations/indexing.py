@@ -15,8 +15,9 @@ import sys
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
+from qmigrate.capture.kind import absent_pages
 from qmigrate.capture.plain_ends import Head, NotPlainError, Tail, read_head, read_tail
-from qmigrate.capture.plain_pages import PlainPages, absent_pages, overlay, shared_entries
+from qmigrate.capture.plain_pages import PlainPages, overlay, shared_entries
 from qmigrate.operations.half import Half
 
 __all__ = ["Asked", "make_index"]

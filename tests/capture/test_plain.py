@@ -12,13 +12,14 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from qmigrate.capture.kind import absent_pages
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.one_pass import OnePass
 from qmigrate.capture.placed import PlacedPages
 from qmigrate.capture.places import Input
 from qmigrate.capture.plain import blocks_of, plain_guest
 from qmigrate.capture.plain_ends import Head, NotPlainError, read_head, read_tail
-from qmigrate.capture.plain_pages import PlainPages, absent_pages, overlay, shared_entries
+from qmigrate.capture.plain_pages import PlainPages, overlay, shared_entries
 from qmigrate.capture.saved import read_saved
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import StreamError

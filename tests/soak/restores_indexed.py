@@ -133,20 +133,20 @@ def _long(qemu: Qemu, passes: str) -> Callable[[random.Random, Path], Awaitable[
     """
 
     async def run(_: random.Random, folder: Path) -> str:
-        saved = await _long_input(qemu, passes, folder)
-        notes: list[str] = []
-        await proved(saved, folder, ram=False, holds=lambda result: notes.append(_while_it_was_read(result)))
-        return notes[0]
+        return await _served_while_read(await _long_input(qemu, passes, folder), folder)
 
     return run
 
 
+async def _served_while_read(saved: Input, folder: Path) -> str:
+    notes: list[str] = []
+    await proved(saved, folder, ram=False, holds=lambda result: notes.append(_while_it_was_read(result)))
+    return notes[0]
+
+
 def _large(qemu: Qemu) -> Callable[[random.Random, Path], Awaitable[str]]:
     async def run(_: random.Random, folder: Path) -> str:
-        saved = await recorded_input(qemu, LARGE, folder / "saved")
-        notes: list[str] = []
-        await proved(saved, folder, ram=False, holds=lambda result: notes.append(_while_it_was_read(result)))
-        return notes[0]
+        return await _served_while_read(await recorded_input(qemu, LARGE, folder / "saved"), folder)
 
     return run
 
