@@ -15,7 +15,7 @@ from typing import Any, Final
 from qmigrate.analysis.devices import plain
 from qmigrate.analysis.diff_fields import ABSENT, Ignored, Unequal, unequal_fields, unequal_subsections
 from qmigrate.analysis.diff_ram import BlockPages, Spool, unequal_pages
-from qmigrate.analysis.summary import describe_error, target_page_bits
+from qmigrate.analysis.summary import describe_error, missing_pages, target_page_bits
 from qmigrate.capture.migration import Contents, Migration, Section
 from qmigrate.errors import StreamError
 from qmigrate.format.device import VmState, decode_whole, encode_state
@@ -134,6 +134,8 @@ def read_side(migration: Migration, name: str, stack: ExitStack, *, ram: bool = 
                     faults.append(exc)
         if isinstance(entry.record, Undecoded) and not entry.channel:
             side.keep(entry.offset, entry.record.data)
+    if ram:
+        faults += (StreamError(sentence) for sentence in missing_pages(contents))
     if faults:
         contents.errors += faults
         contents.complete = False

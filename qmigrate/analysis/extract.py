@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmigrate.analysis.ram_files import ExtractError, RamWriter, distinct_names, file_name, file_names
-from qmigrate.analysis.summary import describe_error
+from qmigrate.analysis.summary import describe_error, missing_pages
 from qmigrate.capture.migration import Gathering, Migration
 from qmigrate.errors import StreamError
 
@@ -53,6 +53,7 @@ def extract(migration: Migration, directory: str | os.PathLike[str]) -> Extracte
             except StreamError as exc:  # in what a page's data decodes to: the others are good
                 faults.append(exc)
         writer.finish()
+    faults += (StreamError(sentence) for sentence in missing_pages(gathering.contents))
     if faults:
         gathering.contents.errors += faults[:_MOST_FAULTS]
         gathering.contents.complete = False

@@ -21,6 +21,7 @@ __all__ = [
     "describe_command",
     "describe_error",
     "describe_section",
+    "missing_pages",
     "oddities",
     "summarize",
     "summarize_file",
@@ -174,7 +175,7 @@ def _oddities(contents: Contents) -> Iterator[str]:
     yield from _undecoded(contents)
     yield from _blocks(contents)
     yield from _mapped(contents)
-    yield from _elsewhere(contents)
+    yield from missing_pages(contents)
     yield from _course(contents)
     yield from _end(contents)
 
@@ -275,16 +276,21 @@ def _mapped(contents: Contents) -> Iterator[str]:
         yield f"{contents.stale} bytes of pages that were zero in the end are left in their places."
 
 
-def _elsewhere(contents: Contents) -> Iterator[str]:
-    """Pages over connections that are not here."""
-    if not contents.complete or not contents.blocks or _has_contents(contents) or contents.base is not None:
+def missing_pages(contents: Contents) -> Iterator[str]:
+    """Pages that came over connections that are not here, a sentence each: RAM is not what it was."""
+    if not contents.complete or not contents.blocks or contents.base is not None:
         return
     blocks = contents.blocks.values()
     missing = any(block.seen.count * contents.page_size < block.length for block in blocks)
-    if missing and not any(block.address is not None for block in blocks):
+    if missing and not _has_contents(contents) and not any(block.address is not None for block in blocks):
         yield (
             "No page with contents is in the stream: with multifd they travel over connections of their own "
             "(--channel)."
+        )
+    elif lost := [f"{block.lost} of {block.name}" for block in blocks if block.lost]:
+        yield (
+            f"Pages that were discarded at the switch to postcopy did not come after it, {', '.join(lost)}: those that "
+            "are asked for may travel over a connection of their own (--channel)."
         )
 
 

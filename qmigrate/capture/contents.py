@@ -89,6 +89,8 @@ class Block:
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(KINDS.values(), 0))
     again: int = 0
     """How many page records replaced an earlier one of the same page."""
+    lost: int = 0
+    """How many pages were discarded at the switch to postcopy and did not come after it."""
     seen: SeenPages = field(default_factory=SeenPages, repr=False)
 
 

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 from qmigrate.capture.contents import KINDS, Block, ChannelContents, CommandPlace, Contents, Section
 from qmigrate.capture.passes import PassCounter
+from qmigrate.capture.seen import SeenPages
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors
-from qmigrate.format.command import Command, Packaged
+from qmigrate.format.command import Command, Packaged, PostcopyRamDiscard
 from qmigrate.format.device import decode_state
 from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, BlockListHeader, Pages, RamBlock, RamRecord
@@ -43,6 +44,17 @@ def _block(block: RamBlock, index: int) -> Block:
     )
 
 
+def _merged(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """In order, those that meet as one."""
+    first = end = 0
+    for begin, after in sorted(ranges):
+        if begin > end:
+            yield first, end
+            first = begin
+        end = max(end, after)
+    yield first, end
+
+
 class Gathering:
     """Pass the entries on and gather what they hold in ``contents``, also when a fault ends them."""
 
@@ -56,6 +68,8 @@ class Gathering:
         self._packages: list[CommandPlace] = []
         self._passes = PassCounter()
         self._switched = False
+        self._discarded: dict[str, list[tuple[int, int]]] = {}
+        self._after: dict[str, SeenPages] = {}  # what came after the switch
 
     def __iter__(self) -> Iterator[Entry]:
         contents = self.contents
@@ -76,6 +90,7 @@ class Gathering:
             contents.errors += [error.with_traceback(None) for error in errors]
             return
         self._close(contents.length)
+        self._count_lost()
         contents.complete = True
 
     def _take_of(self, entry: Entry, channel: ChannelContents) -> None:
@@ -219,9 +234,24 @@ class Gathering:
         place = CommandPlace(entry.offset, entry.length, command, channel=entry.channel)
         holder = self._packages[-1].contents if self._packages else self.contents.commands
         holder.append(place)
+        if isinstance(command, PostcopyRamDiscard):
+            self._discard(command)
         if isinstance(command, Packaged):
             self._packages.append(place)
             self._switched = True
+
+    def _discard(self, command: PostcopyRamDiscard) -> None:
+        ranges = self._discarded.setdefault(command.block, [])
+        ranges += [(each.start, each.start + each.length) for each in command.ranges]
+
+    def _count_lost(self) -> None:
+        """Each page that was discarded comes again, each once: those that do not are on a channel that is not here."""
+        page_size = self.contents.page_size
+        for name, ranges in self._discarded.items():
+            block, came = self.contents.blocks.get(name), self._after.get(name, SeenPages())
+            if block is not None:
+                pages = [[min(at, block.length) // page_size for at in each] for each in _merged(ranges)]
+                block.lost = sum(end - first for first, end in pages) - came.within(pages)
 
     def _configuration(self, record: Configuration) -> None:
         self.contents.configuration = record
@@ -244,7 +274,9 @@ class Gathering:
         block.again += block.seen.add_intervals(intervals, page_size)
         block.counts["normal"] += normal
         block.counts["zero"] += zero
-        if not self._switched and isinstance(pages, Pages):
+        if self._switched:
+            self._after.setdefault(block.name, SeenPages()).add_intervals(intervals, page_size)
+        elif isinstance(pages, Pages):
             self._passes.take(block.index, intervals)
             contents.passes = self._passes.count
         if self._open is not None:
@@ -256,7 +288,9 @@ class Gathering:
         start = page.record.word.start
         block.counts[KINDS[page.record.word.kind]] += 1
         block.again += block.seen.add(start // page.page_size, 1)
-        if not self._switched:
+        if self._switched:
+            self._after.setdefault(block.name, SeenPages()).add(start // page.page_size, 1)
+        else:
             self._passes.take(block.index, [(start, start + page.page_size)])
             self.contents.passes = self._passes.count
         if self._open is not None:

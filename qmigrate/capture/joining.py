@@ -11,6 +11,7 @@ migration/multifd.c: multifd_recv_sync_main(); migration/savevm.c: postcopy_paus
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
+from uuid import UUID
 
 from qmigrate.capture.frames import Direction
 from qmigrate.capture.open import Readable
@@ -66,7 +67,25 @@ def classified(readables: Iterable[tuple[Readable, bool | None]]) -> list[Part]:
     for part in found:
         if part.channel.kind in (ChannelKind.UNKNOWN, ChannelKind.TLS) and not part.channel.is_silent:
             raise NoStreamError(f"{part.readable.name} is no channel of a migration: {part.channel.reason}")
+    _refuse_strangers([part for part in found if part.channel.kind is ChannelKind.MULTIFD])
     return [*mains, *(part for part in found if part not in mains)]
+
+
+def _refuse_strangers(parts: Sequence[Part]) -> None:
+    """Multifd channels of one migration have one UUID and a number each.  migration/multifd.c: as a QEMU would."""
+    first: dict[int, Part] = {}
+    for part in parts:
+        channel_id, uuid = part.channel.channel_id, part.channel.uuid
+        if channel_id is None or uuid is None:
+            continue  # it is cut, or damaged, which is told when it is read
+        if (same := first.setdefault(channel_id, part)) is not part:
+            raise NoStreamError(f"{same.readable.name} and {part.readable.name} are both {part.name}")
+        one = next(iter(first.values()))
+        if one.channel.uuid is not None and one.channel.uuid != uuid:
+            raise NoStreamError(
+                f"{one.readable.name} and {part.readable.name} are of two machines: they have the UUIDs "
+                f"{UUID(bytes=one.channel.uuid)} and {UUID(bytes=uuid)}"
+            )
 
 
 def recorded_parts(recording: Recording) -> list[Part]:
@@ -109,8 +128,10 @@ class Joining:
         several ``StreamErrors``; ``NoStreamError`` where main is no stream.
         """
         main = self._parts[0][1]
-        waiting = [self._multifd(number, part) for number, part in self._of(ChannelKind.MULTIFD)]
-        yield from _with_multifd(self._guarded(main, self._walker.run(), self._feed), waiting)
+        channels = [_Multifd(part, self._multifd(number, part)) for number, part in self._of(ChannelKind.MULTIFD)]
+        yield from _with_multifd(self._guarded(main, self._walker.run(), self._feed), channels)
+        if not self._faults:
+            self._faults += _missing(channels)
         for kind, walk in ((ChannelKind.PREEMPT, self._walker.preempt), (ChannelKind.RESUMED, self._walker.resume)):
             for number, part in self._of(kind):
                 feed = Feed()
@@ -160,7 +181,49 @@ class Joining:
         return bool(resumed) and part is not resumed[-1][1]
 
 
-def _with_multifd(main: Iterator[Entry], channels: Sequence[Iterator[Entry]]) -> Iterator[Entry]:
+class _Multifd:
+    """A multifd channel, read as far as main waits for it."""
+
+    def __init__(self, part: Part, entries: Iterator[Entry]) -> None:
+        self.part = part
+        self.packets = 0
+        self.highest = -1
+        """Of the numbers of its packets: one count over all channels."""
+        self.fault: StreamError | None = None
+        """What main waits for and the channel has not, or the other way round."""
+        self._entries = entries
+        self._end = 0
+
+    def until_sync(self) -> Iterator[Entry]:
+        """All packets up to the next SYNC."""
+        for entry in self._entries:
+            yield entry
+            if self._is_sync(entry):
+                return
+        if self.fault is None:
+            message = "the stream ends here, main waits for another SYNC"
+            self.fault = TruncatedError(message, offset=self._end, trail=(self.part.name,))
+
+    def rest(self) -> Iterator[Entry]:
+        """What is left when main has ended: until 8.2 there may be a packet, with nothing in it."""
+        for entry in self._entries:
+            is_sync = self._is_sync(entry)
+            if self.fault is None and (is_sync or (isinstance(entry.record, PagePacket) and entry.record.runs)):
+                message = "a packet behind the last SYNC that main waits for"
+                self.fault = StreamError(message, offset=entry.offset, trail=(self.part.name,))
+            yield entry
+
+    def _is_sync(self, entry: Entry) -> bool:
+        self._end = entry.offset + entry.length
+        if not isinstance(entry.record, PagePacket):
+            return False
+        header = entry.record.header
+        self.packets += 1
+        self.highest = max(self.highest, header.packet_num)
+        return header.is_sync
+
+
+def _with_multifd(main: Iterator[Entry], channels: Sequence[_Multifd]) -> Iterator[Entry]:
     """Main's records, and at each of its sync points all packets that it waits for there."""
     by_round: bool | None = None  # does MULTIFD_FLUSH end an epoch, or each EOS?
     for entry in main:
@@ -171,16 +234,31 @@ def _with_multifd(main: Iterator[Entry], channels: Sequence[Iterator[Entry]]) ->
             by_round = entry.record.word.flags == RamFlag.MULTIFD_FLUSH
         if entry.record.word.flags == (RamFlag.MULTIFD_FLUSH if by_round else RamFlag.EOS):
             for channel in channels:
-                yield from _until_sync(channel)
+                yield from channel.until_sync()
     for channel in channels:
-        yield from channel
+        yield from channel.rest()
 
 
-def _until_sync(channel: Iterator[Entry]) -> Iterator[Entry]:
-    for entry in channel:
-        yield entry
-        if isinstance(entry.record, PagePacket) and entry.record.header.is_sync:
-            return
+def _missing(channels: Sequence[_Multifd]) -> Iterator[StreamError]:
+    """That a channel is not here, or not all of it: pages that are missing then leave no other trace.
+
+    Packets are counted over all channels.  Until 8.2 the last of a channel may be left unsent, with nothing in it.
+    """
+    faults = [channel.fault for channel in channels if channel.fault is not None]
+    yield from faults
+    ids = {channel.part.channel.channel_id for channel in channels}
+    lost = [number for number in range(len(ids)) if number not in ids]
+    here = ", ".join(f"{number}" for number in sorted(each for each in ids if each is not None))
+    if lost:
+        yield StreamError(f"multifd {lost[0]} is not among the channels that are given ({here})")
+        return
+    count = max((channel.highest for channel in channels), default=-1) + 1
+    packets = sum(channel.packets for channel in channels)
+    if not faults and count - packets > len(channels):
+        yield StreamError(
+            f"{count - packets} of {count} packets, by their numbers, are in none of the multifd channels that are "
+            f"given ({here}): are there further ones?"
+        )
 
 
 def _named(fault: StreamError, part: Part) -> StreamError:

@@ -7,7 +7,7 @@ where pages lie together, at most some bytes a page where they lie far apart.
 from array import array
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Final
 
 __all__ = ["SeenPages"]
@@ -56,6 +56,20 @@ class SeenPages:
             return page in self._few
         at = page & _CHUNK - 1
         return bool(chunk[at >> 3] >> (at & 7) & 1)
+
+    def within(self, ranges: Iterable[Sequence[int]]) -> int:
+        """How many pages were seen of these (first, end), which are in order and have none in common."""
+        numbers = sorted(self._chunks)
+        found = 0
+        for first, end in ranges:
+            found += self._few.within(first, end)
+            for number in numbers[bisect_left(numbers, first >> _CHUNK_BITS) :]:
+                begin = number << _CHUNK_BITS
+                if begin >= end:
+                    break
+                bits = int.from_bytes(self._chunks[number], "little") >> max(first - begin, 0)
+                found += (bits & (1 << end - max(first, begin)) - 1 if end - begin < _CHUNK else bits).bit_count()
+        return found
 
     def _mark_few(self, page: int, end: int) -> int:
         again = sum([self._few.add(each) for each in range(page, end)])
@@ -110,6 +124,14 @@ class _Numbers:
         shelf = self._shelves[bisect_right(self._firsts, page) - 1]
         at = bisect_left(shelf, page)
         return at < len(shelf) and shelf[at] == page
+
+    def within(self, first: int, end: int) -> int:
+        """How many numbers there are from ``first`` up to ``end``."""
+        found = 0
+        for index in range(bisect_right(self._firsts, first) - 1, bisect_left(self._firsts, end, lo=1)):
+            shelf = self._shelves[index]
+            found += bisect_left(shelf, end) - bisect_left(shelf, first)
+        return found
 
     def take(self, first: int, end: int) -> list[int]:
         """Take out all numbers from ``first`` up to ``end``."""

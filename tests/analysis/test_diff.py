@@ -332,7 +332,7 @@ def test_pages_that_an_incomplete_side_has_not_sent_are_no_difference() -> None:
 
 def test_pages_that_only_one_side_sent_count_where_they_are_not_zero() -> None:
     ram = streams.ram_part(streams.zero(0, 2, block="pc.ram"), streams.page(2 * PAGE)) + streams.ram_end()
-    none = streams.ram_part(streams.zero(0, block="pc.rom")) + streams.ram_end()
+    none = streams.ram_part(streams.page(0, bytes(PAGE), block="pc.rom")) + streams.ram_end()
     found = compared(stream(timer(1), known=TIMER, ram=ram), stream(timer(1), known=TIMER, ram=none))
     block = (found.blocks or [])[0]
     assert (block.differing, block.only_in_a, block.only_in_b) == (0, 1, 0)

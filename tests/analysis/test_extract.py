@@ -38,7 +38,9 @@ def written(tmp_path: Path, sent: list[Sent]) -> Path:
     )
     with Migration(stream) as migration:
         extracted = extract(migration, tmp_path / "out")
-    assert extracted.gathering.contents.complete
+    # Where no page has contents and some did not come, RAM is missing: it travelled over other connections.
+    is_whole = not all(is_zero for is_zero, _, _ in sent) or len({page for _, page, _ in sent}) == LENGTH
+    assert extracted.gathering.contents.complete == is_whole
     assert extracted.bytes_written["pc.ram"] == PAGE * sum(not is_zero for is_zero, _, _ in sent)
     return tmp_path / "out" / "pc.ram.raw"
 

@@ -2,10 +2,12 @@
 
 import lzma
 import random
+import re
 from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import Final
+from uuid import UUID
 
 import pytest
 
@@ -13,8 +15,11 @@ from qmigrate.analysis.check import check
 from qmigrate.analysis.extract import extract
 from qmigrate.analysis.summary import oddities
 from qmigrate.capture.migration import Migration
-from qmigrate.errors import NoStreamError
+from qmigrate.errors import NoStreamError, TruncatedError
+from qmigrate.format.command import DiscardRange, PostcopyListen, PostcopyRamDiscard, PostcopyRun
 from qmigrate.format.feed import Feed
+from qmigrate.format.multifd import PagePacket
+from qmigrate.format.multifd_channel import ChannelEntry
 from qmigrate.format.walk import walk
 from tests import streams
 from tests.joining import channel_entries, joined
@@ -92,6 +97,75 @@ def test_encoded_pages_are_those_of_the_plain_joiner(files: list[Path], tmp_path
 def test_main_alone_says_that_its_pages_are_elsewhere(files: list[Path]) -> None:
     with Migration(files[0]) as migration:
         assert ELSEWHERE in oddities(migration.contents)
+
+
+@pytest.mark.parametrize("files", MULTIFD, indirect=True)
+def test_ram_of_main_alone_is_not_taken_for_whole(files: list[Path], tmp_path: Path) -> None:
+    with Migration(files[0]) as migration:
+        contents = extract(migration, tmp_path).gathering.contents
+    assert ([str(error) for error in contents.errors], contents.complete) == ([ELSEWHERE], False)
+
+
+@pytest.mark.parametrize("files", MULTIFD, indirect=True)
+@pytest.mark.parametrize("lacks", [0, 1])
+def test_a_channel_that_is_not_given_is_missed(files: list[Path], lacks: int) -> None:
+    """Nothing but its number, and those of its packets, tell that pages are missing."""
+    main, *channels = files
+    (given,) = (file for file in channels if file.read_bytes()[24] != lacks)
+    with Migration(main, channels=[given]) as migration:
+        checked = check(migration)
+        (error,) = checked.gathering.contents.errors
+    assert (checked.valid, checked.identical) == (False, True)
+    if lacks == 0:
+        assert str(error) == "multifd 0 is not among the channels that are given (1)"
+    else:
+        said = r"\d+ of \d+ packets, by their numbers, are in none of the multifd channels that are given \(0\): are"
+        assert re.match(said, str(error))
+
+
+@pytest.mark.parametrize("files", MULTIFD, indirect=True)
+def test_a_channel_that_ends_between_two_packets_is_cut_all_the_same(files: list[Path]) -> None:
+    main, *channels = files
+    raw = channels[0].read_bytes()
+    last = [each.offset for each in channel_entries(raw) if is_sync(each)][-1]
+    channels[0].write_bytes(raw[:last])
+    with Migration(main, channels=channels) as migration:
+        (error,) = migration.errors
+        assert not migration.complete
+    assert isinstance(error, TruncatedError)
+    assert (error.offset, error.trail) == (last, (f"multifd {raw[24]}",))
+    assert error.message == "the stream ends here, main waits for another SYNC"
+
+
+@pytest.mark.parametrize("files", MULTIFD, indirect=True)
+def test_packets_that_main_does_not_wait_for_are_not_its_own(files: list[Path]) -> None:
+    main, *channels = files
+    raw = channels[0].read_bytes()
+    (sync, *_) = [each for each in channel_entries(raw) if is_sync(each)]
+    channels[0].write_bytes(raw + raw[sync.offset : sync.offset + sync.length])
+    with Migration(main, channels=channels) as migration:
+        (error,) = migration.errors
+    assert (error.offset, error.message) == (len(raw), "a packet behind the last SYNC that main waits for")
+
+
+def is_sync(entry: ChannelEntry) -> bool:
+    return isinstance(entry.record, PagePacket) and entry.record.header.is_sync
+
+
+@pytest.mark.parametrize("files", MULTIFD[:1], indirect=True)
+def test_channels_of_one_number_or_of_two_machines_are_refused(files: list[Path], tmp_path: Path) -> None:
+    main, one, two = files
+    copy, other = tmp_path / "copy", tmp_path / "other"
+    copy.write_bytes(one.read_bytes())
+    raw = bytearray(two.read_bytes())
+    raw[8:24] = bytes(range(16))
+    other.write_bytes(raw)
+    for channels, message in (
+        ([one, two, copy], f"{one} and {copy} are both multifd 0"),
+        ([one, other], f"{one} and {other} are of two machines: they have the UUIDs {UUID(int=0)} and 00010203-0405-"),
+    ):
+        with pytest.raises(NoStreamError, match=message), Migration(main, channels=channels) as migration:
+            _ = migration.contents
 
 
 @pytest.mark.parametrize("files", MULTIFD[-1:], indirect=True)
@@ -183,6 +257,27 @@ def test_pages_of_the_preempt_channel_win(tmp_path: Path) -> None:
             ram = extracted(migration, tmp_path / name)["pc.ram"]
             assert ram[0x3000:0x5000] == b"p" * streams.PAGE + bytes(streams.PAGE)
             assert check(migration).identical
+
+
+def test_without_the_preempt_channel_pages_that_were_discarded_are_missed(tmp_path: Path) -> None:
+    head = streams.header() + streams.configuration("pc") + streams.ram_start({"pc.ram": 0x10000})
+    pages = streams.ram_part(streams.page(0x2000, b"o" * streams.PAGE, block="pc.ram"))
+    ranges = (DiscardRange(start=0x2000, length=0x1000), DiscardRange(start=0x4000, length=0x2000))
+    discard = streams.command(PostcopyRamDiscard(block="pc.ram", ranges=ranges))
+    package = streams.package(streams.command(PostcopyListen()), streams.command(PostcopyRun()))
+    rest = streams.ram_part(streams.zero(0x5000, block="pc.ram")) + streams.ram_end() + streams.eof()
+    asked = streams.zero(0x4000, block="pc.ram") + streams.page(0x2000, b"n" * streams.PAGE)
+    main, preempt = written(tmp_path, main=head + pages + discard + package + rest, preempt=asked)
+    with Migration(main) as migration:
+        alone = migration.contents
+        found = extract(migration, tmp_path / "alone").gathering.contents
+    (error,) = found.errors
+    assert (alone.complete, found.complete) == (True, False)
+    assert str(error) in oddities(alone)
+    assert "discarded at the switch to postcopy did not come after it, 2 of pc.ram: " in str(error)
+    with Migration(main, channels=[preempt]) as migration:
+        whole = extract(migration, tmp_path / "whole").gathering.contents
+    assert (whole.errors, [block.lost for block in whole.blocks.values()]) == ([], [0])
 
 
 def test_a_multifd_channel_alone_says_what_is_missing() -> None:

@@ -35,6 +35,25 @@ def test_intervals_are_counted_as_their_pages_are(batches: list[list[tuple[int, 
         assert by_intervals.count == by_pages.count
 
 
+@given(st.lists(NEAR | FAR | SPARSE, max_size=20), st.lists(NEAR | FAR | SPARSE, max_size=20))
+def test_pages_within_ranges_are_counted_as_by_a_set(
+    added: list[tuple[int, int]], asked: list[tuple[int, int]]
+) -> None:
+    seen, model = SeenPages(), set[int]()
+    for first, count in added:
+        seen.add(first, count)
+        model |= set(range(first, first + count))
+    wanted = sorted({page for first, count in asked for page in range(first, first + count)})
+    ranges: list[list[int]] = []
+    for page in wanted:
+        if ranges and ranges[-1][1] == page:
+            ranges[-1][1] += 1
+        else:
+            ranges.append([page, page + 1])
+    assert seen.within(ranges) == len(model & set(wanted))
+    assert seen.within([(0, 1 << 62)]) == seen.count == len(model)
+
+
 def scattered(count: int, below: int) -> Iterable[tuple[int, int]]:
     return ((page, 1) for page in random.Random(1).sample(range(below), count))
 

@@ -84,7 +84,8 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
 
 def test_a_hostile_name_stays_in_the_folder(stream: Path, tmp_path: Path, capsys: Output) -> None:
     name = "../../[bold]\x1b[31m"
-    stream.write_bytes(streams.header() + streams.ram_start({name: streams.PAGE}) + streams.ram_end() + streams.eof())
+    ram = streams.ram_start({name: streams.PAGE}) + streams.ram_end(streams.zero(0, block=name))
+    stream.write_bytes(streams.header() + ram + streams.eof())
     folder = tmp_path / "deep" / "out"
     assert main(["extract", str(stream), "--raw", str(folder)]) == 0
     assert r"  ../../[bold]\x1b[31m  ..%2F..%2F%5Bbold%5D%1B%5B31m.raw  " in capsys.readouterr().out
