@@ -18,8 +18,7 @@ from qmigrate.analysis.summary import summarize
 from qmigrate.errors import NoStreamError, StreamError
 from qmigrate.format.device import decode_state
 from qmigrate.format.ram import Pages
-from qmigrate.format.stream import SectionType
-from qmigrate.format.tail import FOOTER_BYTES
+from qmigrate.format.stream import FOOTER_BYTES, SectionType
 from qmigrate.format.vmdesc import parse_description
 from tests.test_odd import RECIPES
 from tests.walking import CORPUS, InMemory, corpus, entries

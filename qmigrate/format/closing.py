@@ -12,8 +12,8 @@ from itertools import islice
 from typing import Final
 
 from qmigrate.errors import StreamError
-from qmigrate.format.stream import SectionType
-from qmigrate.format.tail import FOOTER_BYTES, Tail, read_tail
+from qmigrate.format.stream import FOOTER_BYTES, SectionType
+from qmigrate.format.tail import Tail, read_tail
 from qmigrate.format.vmdesc import Description, parse_description
 
 __all__ = ["ClosingFinder", "find_description", "find_ends"]

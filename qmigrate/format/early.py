@@ -10,9 +10,9 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING, Final
 
 from qmigrate.errors import TruncatedError, UnsupportedError
+from qmigrate.format.candidates import plausible_header
 from qmigrate.format.ram import MARKERS, PAGE_KINDS, RamFlag
-from qmigrate.format.stream import Footer, SectionHeader, SectionType
-from qmigrate.format.tail import FOOTER_BYTES, LONGEST_HEADER, plausible_header
+from qmigrate.format.stream import FOOTER_BYTES, LONGEST_HEADER, Footer, SectionHeader, SectionType
 
 if TYPE_CHECKING:
     from qmigrate.format.walk import Walker

@@ -11,6 +11,8 @@ from construct import Bytes, Int8ub, Int32ub
 from qmigrate.format._record import CountedString, Known, Nested, Only, Record, Several, wire
 
 __all__ = [
+    "FOOTER_BYTES",
+    "LONGEST_HEADER",
     "MAGIC",
     "VERSION",
     "CapabilityName",
@@ -30,6 +32,8 @@ __all__ = [
 
 MAGIC: Final = 0x5145564D  # "QEVM"
 VERSION: Final = 3
+FOOTER_BYTES: Final = 5
+LONGEST_HEADER: Final = 6 + 255 + 8  # bytes of a ``SectionHeader``
 
 
 class SectionType(IntEnum):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
+from qmigrate.format.candidates import Item
 from qmigrate.format.closing import ClosingFinder, find_description, find_ends
 from qmigrate.format.command import Packaged, PageSizes, PostcopyAdvise, read_command
 from qmigrate.format.configuration import announced_capabilities, announced_page_bits, read_configuration
@@ -32,6 +33,7 @@ from qmigrate.format.page_size import page_size_of_machine
 from qmigrate.format.ram import RAM_VERSION
 from qmigrate.format.ram_section import RamSection
 from qmigrate.format.stream import (
+    FOOTER_BYTES,
     MAGIC,
     VERSION,
     EndOfFile,
@@ -42,7 +44,7 @@ from qmigrate.format.stream import (
     SectionType,
     VmDescriptionHeader,
 )
-from qmigrate.format.tail import FOOTER_BYTES, Chooser, Item, Tail, read_tail
+from qmigrate.format.tail import Chooser, Tail, read_tail
 from qmigrate.format.vmdesc import Description
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import pytest
 from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import CommandNumber, Ping, PostcopyListen, PostcopyRamDiscard, PostcopyRun
 from qmigrate.format.stream import SectionType
-from qmigrate.format.tail import Tail, plausible_header, read_tail
+from qmigrate.format.tail import Tail, read_tail
 from qmigrate.format.vmdesc import Description, parse_description
 from tests import streams
 from tests.streams import command, described, device, field
@@ -270,30 +270,6 @@ def test_a_hostile_tail_is_given_up_and_said_to_be() -> None:
     assert isinstance(error, UnsupportedError)
     assert str(error).endswith("given up after 200000 places where a section of unknown length might end")
     assert time.process_time() - start < 10
-
-
-# -- headers and descriptions by their looks
-
-
-@pytest.mark.parametrize(
-    ("data", "good"),
-    [
-        (opening("a", 1), True),
-        (streams.section(SectionType.START, "ram", section_id=1, version_id=0xFFFF), True),
-        (streams.section(SectionType.FULL, "a", section_id=1, version_id=0x10000), False),
-        (opening("", 1), False),
-        (opening("a\x01", 1), False),
-        (opening(" a", 1), False),
-        (opening("a b", 1), True),
-        (opening("a" * 255, 1), True),
-        (opening("a", 1)[:-1], False),
-        (b"\2" + opening("a", 1)[1:], False),
-        (b"", False),
-    ],
-)
-def test_a_header_is_plausible_by_its_name_and_version(data: bytes, good: bool) -> None:
-    assert (plausible_header(data) is not None) == good
-    assert (plausible_header(memoryview(b"xx" + data), 2) is not None) == good
 
 
 # -- without footers: what can't be true together
