@@ -53,11 +53,12 @@ def classified(readables: Iterable[tuple[Readable, bool | None]]) -> list[Part]:
     Each comes with whether it is forward, None where that is not known.  Raises ``NoStreamError`` where none, or more
     than one of them is main, or where one is no channel at all.
     """
-    found: list[Part] = []
-    for readable, is_forward in readables:
-        channel = _classify(readable)
-        others = [part.channel for part in found]
-        found.append(Part(readable, by_order(channel, is_forward=is_forward is not False, others=others), is_forward))
+    given = [(readable, _classify(readable), is_forward) for readable, is_forward in readables]
+    others = [channel for _, channel, _ in given]
+    found = [
+        Part(readable, by_order(channel, is_forward=is_forward is not False, others=others), is_forward)
+        for readable, channel, is_forward in given
+    ]
     mains = [part for part in found if part.channel.kind is ChannelKind.MAIN]
     if len(mains) > 1:
         raise NoStreamError(f"two main channels: {mains[0].readable.name} and {mains[1].readable.name}")
@@ -120,6 +121,7 @@ class Joining:
         self._limits = limits or Limits()
         self._walker = Walker(self._feed, description=description, page_size=page_size, limits=limits)
         self._faults: list[StreamError] = []
+        self._cuts: list[StreamError] = []
 
     def entries(self) -> Iterator[Entry]:
         """Each record with its place in its channel.
@@ -137,6 +139,8 @@ class Joining:
                 feed = Feed()
                 for entry in self._guarded(part, walk(feed), feed):
                     yield entry._replace(channel=number)
+        if len(self._cuts) > len(self._of(ChannelKind.RESUMED)):  # none of them has the end
+            self._faults.append(self._cuts[-1])
         for number, part in self._of(ChannelKind.RETURN_PATH):
             feed = Feed()
             for message in self._guarded(part, read_return_path(feed), feed):
@@ -172,13 +176,13 @@ class Joining:
                 else:
                     yield item
         except StreamError as exc:
-            if not (isinstance(exc, TruncatedError) and self._goes_on_elsewhere(part)):
-                self._faults.append(_named(exc, part))
+            goes_on = isinstance(exc, TruncatedError) and self._may_go_on(part)
+            (self._cuts if goes_on else self._faults).append(_named(exc, part))
 
-    def _goes_on_elsewhere(self, part: Part) -> bool:
-        """Was the connection cut, and a later one took over?  Then it ends anywhere."""
-        resumed = self._of(ChannelKind.RESUMED)
-        return bool(resumed) and part is not resumed[-1][1]
+    def _may_go_on(self, part: Part) -> bool:
+        """Is it one of main's connections, of which each but the last was cut?  Files do not tell their order."""
+        kinds = (ChannelKind.MAIN, ChannelKind.RESUMED)
+        return part.channel.kind in kinds and bool(self._of(ChannelKind.RESUMED))
 
 
 class _Multifd:

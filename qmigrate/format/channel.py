@@ -122,7 +122,7 @@ def by_order(channel: Channel, *, is_forward: bool, others: Iterable[Channel]) -
     if not {other.kind for other in others} & {ChannelKind.MAIN, ChannelKind.RESUMED}:
         return channel
     if is_forward:
-        return _ordered(ChannelKind.PREEMPT, "it came after main, and nothing was sent on it: preempt may stay silent")
+        return _ordered(ChannelKind.PREEMPT, "nothing was sent on it: beside main, preempt may stay silent")
     return _ordered(ChannelKind.RETURN_PATH, "it is main's way back, and nothing was sent on it")
 
 

@@ -16,7 +16,14 @@ from qmigrate.analysis.extract import extract
 from qmigrate.analysis.summary import oddities
 from qmigrate.capture.migration import Migration
 from qmigrate.errors import NoStreamError, TruncatedError
-from qmigrate.format.command import DiscardRange, PostcopyListen, PostcopyRamDiscard, PostcopyRun
+from qmigrate.format.command import (
+    DiscardRange,
+    PostcopyListen,
+    PostcopyRamDiscard,
+    PostcopyResume,
+    PostcopyRun,
+    RecvBitmap,
+)
 from qmigrate.format.feed import Feed
 from qmigrate.format.multifd import PagePacket
 from qmigrate.format.multifd_channel import ChannelEntry
@@ -237,9 +244,12 @@ def test_what_is_no_set_of_channels_is_refused(tmp_path: Path) -> None:
             _ = migration.contents
 
 
-def test_a_silent_channel_is_taken_for_preempt_by_its_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize("comes_first", [False, True])
+def test_a_silent_channel_is_taken_for_preempt_by_its_order(comes_first: bool, tmp_path: Path) -> None:
+    """That of connections; files are given in any."""
     main, silent = written(tmp_path, main=streams.postcopy(), silent=b"")
-    with Migration(main, channels=[silent]) as migration:
+    first, other = (silent, main) if comes_first else (main, silent)
+    with Migration(first, channels=[other]) as migration:
         contents = migration.contents
     assert contents.complete
     assert [(channel.name, channel.known_by) for channel in contents.channels] == [
@@ -278,6 +288,27 @@ def test_without_the_preempt_channel_pages_that_were_discarded_are_missed(tmp_pa
     with Migration(main, channels=[preempt]) as migration:
         whole = extract(migration, tmp_path / "whole").gathering.contents
     assert (whole.errors, [block.lost for block in whole.blocks.values()]) == ([], [0])
+
+
+RECOVERY: Final = streams.command(RecvBitmap(block="pc.ram")) + streams.command(PostcopyResume())
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))))
+def test_connections_of_a_postcopy_that_was_cut_twice_may_be_given_in_any_order(
+    order: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Each but the one with the end was cut, anywhere."""
+    whole = streams.postcopy()
+    part, end = streams.ram_part(streams.zero(0, block="pc.ram")), streams.ram_end() + streams.eof()
+    files = list(written(tmp_path, main=whole[: -len(end) - 3], once=RECOVERY + part[:-2], twice=RECOVERY + part + end))
+    first, *others = (files[number] for number in order)
+    with Migration(first, channels=others) as migration:
+        assert (migration.errors, migration.complete) == ([], True)
+    files[2].write_bytes((RECOVERY + part + end)[:-1])
+    with Migration(first, channels=others) as migration:
+        (error,) = migration.errors
+    assert isinstance(error, TruncatedError)
+    assert error.trail[0] == "main, resumed"
 
 
 def test_a_multifd_channel_alone_says_what_is_missing() -> None:

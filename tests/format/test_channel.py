@@ -147,7 +147,7 @@ def test_order_decides_only_where_nothing_was_sent() -> None:
     main, silent, other = told(streams.minimal()), told(b""), told(b"what is this?")
     preempt = by_order(silent, is_forward=True, others=[main])
     assert (preempt.kind, preempt.known_by) == (ChannelKind.PREEMPT, How.ORDER)
-    assert preempt.reason == "it came after main, and nothing was sent on it: preempt may stay silent"
+    assert preempt.reason == "nothing was sent on it: beside main, preempt may stay silent"
     back = by_order(silent, is_forward=False, others=[main])
     assert (back.kind, back.known_by) == (ChannelKind.RETURN_PATH, How.ORDER)
     for is_forward in (True, False):

@@ -23,7 +23,7 @@ def _multifd(shows: str, parameters: Mapping[str, Any], **more: Any) -> Kind:
 
 
 def ways() -> Iterator[tuple[str, Kind]]:
-    for channels in (1, 2, 4):
+    for channels in (1, 2, 3, 4):
         for method, since in (("none", ()), ("zlib", ()), ("zstd", (7,))):
             parameters = {"multifd-channels": channels, "multifd-compression": method}
             yield f"multifd {channels} {method}", _multifd("multifd", parameters, since=since)
