@@ -91,6 +91,9 @@ def _check_block(name: str, length: int, blocks: Mapping[str, RamBlockThere]) ->
 async def listen_again(saved: Saved, there: Watched, uri: str | None) -> tuple[str, dict[str, int], bool]:
     """Have a destination that is paused wait for us; where to connect, its page sizes, and whether it takes a
     preempt channel.  Raises ``RefusedError``.
+
+    It does not come to this where a CPU under TCG waits for a page and its main loop for that CPU: then the destination
+    greets no new QMP client.  Seen of 5.2, 10.0 and 11.1, whose main threads slept in a futex.
     """
     check(uri)
     await there.ask()
