@@ -22,6 +22,7 @@ from qmigrate.endpoint.over_time import OverTime
 from qmigrate.errors import StreamError
 from qmigrate.format.stream import EndOfFile, VmDescriptionHeader
 from qmigrate.protocol.source import LOADED, HostPages, Ponged, Requested, Resumed, Source, Span, Stopped
+from qmigrate.value import Value
 
 __all__ = ["Answered", "Counts", "End", "Ended", "Moment", "Server"]
 
@@ -60,8 +61,7 @@ class End(Enum):
     UNREADABLE = "the input can't be served on"
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(Value):
     """``reason`` in words, empty where all went well."""
 
     end: End
