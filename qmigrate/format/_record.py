@@ -39,6 +39,7 @@ __all__ = [
 ]
 
 _SUBCON = "construct"
+_INTEGERS = frozenset("BHLQbhlq")  # what ``struct`` calls them
 
 
 class WireError(construct.ConstructError):
@@ -101,6 +102,15 @@ def _size_of(cls: "type[Record]") -> int | None:
         return None
 
 
+def _flat_of(cls: "type[Record]") -> struct.Struct | None:
+    """The same as one ``struct``, where each field is a big-endian integer: it is read in a tenth of the time."""
+    layouts = [f.metadata[_SUBCON] for f in dataclasses.fields(cls)]
+    formats = [each.fmtstr if isinstance(each, construct.FormatField) else "" for each in layouts]
+    if not formats or not all(each[:1] == ">" and each[1:] in _INTEGERS for each in formats):
+        return None
+    return struct.Struct(">" + "".join(each[1:] for each in formats))
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(wire,))
 class Record(Value):
     """A piece of a stream: its fields in the order of their bytes.
@@ -109,12 +119,14 @@ class Record(Value):
     """
 
     _struct: ClassVar[AnyConstruct]
+    _flat: ClassVar[struct.Struct | None]
     size: ClassVar[int | None]
     """In bytes, where every record of the class has the same; else None."""
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
         cls._struct = _AtFirstUse("_struct", _struct_of)  # type: ignore[assignment]
+        cls._flat = _AtFirstUse("_flat", _flat_of)  # type: ignore[assignment]
         cls.size = _AtFirstUse("size", _size_of)  # type: ignore[assignment]
 
     @classmethod
@@ -126,6 +138,16 @@ class Record(Value):
         Raises ``TruncatedError`` where ``data`` is too short, ``StreamError`` where a value is wrong.
         ``offset`` is where ``data`` stands in the stream.
         """
+        flat = cls._flat
+        if flat is not None and len(data) >= flat.size:
+            return cls(**dict(zip(cls._names, flat.unpack_from(data), strict=True))), flat.size
+        return cls._read_plainly(data, offset, trail, context)
+
+    @classmethod
+    def _read_plainly(
+        cls, data: bytes | memoryview, offset: int, trail: Sequence[str], context: dict[str, Any]
+    ) -> tuple[Self, int]:
+        """By construct, as it is declared."""
         stream = io.BytesIO(data)
         try:
             values = cls._struct.parse_stream(stream, **context)

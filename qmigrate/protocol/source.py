@@ -18,7 +18,7 @@ ram_save_host_page(), ram_postcopy_send_discard_bitmap(); migration/savevm.c: qe
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from qmigrate.errors import SequenceError, StreamError
 from qmigrate.format.command import (
@@ -74,12 +74,12 @@ class HostPages(Value):
         return -(-self.length // self.page_size)
 
 
-class Span(Value):
+class Span(NamedTuple):
     """Whole host pages of one block to be sent next, as target pages.  ``requested``: somebody waits for them."""
 
     block: str
     first: int
-    count: int
+    page_count: int
     requested: bool = False
 
 
@@ -89,7 +89,7 @@ class Ponged(Value):
     token: int
 
 
-class Requested(Value):
+class Requested(NamedTuple):
     """A fault there waits for these bytes.  ``is_new`` is False where they are on their way, or there, already."""
 
     block: str
