@@ -121,11 +121,8 @@ class Reading:
 
     def _start(self) -> None:
         """Start the process that makes it."""
-        import tempfile
-
         index, pages = os.memfd_create("index"), os.memfd_create("pages")
-        spill, name = tempfile.mkstemp(prefix="qmigrate-")
-        os.unlink(name)  # noqa: PTH108 - at once: it needs no name
+        spill = _nameless()
         answer, theirs = os.pipe2(os.O_CLOEXEC)
         self._files = [index, pages, spill, answer]
         shared = (index, pages, spill, theirs)
@@ -260,3 +257,15 @@ class Reading:
         self._process = None
         code = os.waitstatus_to_exitcode(status)
         return f"what makes it was killed by signal {-code}" if code < 0 else f"what makes it ended with {code}"
+
+
+def _nameless() -> int:
+    """A new file in the folder for such, which has no name.  Raises ``OSError``."""
+    try:
+        return os.open(os.environ.get("TMPDIR") or "/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:  # no such folder, or one on a file system that has no such files
+        import tempfile  # takes long to import
+
+        descriptor, name = tempfile.mkstemp(prefix="qmigrate-")
+        os.unlink(name)  # noqa: PTH108 - at once
+        return descriptor
