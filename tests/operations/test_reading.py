@@ -312,7 +312,7 @@ async def test_a_long_file_is_given_while_it_is_read(path: Path, folder: Path, p
 
 
 @pytest.mark.parametrize("there", [True, False])
-def test_what_is_spilled_has_no_name_whether_the_folder_is_there_or_not(
+async def test_what_is_spilled_has_no_name_whether_the_folder_is_there_or_not(
     there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path if there else tmp_path / "none"))
