@@ -200,7 +200,7 @@ class Reading:
             self._is_made = True
             raise RefusedError(f"{self.path}: {error}")
         if said.get("plain"):
-            return self._plain(said["starts"], line + b"\n" + behind)
+            return self._plain(line + b"\n" + behind)
         self._is_made = True
         self.not_kept = said["not_kept"]
         return self._owned(self._made(self._inputs))
@@ -214,7 +214,7 @@ class Reading:
         except KeptError as exc:
             raise RefusedError(f"{self.path}: its index can't be used: {exc}") from exc
 
-    def _plain(self, starts: list[int] | None, heard: bytes) -> "Saved":
+    def _plain(self, heard: bytes) -> "Saved":
         """Of a plain file, whose pages are all known or on their way."""
         from qmigrate.capture.arriving import ArrivingPages
         from qmigrate.capture.one_pass import OnePass
@@ -237,7 +237,7 @@ class Reading:
             heard=heard,
             blocks=blocks_of(head),
             entries=shared_entries(head, pages),
-            one_pass=None if starts is None else OnePass(file, head, starts=starts),
+            proven=lambda starts: OnePass(file, head, starts=starts),
             made=lambda: self._made(inputs),
             why_not=self._why,
         )
