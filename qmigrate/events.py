@@ -8,9 +8,11 @@ a field that is not known here is still there.  ``plain()`` is the same for JSON
 import re
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from enum import StrEnum
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, dataclass_transform
+
+from qmigrate.value import Value
 
 __all__ = [
     "Began",
@@ -53,8 +55,8 @@ def _now_us() -> int:
     return time.time_ns() // 1000
 
 
-@dataclass(frozen=True, kw_only=True)
-class LiveEvent:
+@dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(field,))
+class LiveEvent(Value):
     """Something that happened.  Both times are microseconds since 1970; ``qemu_us`` is None where QEMU gave none."""
 
     side: Side | None = None
@@ -80,7 +82,6 @@ _OF_ALL: Final = frozenset(each.name for each in fields(LiveEvent))
 OnEvent: TypeAlias = Callable[[LiveEvent], None]
 
 
-@dataclass(frozen=True, kw_only=True)
 class SideFound(LiveEvent):
     """Who is there, before anything begins.  ``version`` is QEMU's own, empty where it gave none."""
 
@@ -90,7 +91,6 @@ class SideFound(LiveEvent):
     status: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class Began(LiveEvent):
     """All is prepared.  ``operation``: ``migrate`` or ``recover``; ``plan``: what of it is not as by default."""
 
@@ -99,7 +99,6 @@ class Began(LiveEvent):
     plan: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
 class StatusChanged(LiveEvent):
     """The status of the migration on one side, in QEMU's word.  ``heard``: by an event; else by asking."""
 
@@ -107,7 +106,6 @@ class StatusChanged(LiveEvent):
     heard: bool = True
 
 
-@dataclass(frozen=True, kw_only=True)
 class PassBegan(LiveEvent):
     """QEMU's MIGRATION_PASS.  ``number`` is QEMU's; ``completed`` counts the passes that are over."""
 
@@ -115,14 +113,12 @@ class PassBegan(LiveEvent):
     completed: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class GuestChanged(LiveEvent):
     """The guest was stopped or runs on this side."""
 
     running: bool
 
 
-@dataclass(frozen=True, kw_only=True)
 class QemuSaid(LiveEvent):
     """Any other event of QEMU."""
 
@@ -130,7 +126,6 @@ class QemuSaid(LiveEvent):
     data: Mapping[str, Any]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Progressed(LiveEvent):
     """How far it has come.  ``data`` is QEMU's whole answer; the fields are what most want of it.
 
@@ -151,7 +146,6 @@ class Progressed(LiveEvent):
     data: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
 class CommandSent(LiveEvent):
     """We tell this side's QEMU to do something.  Questions are not reported."""
 
@@ -159,7 +153,6 @@ class CommandSent(LiveEvent):
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, kw_only=True)
 class Decided(LiveEvent):
     """What we do next, and why: ``switch``, ``continue``, ``cancel``, ``pause``, ``leave``."""
 
@@ -167,7 +160,6 @@ class Decided(LiveEvent):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class Recovering(LiveEvent):
     """A paused postcopy is being brought back.  ``limit`` is None when there is none."""
 
@@ -176,14 +168,12 @@ class Recovering(LiveEvent):
     uri: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class Troubled(LiveEvent):
     """Something went wrong on this side; what follows shows what it means."""
 
     message: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class Finished(LiveEvent):
     """The end: what became of it, and where the guest is.  ``sentence`` says the latter in full."""
 
@@ -201,7 +191,6 @@ class Finished(LiveEvent):
 # ---- of a stand-in destination
 
 
-@dataclass(frozen=True, kw_only=True)
 class Listening(LiveEvent):
     """A source may come now; ``uri`` has the port that was taken, ``control`` is the control socket's path."""
 
@@ -209,21 +198,18 @@ class Listening(LiveEvent):
     control: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class ChannelCame(LiveEvent):
     """A connection said what it is: ``main``, ``multifd``, ``resumed``, ``pages`` (preempt)."""
 
     kind: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class BlocksCame(LiveEvent):
     """The source's RAM: each block's name, length and page size here, in bytes."""
 
     blocks: Sequence[tuple[str, int, int]]
 
 
-@dataclass(frozen=True, kw_only=True)
 class Received(LiveEvent):
     """How far it has come: target pages by kind, those of the preempt channel too; the rest are host pages.
 
@@ -247,7 +233,6 @@ class Received(LiveEvent):
         return {each.name: getattr(self, each.name) for each in fields(self) if each.name not in _OF_ALL}
 
 
-@dataclass(frozen=True, kw_only=True)
 class Latency(LiveEvent):
     """How long pages took so far: ``counts[i]`` from 2^i up to 2^(i+1) µs, as QEMU's postcopy-latency-dist.
 
@@ -261,7 +246,6 @@ class Latency(LiveEvent):
     longest_us: float
 
 
-@dataclass(frozen=True, kw_only=True)
 class Paused(LiveEvent):
     """The connection broke in postcopy.  The guest's memory is kept; who asks at ``control`` brings it back."""
 
@@ -269,7 +253,6 @@ class Paused(LiveEvent):
     control: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class NotSaved(LiveEvent):
     """All has come by postcopy, and could not be saved: this memory is the only copy.  Ask at ``control``."""
 

@@ -8,9 +8,10 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "qmigrate"
 
-# Which rooms a room may import from, besides itself; `errors` and `events` are for all.
+# Which rooms a room may import from, besides itself; `errors`, `events` and `value` are for all.
 MAY_IMPORT = {
     "errors": set(),
+    "value": set(),
     "events": set(),
     "format": set(),
     "uffd": set(),
@@ -23,7 +24,7 @@ MAY_IMPORT = {
     "operations": {"endpoint", "qmp", "analysis", "capture", "protocol", "format"},
     "cli": {"operations", "report", "analysis", "capture", "endpoint", "qmp", "format"},
 }
-FOR_ALL = {"errors", "events"}
+FOR_ALL = {"errors", "events", "value"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

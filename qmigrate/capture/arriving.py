@@ -4,6 +4,7 @@ The guest can be started with it.  A page is at hand once no later copy of it ca
 have one pass at once, as it is looked for where it must be; of any other when all has been read.  That process writes
 into memory that both have, and says how far it is in lines of JSON:
 
+    {"starts": [81, 4200]}    it is proven to have one pass: where each block begins, and RAM ends
     {"at": 12345}             so many bytes have been read
     {"done": true, ...}       all of them: ``absent`` pages have not come, ``one_pass`` tells whether each came once
     {"made": true, ...}       in the plain way, as it was not what it seemed; the index is a kept one, and ``not_kept``
@@ -31,8 +32,8 @@ _READ_BYTES: Final = 1 << 16
 
 
 class ArrivingPages(PlacedPages):
-    """Closes ``news``, the pipe.  ``one_pass``: where the file is proven to have one; ``made`` reads what was made in
-    the plain way; ``why_not`` says, when the pipe ends too early, how that process did.
+    """Closes ``news``, the pipe.  ``proven`` makes of what is told by ``starts`` what looks for pages; ``made`` reads
+    what was made in the plain way; ``why_not`` says, when the pipe ends too early, how that process did.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class ArrivingPages(PlacedPages):
         heard: bytes,
         blocks: Mapping[str, RamBlock],
         entries: Mapping[str, memoryview],
-        one_pass: "OnePass | None",
+        proven: "Callable[[list[int]], OnePass]",
         made: Callable[[], Saved],
         why_not: Callable[[], str],
     ) -> None:
@@ -54,7 +55,8 @@ class ArrivingPages(PlacedPages):
         """Why no index is kept, where one should be; known in the end."""
         self._news: int | None = news
         self._heard = heard
-        self._one_pass = one_pass
+        self._proven = proven
+        self._one_pass: OnePass | None = None
         self._made = made
         self._why_not = why_not
         self._is_complete = False
@@ -99,6 +101,8 @@ class ArrivingPages(PlacedPages):
         if (error := said.get("error")) is not None:
             self._hang_up()
             raise StreamError(str(error))
+        if (starts := said.get("starts")) is not None:
+            self._one_pass = self._proven(starts)
         if said.get("made"):
             self._replace()
             self.not_kept = said["not_kept"]

@@ -5,8 +5,10 @@ A page that stands there whole can be left there, whichever channel it came over
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
+
+from qmigrate.value import Value
 
 if TYPE_CHECKING:
     from qmigrate.capture.recording import Pieces
@@ -30,8 +32,7 @@ class Input(NamedTuple):
         return cls(descriptor, status.st_size, status.st_mtime_ns)
 
 
-@dataclass(frozen=True)
-class Places:
+class Places(Value):
     """Of one stream: it begins at ``base`` of its file, and goes on to the end, or it is in ``pieces``."""
 
     descriptor: int
@@ -46,8 +47,7 @@ class Places:
         return (0, 0) if found is None else found[1:]
 
 
-@dataclass(frozen=True)
-class Channels:
+class Channels(Value):
     """The channels of a migration: by their numbers, which input each stands in, and where.
 
     One that stands in none as it is is missing.  ``inputs`` are None where nothing does.

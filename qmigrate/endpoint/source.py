@@ -22,6 +22,7 @@ from qmigrate.endpoint.over_time import OverTime
 from qmigrate.errors import StreamError
 from qmigrate.format.stream import EndOfFile, VmDescriptionHeader
 from qmigrate.protocol.source import LOADED, HostPages, Ponged, Requested, Resumed, Source, Span, Stopped
+from qmigrate.value import Value
 
 __all__ = ["Answered", "Counts", "End", "Ended", "Moment", "Server"]
 
@@ -60,8 +61,7 @@ class End(Enum):
     UNREADABLE = "the input can't be served on"
 
 
-@dataclass(frozen=True)
-class Ended:
+class Ended(Value):
     """``reason`` in words, empty where all went well."""
 
     end: End
@@ -247,10 +247,10 @@ class Server:
     def _records(self, lane: _Lane, span: Span) -> bytearray:
         self._finish_span(lane)
         lane.span = span
-        records = self.saved.index.records(span.block, span.first, span.count)
+        records = self.saved.index.records(span.block, span.first, span.page_count)
         if not span.requested:
             # After pages of zeros mostly come more of them, which are short: as long a piece has more of those.
-            self._thinness = min(max(span.count * self.saved.page_size // len(records), 1), _THINNEST)
+            self._thinness = min(max(span.page_count * self.saved.page_size // len(records), 1), _THINNEST)
         return records
 
     def _finish_span(self, lane: _Lane) -> None:
@@ -258,10 +258,10 @@ class Server:
         span, lane.span = lane.span, None
         if span is None:
             return
-        self.counts.pages += span.count
-        self.over_time.now().pages += span.count
+        self.counts.pages += span.page_count
+        self.over_time.now().pages += span.page_count
         if span.requested:
-            self.counts.requested += span.count
+            self.counts.requested += span.page_count
             asked = self._asked.pop((span.block, span.first * self.saved.page_size), None)
             if asked is not None:
                 self.answered.add(time.perf_counter_ns() - asked)

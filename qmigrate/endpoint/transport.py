@@ -3,14 +3,13 @@
 import asyncio
 import errno
 import socket
-from dataclasses import dataclass
-from pathlib import Path
+
+from qmigrate.value import Value
 
 __all__ = ["SocketAddress", "connect", "is_served", "listen", "listen_anew"]
 
 
-@dataclass(frozen=True)
-class SocketAddress:
+class SocketAddress(Value):
     """Where a stream socket is.  ``path`` for a unix socket, else ``host`` and ``port``."""
 
     path: str | None = None
@@ -66,12 +65,16 @@ async def listen_anew(address: SocketAddress) -> socket.socket:
         if exc.errno != errno.EADDRINUSE or address.path is None or await is_served(address.path):
             exc.filename = str(address)
             raise
+    from pathlib import Path  # takes long to import: who only connects does not wait for it
+
     Path(address.path).unlink()
     return await listen(address)
 
 
 async def is_served(path: str) -> bool:
     """Does anybody listen there, or is it no socket at all?"""
+    from pathlib import Path  # as above
+
     if not Path(path).is_socket():
         return True
     try:

@@ -8,11 +8,12 @@ import io
 import struct
 from collections.abc import Callable, Sequence
 from enum import IntEnum
-from typing import IO, TYPE_CHECKING, Any, ClassVar, NoReturn, Self, dataclass_transform
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Self, dataclass_transform
 
 import construct
 
 from qmigrate.errors import StreamError, TruncatedError
+from qmigrate.value import Value
 
 if TYPE_CHECKING:
     AnyConstruct = construct.Construct[Any, Any]
@@ -38,6 +39,7 @@ __all__ = [
 ]
 
 _SUBCON = "construct"
+_INTEGERS = frozenset("BHLQbhlq")  # what ``struct`` calls them
 
 
 class WireError(construct.ConstructError):
@@ -89,7 +91,7 @@ class _AtFirstUse:
 
 
 def _struct_of(cls: "type[Record]") -> AnyConstruct:
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+    fields = dataclasses.fields(cls)
     return construct.Struct(*(f.name / _At(f.metadata[_SUBCON], f.name) for f in fields))
 
 
@@ -100,63 +102,32 @@ def _size_of(cls: "type[Record]") -> int | None:
         return None
 
 
+def _flat_of(cls: "type[Record]") -> struct.Struct | None:
+    """The same as one ``struct``, where each field is a big-endian integer: it is read in a tenth of the time."""
+    layouts = [f.metadata[_SUBCON] for f in dataclasses.fields(cls)]
+    formats = [each.fmtstr if isinstance(each, construct.FormatField) else "" for each in layouts]
+    if not formats or not all(each[:1] == ">" and each[1:] in _INTEGERS for each in formats):
+        return None
+    return struct.Struct(">" + "".join(each[1:] for each in formats))
+
+
 @dataclass_transform(kw_only_default=True, frozen_default=True, field_specifiers=(wire,))
-class Record:
+class Record(Value):
     """A piece of a stream: its fields in the order of their bytes.
 
     A subclass states each field as ``name: type = wire(construct)``.
     """
 
-    _names: ClassVar[tuple[str, ...]]
-    _known: ClassVar[frozenset[str]]
-    _defaults: ClassVar[dict[str, Any]]
     _struct: ClassVar[AnyConstruct]
+    _flat: ClassVar[struct.Struct | None]
     size: ClassVar[int | None]
     """In bytes, where every record of the class has the same; else None."""
 
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        super().__init_subclass__(**kwargs)
-        # What a frozen dataclass has besides its fields is written once, below: to have it generated takes half a
-        # millisecond a class, and there are some sixty.
-        dataclasses.dataclass(init=False, repr=False, eq=False, kw_only=True)(cls)
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]  # made one in the line above
-        cls._names = tuple(f.name for f in fields)
-        cls._known = frozenset(cls._names)
-        cls._defaults = {f.name: f.default for f in fields if f.default is not dataclasses.MISSING}
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
         cls._struct = _AtFirstUse("_struct", _struct_of)  # type: ignore[assignment]
+        cls._flat = _AtFirstUse("_flat", _flat_of)  # type: ignore[assignment]
         cls.size = _AtFirstUse("size", _size_of)  # type: ignore[assignment]
-
-    def __init__(self, **values: Any) -> None:
-        if values.keys() != self._known:
-            values = self._completed(values)
-        self.__dict__.update(values)
-
-    def _completed(self, values: dict[str, Any]) -> dict[str, Any]:
-        complete = self._defaults | values
-        if wrong := sorted(complete.keys() ^ self._known):
-            does = "has no" if wrong[0] in complete else "lacks its"
-            raise TypeError(f"{type(self).__name__} {does} {wrong[0]}")
-        return complete
-
-    def __setattr__(self, name: str, value: object) -> NoReturn:
-        raise dataclasses.FrozenInstanceError(f"cannot assign to field {name!r}")
-
-    def __delattr__(self, name: str) -> NoReturn:
-        raise dataclasses.FrozenInstanceError(f"cannot delete field {name!r}")
-
-    def _values(self) -> tuple[Any, ...]:
-        return tuple([getattr(self, name) for name in self._names])
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, Record) or type(other) is not type(self):
-            return NotImplemented
-        return self._values() == other._values()
-
-    def __hash__(self) -> int:
-        return hash(self._values())
-
-    def __repr__(self) -> str:
-        return f"{type(self).__qualname__}({', '.join(f'{name}={getattr(self, name)!r}' for name in self._names)})"
 
     @classmethod
     def read_prefix(
@@ -167,6 +138,16 @@ class Record:
         Raises ``TruncatedError`` where ``data`` is too short, ``StreamError`` where a value is wrong.
         ``offset`` is where ``data`` stands in the stream.
         """
+        flat = cls._flat
+        if flat is not None and len(data) >= flat.size:
+            return cls(**dict(zip(cls._names, flat.unpack_from(data), strict=True))), flat.size
+        return cls._read_plainly(data, offset, trail, context)
+
+    @classmethod
+    def _read_plainly(
+        cls, data: bytes | memoryview, offset: int, trail: Sequence[str], context: dict[str, Any]
+    ) -> tuple[Self, int]:
+        """By construct, as it is declared."""
         stream = io.BytesIO(data)
         try:
             values = cls._struct.parse_stream(stream, **context)

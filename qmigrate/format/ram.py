@@ -7,7 +7,6 @@ migration/ram.c
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import construct
@@ -16,6 +15,7 @@ from construct import Bytes, Int8ub, Int16ub, Int32ub, Int64ub
 from qmigrate.errors import StreamError
 from qmigrate.format._record import Adapter, AnyConstruct, CountedString, Record, When, refuse, wire
 from qmigrate.format.ram_flag import RamFlag
+from qmigrate.value import Value
 
 __all__ = [
     "RAM_VERSION",
@@ -195,8 +195,7 @@ class RamBlockWord(Record):
     word: int = wire(Int64ub)
 
 
-@dataclass(frozen=True, kw_only=True)
-class RamBlock:
+class RamBlock(Value):
     """One block of the list; lengths in bytes.
 
     ``page_size`` stands only after an ADVISE, where a block's host page size differs from the host's;
@@ -222,8 +221,7 @@ class BlockListHeader(Record):
     word: int = wire(Int64ub)
 
 
-@dataclass(frozen=True, kw_only=True)
-class BlockList:
+class BlockList(Value):
     """All blocks that can migrate, largest first.  ``total`` is the sum of their lengths, in bytes."""
 
     total: int

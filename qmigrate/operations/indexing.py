@@ -95,9 +95,10 @@ class _Quick:
         is_all_sent = not tail.has_balloon and not tail.virtio_mems
         entries = shared_entries(self._head, asked.pages, is_made=True)
         if status.st_size >= asked.at_once_from:
-            starts = self._starts() if is_all_sent else None
-            self._is_proven = starts is not None
-            self._tell(starts)
+            # Before it is proven to have one pass, which takes as long as to prepare a destination for it.
+            asked.say(plain=True)
+            self._is_told = True
+            self._is_proven = is_all_sent and self._prove()
         try:
             end, page_count = self._index(entries, halved=asked.at_once_from <= status.st_size)
         except NotPlainError:
@@ -109,7 +110,7 @@ class _Quick:
             asked.say(error=_CHANGED)
             return True
         is_once = page_count == sum(map(len, entries.values()))
-        asked.say(plain=True, starts=None, done=True, absent=absent, one_pass=is_once)
+        asked.say(plain=True, done=True, absent=absent, one_pass=is_once)
         os.close(asked.answer)
         if asked.folder != KEPT_NOWHERE:
             self._keep(entries, absent, status)
@@ -140,15 +141,14 @@ class _Quick:
                 overlay(entries[name], later)
             return found[0], found[1] + pages.page_count
 
-    def _starts(self) -> list[int] | None:
+    def _prove(self) -> bool:
         from qmigrate.capture.one_pass import OnePass
 
         once = OnePass(self._descriptor, self._head)
-        return once.starts if once.prove(self._tail.devices_at) else None
-
-    def _tell(self, starts: list[int] | None) -> None:
-        self._asked.say(plain=True, starts=starts)
-        self._is_told = True
+        is_proven = once.prove(self._tail.devices_at)
+        if is_proven:
+            self._asked.say(starts=once.starts)
+        return is_proven
 
     def _tell_how_far(self, position: int) -> None:
         if self._is_told and position - self._told_at >= _TOLD_EVERY:

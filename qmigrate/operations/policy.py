@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+from qmigrate.value import Value
+
 __all__ = [
     "AfterPass",
     "AfterSeconds",
@@ -25,27 +27,23 @@ SHRINKS_BY: Final = 0.1
 """A pass that leaves this share less than the one before it had to send is one that gets on."""
 
 
-@dataclass(frozen=True)
-class AtOnce:
+class AtOnce(Value):
     """As soon as the migration has begun."""
 
 
-@dataclass(frozen=True)
-class AfterPass:
+class AfterPass(Value):
     """When so many passes over memory are over; the first copies all of it."""
 
     count: int
 
 
-@dataclass(frozen=True)
-class AfterSeconds:
+class AfterSeconds(Value):
     """When it has gone on for so long."""
 
     seconds: float
 
 
-@dataclass(frozen=True)
-class IfStuck:
+class IfStuck(Value):
     """When precopy will not end by itself.
 
     It is stuck when, in two passes following on each other (the first of all is not looked at, since it sends
@@ -60,8 +58,7 @@ class IfStuck:
 Policy: TypeAlias = AtOnce | AfterPass | AfterSeconds | IfStuck
 
 
-@dataclass(frozen=True)
-class PassStart:
+class PassStart(Value):
     """What QEMU said when a pass began.  ``left_bytes``: to be sent in it; the rates are bytes a second."""
 
     left_bytes: int
@@ -114,8 +111,7 @@ class PassCounter:
         return True
 
 
-@dataclass(frozen=True)
-class History:
+class History(Value):
     """What was seen of a migration: for how long it has gone on, and its passes."""
 
     seconds: float

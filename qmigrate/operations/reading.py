@@ -121,11 +121,8 @@ class Reading:
 
     def _start(self) -> None:
         """Start the process that makes it."""
-        import tempfile
-
         index, pages = os.memfd_create("index"), os.memfd_create("pages")
-        spill, name = tempfile.mkstemp(prefix="qmigrate-")
-        os.unlink(name)  # noqa: PTH108 - at once: it needs no name
+        spill = _nameless()
         answer, theirs = os.pipe2(os.O_CLOEXEC)
         self._files = [index, pages, spill, answer]
         shared = (index, pages, spill, theirs)
@@ -203,7 +200,7 @@ class Reading:
             self._is_made = True
             raise RefusedError(f"{self.path}: {error}")
         if said.get("plain"):
-            return self._plain(said["starts"], line + b"\n" + behind)
+            return self._plain(line + b"\n" + behind)
         self._is_made = True
         self.not_kept = said["not_kept"]
         return self._owned(self._made(self._inputs))
@@ -217,7 +214,7 @@ class Reading:
         except KeptError as exc:
             raise RefusedError(f"{self.path}: its index can't be used: {exc}") from exc
 
-    def _plain(self, starts: list[int] | None, heard: bytes) -> "Saved":
+    def _plain(self, heard: bytes) -> "Saved":
         """Of a plain file, whose pages are all known or on their way."""
         from qmigrate.capture.arriving import ArrivingPages
         from qmigrate.capture.one_pass import OnePass
@@ -240,7 +237,7 @@ class Reading:
             heard=heard,
             blocks=blocks_of(head),
             entries=shared_entries(head, pages),
-            one_pass=None if starts is None else OnePass(file, head, starts=starts),
+            proven=lambda starts: OnePass(file, head, starts=starts),
             made=lambda: self._made(inputs),
             why_not=self._why,
         )
@@ -260,3 +257,15 @@ class Reading:
         self._process = None
         code = os.waitstatus_to_exitcode(status)
         return f"what makes it was killed by signal {-code}" if code < 0 else f"what makes it ended with {code}"
+
+
+def _nameless() -> int:
+    """A new file in the folder for such, which has no name.  Raises ``OSError``."""
+    try:
+        return os.open(os.environ.get("TMPDIR") or "/tmp", os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:  # no such folder, or one on a file system that has no such files
+        import tempfile  # takes long to import
+
+        descriptor, name = tempfile.mkstemp(prefix="qmigrate-")
+        os.unlink(name)  # noqa: PTH108 - at once
+        return descriptor

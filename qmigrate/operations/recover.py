@@ -7,7 +7,6 @@ the destination is past RUN: until then a broken connection loses the guest.
 import asyncio
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Final
 
 from qmigrate.errors import QmpCommandError, QmpTimeoutError
@@ -16,6 +15,7 @@ from qmigrate.operations.addresses import takes_any_port, uri_of, where_to_conne
 from qmigrate.operations.telling import tell_where
 from qmigrate.operations.watch import Watched
 from qmigrate.qmp.postcopy import PAUSED
+from qmigrate.value import Value
 
 __all__ = [
     "NAME_A_PORT",
@@ -111,8 +111,7 @@ async def pause_one(watched: Watched) -> None:
         await watched.ask_status()
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(Value):
     """What became of an attempt.  ``trouble`` is empty when pages flow again."""
 
     trouble: str = ""

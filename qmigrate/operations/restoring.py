@@ -5,7 +5,6 @@ Nothing has begun until here: whatever is wrong is a RefusedError.
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 from qmigrate.capture.saved_guest import Saved
@@ -18,6 +17,7 @@ from qmigrate.qmp.features import POSTCOPY_NAMES
 from qmigrate.qmp.migration import capabilities
 from qmigrate.qmp.postcopy import PAUSED
 from qmigrate.qmp.ram_blocks import RamBlockThere, ram_blocks
+from qmigrate.value import Value
 
 __all__ = ["Found", "check_fits", "listen", "listen_again", "look"]
 
@@ -28,8 +28,7 @@ _OFF: Final = ("multifd", PREEMPT, "mapped-ram", "compress", "x-ignore-shared", 
 """What changes how RAM comes: we send it on one channel, page by page."""
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(Value):
     """What a QEMU that waits says of itself: its ``machine``, empty where it does not tell."""
 
     machine: str

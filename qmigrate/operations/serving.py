@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Callable, Generator, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -19,6 +19,7 @@ from qmigrate.endpoint.transport import SocketAddress, connect
 from qmigrate.errors import NoStreamError, RefusedError, StreamError
 from qmigrate.events import Decided, LiveEvent, OnEvent, Side, Troubled
 from qmigrate.operations.reading import Reading
+from qmigrate.value import Value
 
 if TYPE_CHECKING:
     from qmigrate.capture.migration import Migration
@@ -46,7 +47,6 @@ CONNECT_TIMEOUT_S: Final = 10.0
 PROGRESS_EVERY_S: Final = 0.25
 
 
-@dataclass(frozen=True, kw_only=True)
 class Indexed(LiveEvent):
     """The file has been read: RAM of ``total_bytes`` in so many blocks, device state of ``device_bytes``.
 
@@ -61,7 +61,6 @@ class Indexed(LiveEvent):
     kept: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
 class Restored(LiveEvent):
     """A step on the way: its name, in words, and how long after the beginning it came."""
 
@@ -69,7 +68,6 @@ class Restored(LiveEvent):
     after_us: int
 
 
-@dataclass(frozen=True, kw_only=True)
 class Served(LiveEvent):
     """How far it is: target pages, of them those that were asked for; bytes sent; bytes a second lately."""
 
@@ -81,8 +79,7 @@ class Served(LiveEvent):
     bytes_per_s: int
 
 
-@dataclass(frozen=True, kw_only=True)
-class ServingResult:
+class ServingResult(Value):
     """The end.  ``exit_code`` as design.md has it; 3 is: the guest is in the file, as it was.
 
     ``moments`` in microseconds after the beginning; ``latency`` of answers, in this process; ``over_time`` counts from

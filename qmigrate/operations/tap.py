@@ -13,7 +13,6 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -30,7 +29,6 @@ _CONNECT_TIMEOUT_S: Final = 10.0
 _BUSY_S: Final = 0.2
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConnectionOpened(LiveEvent):
     """The source connected, and we to the destination.  ``number`` counts from 0."""
 
@@ -38,7 +36,6 @@ class ConnectionOpened(LiveEvent):
     peer: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConnectionTold(LiveEvent):
     """What a connection is, by its first bytes; what needs the block list to be told may be wrong here."""
 
@@ -47,7 +44,6 @@ class ConnectionTold(LiveEvent):
     reason: str
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConnectionClosed(LiveEvent):
     """Both sides are closed.  ``error`` is empty where all went well."""
 
@@ -58,7 +54,6 @@ class ConnectionClosed(LiveEvent):
     unfinished: bool
 
 
-@dataclass(frozen=True, kw_only=True)
 class ConnectionRefused(LiveEvent):
     """The source connected, and the destination does not take it: the source's is closed too."""
 

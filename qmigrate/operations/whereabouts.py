@@ -6,7 +6,6 @@ that has `completed` may have sent it to a QEMU that died.
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
@@ -14,6 +13,7 @@ from qmigrate.errors import QemuDiedError, QmpConnectError, QmpError, QmpTimeout
 from qmigrate.qmp.migration import FINAL_STATUSES, query
 from qmigrate.qmp.postcopy import PAUSED, is_postcopy
 from qmigrate.qmp.session import Address, Session
+from qmigrate.value import Value
 
 __all__ = ["Place", "Reach", "View", "Whereabouts", "ask", "locate", "receives"]
 
@@ -54,8 +54,7 @@ class Reach(StrEnum):
     DEAD = "dead"
 
 
-@dataclass(frozen=True)
-class View:
+class View(Value):
     """One side, as it says itself.  ``error`` is its own reason, or why it can't be asked."""
 
     reach: Reach
@@ -89,8 +88,7 @@ class View:
         return f"says {self.run_state}, migration {self.status}"
 
 
-@dataclass(frozen=True)
-class Whereabouts:
+class Whereabouts(Value):
     """``running`` is None where it is not known; ``sentence`` says it in full, ``advice`` what to do."""
 
     place: Place

@@ -17,9 +17,8 @@ ram_save_host_page(), ram_postcopy_send_discard_bitmap(); migration/savevm.c: qe
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, TypeAlias
+from typing import Final, NamedTuple, TypeAlias
 
 from qmigrate.errors import SequenceError, StreamError
 from qmigrate.format.command import (
@@ -51,6 +50,7 @@ from qmigrate.format.return_path import (
 )
 from qmigrate.format.stream import EndOfFile, Footer, SectionHeader, SectionPart, SectionType
 from qmigrate.protocol.phases import Fact, Phase, after, turned
+from qmigrate.value import Value
 
 __all__ = ["Event", "HostPages", "Ponged", "Requested", "Resumed", "Source", "Span", "Stopped"]
 
@@ -62,8 +62,7 @@ _CONTINUE: Final = int(RamFlag.CONTINUE)
 _MOST_RANGES: Final = 12  # in one DISCARD of a QEMU source
 
 
-@dataclass(frozen=True)
-class HostPages:
+class HostPages(Value):
     """A block as the destination has it: ``length`` and ``page_size``, of its host pages, in bytes."""
 
     name: str
@@ -75,25 +74,22 @@ class HostPages:
         return -(-self.length // self.page_size)
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Whole host pages of one block to be sent next, as target pages.  ``requested``: somebody waits for them."""
 
     block: str
     first: int
-    count: int
+    page_count: int
     requested: bool = False
 
 
-@dataclass(frozen=True)
-class Ponged:
+class Ponged(Value):
     """The destination has come to the PING of this token."""
 
     token: int
 
 
-@dataclass(frozen=True)
-class Requested:
+class Requested(NamedTuple):
     """A fault there waits for these bytes.  ``is_new`` is False where they are on their way, or there, already."""
 
     block: str
@@ -102,13 +98,11 @@ class Requested:
     is_new: bool
 
 
-@dataclass(frozen=True)
-class Resumed:
+class Resumed(Value):
     """A paused postcopy goes on."""
 
 
-@dataclass(frozen=True)
-class Stopped:
+class Stopped(Value):
     """SHUT: the destination is done.  ``value`` is 0 where all went well."""
 
     value: int

@@ -5,10 +5,10 @@ migration/ram.c, softmmu/physmem.c: ram_block_format()
 """
 
 import re
-from dataclasses import dataclass
 from typing import Final
 
 from qmigrate.qmp.session import COMMAND_TIMEOUT_S, Session
+from qmigrate.value import Value
 
 __all__ = ["RamBlockThere", "ram_blocks"]
 
@@ -16,8 +16,7 @@ _ROW: Final = re.compile(r" *(\S.*?) +(\d+) (B|KiB|MiB|GiB) +0x[0-9a-f]+ +0x([0-
 _UNITS: Final = {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
 
-@dataclass(frozen=True)
-class RamBlockThere:
+class RamBlockThere(Value):
     """Sizes in bytes; ``longest`` is what it can be resized to."""
 
     page_size: int

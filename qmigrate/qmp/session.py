@@ -17,7 +17,6 @@ import socket
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Collection, Generator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any, Final, Self, TypeAlias
 
@@ -26,6 +25,7 @@ from qemu.qmp.message import Message
 from qemu.qmp.protocol import StateError
 
 from qmigrate.errors import QemuDiedError, QmpCommandError, QmpConnectError, QmpError, QmpTimeoutError
+from qmigrate.value import Value
 
 __all__ = ["Address", "Event", "Listener", "Session"]
 
@@ -44,8 +44,7 @@ _EVENTS_A_TURN: Final = 256
 # events we step aside, so that a listener that is being read never overflows.
 
 
-@dataclass(frozen=True, kw_only=True)
-class Event:
+class Event(Value):
     """Something QEMU said unasked.  ``timestamp_us``: QEMU's clock, microseconds since 1970; 0 is unknown."""
 
     name: str

@@ -45,10 +45,13 @@ class Arriving:
             heard=b"",
             blocks=blocks_of(head),
             entries=self.entries,
-            one_pass=once if is_once else None,
+            proven=lambda starts: OnePass(self.file, head, starts=starts),
             made=self.made,
             why_not=lambda: "it was killed",
         )
+        if is_once:
+            self.say(starts=once.starts)
+            self.index.hear()
 
     def say(self, **said: Any) -> None:
         os.write(self.pipe, json.dumps(said).encode() + b"\n")

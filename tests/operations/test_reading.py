@@ -21,7 +21,7 @@ from qmigrate.capture.saved import read_saved
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.errors import RefusedError, StreamError
 from qmigrate.events import Decided, LiveEvent
-from qmigrate.operations.reading import Reading
+from qmigrate.operations.reading import Reading, _nameless
 from qmigrate.operations.send import Sender
 from qmigrate.operations.serving import Indexed
 from tests import streams
@@ -309,3 +309,18 @@ async def test_a_long_file_is_given_while_it_is_read(path: Path, folder: Path, p
                         saved.index.hear()
                     assert ram_of(saved) == plainly(path)
     assert reading.is_kept
+
+
+@pytest.mark.parametrize("there", [True, False])
+async def test_what_is_spilled_has_no_name_whether_the_folder_is_there_or_not(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path if there else tmp_path / "none"))
+    descriptor = _nameless()
+    try:
+        assert os.fstat(descriptor).st_nlink == 0
+        assert os.pwrite(descriptor, b"page", 4096) == 4
+        assert os.pread(descriptor, 4, 4096) == b"page"
+    finally:
+        os.close(descriptor)
+    assert list(tmp_path.iterdir()) == []

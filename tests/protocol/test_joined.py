@@ -47,7 +47,7 @@ def page_of(block: str, page: int) -> bytes:
 
 
 def records_of(span: Span) -> bytearray:
-    pages = range(span.first, span.first + span.count)
+    pages = range(span.first, span.first + span.page_count)
     return bytearray(
         b"".join(
             streams.page(page * PAGE, page_of(span.block, page)) if page % 3 else streams.zero(page * PAGE)

@@ -47,7 +47,7 @@ def new_source(*blocks: HostPages) -> Source:
 
 def records_of(span: Span) -> bytearray:
     """Pages that say which they are; every third is zero."""
-    pages = range(span.first, span.first + span.count)
+    pages = range(span.first, span.first + span.page_count)
     return bytearray(
         b"".join(streams.zero(page * PAGE) if page % 3 == 0 else streams.page(page * PAGE) for page in pages)
     )
@@ -275,7 +275,7 @@ def test_what_stands_behind_a_page_that_was_asked_for_comes_after_it() -> None:
 def test_huge_pages_are_sent_whole() -> None:
     source = new_source()
     spans = list(iter(source.next_span, None))
-    assert {(span.first % 4, span.count) for span in spans if span.block == "huge"} == {(0, 4)}
+    assert {(span.first % 4, span.page_count) for span in spans if span.block == "huge"} == {(0, 4)}
 
 
 def test_a_request_without_a_name_is_for_the_block_before() -> None:
