@@ -1,12 +1,16 @@
 """The story of a recording as one plain value: what ``dissect --json`` adds to the summary of its main channel."""
 
-from typing import Any
+from heapq import nlargest
+from typing import Any, Final
 
 from qmigrate.analysis.recording import RecordingStory
+from qmigrate.analysis.requests import PageRequest
 from qmigrate.analysis.story import ChannelStory, Moment
 from qmigrate.capture.recording import Recording
 
-__all__ = ["describe_recording", "in_order", "read_story"]
+__all__ = ["describe_recording", "in_order", "longest", "read_story"]
+
+_LONGEST: Final = 10
 
 
 def read_story(recording: Recording) -> RecordingStory:
@@ -83,3 +87,9 @@ def _describe_channel(channel: ChannelStory) -> dict[str, Any]:
 def in_order(story: RecordingStory) -> list[Moment]:
     """What was told together comes late, and begins earlier."""
     return sorted(story.timeline, key=lambda moment: moment.time_ns)
+
+
+def longest(story: RecordingStory) -> list[PageRequest]:
+    """A few of the answered requests, those that took longest first."""
+    answered = (request for request in story.asked if request.answered_ns is not None)
+    return nlargest(_LONGEST, answered, key=lambda request: request.delay_ns or 0)

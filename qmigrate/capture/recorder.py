@@ -54,6 +54,7 @@ class Recorder:
     is as much as does nobody harm, at most 1 GiB, and nothing where that can't be had.  On a tmpfs what is set aside is
     mapped, and what is recorded is copied into it, at half the cost of the file system's own way; the file is then as
     long as that until it is closed, with zeros behind what was recorded.
+    With ``overwrite`` a file that is there stays as it was until ``begin()``, or until the first connection is told of.
     Raises ``OSError`` where the file can't be made, ``RefusedError`` where it is there and not empty, unless
     ``overwrite``, or is no regular file.
     """
@@ -66,40 +67,56 @@ class Recorder:
         reserve: int | None = 0,
         on_stop: Callable[[OSError], None] | None = None,
     ) -> None:
+        self.path = os.fspath(path)
         self.stopped: OSError | None = None
+        self._reserve = reserve
+        self._begun = False
         self._on_stop = on_stop
         self._lock = threading.Lock()
         self._position = 0
         self._splices = True
         self._mapping: mmap.mmap | None = None
+        is_new = not os.path.lexists(path)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            self._begin(os.fspath(path), overwrite=overwrite, reserve=reserve)
+            if not self._has_content(overwrite=overwrite):
+                self.begin()
         except BaseException:
             os.close(self._descriptor)
+            if is_new and self._begun:  # else it may be another's who was a moment sooner
+                with suppress(OSError):
+                    os.unlink(path)
             raise
 
-    def _begin(self, path: str, *, overwrite: bool, reserve: int | None) -> None:
-        status = os.fstat(self._descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise RefusedError(f"{path} is no regular file: a recording is read by offsets")
-        if status.st_size and not overwrite:
-            raise RefusedError(f"{path} is there already; --overwrite replaces it")
+    def _has_content(self, *, overwrite: bool) -> bool:
+        """Is there something that ``begin()`` will replace?  Raises ``RefusedError`` where it may not."""
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise RefusedError(f"{self.path} is no regular file: a recording is read by offsets")
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # who follows sees that we live
         except BlockingIOError:
-            raise RefusedError(f"{path} is being written by another tap") from None
-        os.ftruncate(self._descriptor, 0)
+            raise RefusedError(f"{self.path} is being written by another tap") from None
+        has_content = os.fstat(self._descriptor).st_size > 0
+        if has_content and not overwrite:
+            raise RefusedError(f"{self.path} is there already; --overwrite replaces it")
+        return has_content
+
+    def begin(self) -> None:
+        """What was there before is lost from here on; once is enough.  Raises ``OSError``, which names the file."""
+        if self._begun:
+            return
+        self._begun = True
         try:
+            os.ftruncate(self._descriptor, 0)
             self._write(build_header(**_now()))
-            if reserve is None:
+            if self._reserve is None:
                 with suppress(OSError):
                     _reserve(self._descriptor, _harmless(self._descriptor))
-            elif reserve:
-                _reserve(self._descriptor, reserve)
+            elif self._reserve:
+                _reserve(self._descriptor, self._reserve)
             self._map()
         except OSError as exc:
-            exc.filename = path
+            exc.filename = self.path
             raise
 
     def __enter__(self) -> Self:
@@ -117,11 +134,12 @@ class Recorder:
 
     @property
     def is_empty(self) -> bool:
-        """Is there nothing in it yet?"""
-        return self._position <= HEADER.size
+        """Did it begin, and is there nothing in it yet?"""
+        return self._begun and self._position <= HEADER.size
 
     def opened(self, connection: int, *, peer: str, listen: str, forward: str) -> None:
-        """A connection was made, the next number."""
+        """A connection was made, the next number.  Raises ``OSError`` where ``begin()`` was not called, and fails."""
+        self.begin()
         self._frame(Opened(peer=_short(peer), listen=_short(listen), forward=_short(forward)), connection)
 
     def closed(self, connection: int, *, forward_bytes: int, return_bytes: int, error: str = "") -> None:
@@ -148,9 +166,17 @@ class Recorder:
         self._attempt(move)
 
     def close(self) -> None:
-        """End in good order, and close the file."""
+        """End in good order, and close the file.  Where it never began, one that was there is left as it was."""
         if self._descriptor < 0:
             return
+        if self._begun:
+            self._end()
+        os.close(self._descriptor)
+        self._descriptor = -1
+
+    # -- inside
+
+    def _end(self) -> None:
         self._frame(End(), 0)
         if self.stopped is not None:
             with suppress(OSError):
@@ -158,10 +184,6 @@ class Recorder:
         self._unmap()
         with suppress(OSError):
             os.ftruncate(self._descriptor, self._position)  # what was reserved and not used is given back
-        os.close(self._descriptor)
-        self._descriptor = -1
-
-    # -- inside
 
     def _frame(self, body: Record, connection: int) -> None:
         self._attempt(lambda: self._put(build_frame(body, connection=connection, **_now())))

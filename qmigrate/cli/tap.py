@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Final, TextIO
 
 from qmigrate.cli.sizes import size
 from qmigrate.cli.tell import tell
+from qmigrate.errors import RefusedError
 
 if TYPE_CHECKING:
     import asyncio
@@ -24,8 +25,8 @@ HELP = "relay a migration, and record every channel both ways"
 DESCRIPTION = (
     "Stand between the source and the destination of a migration: every connection to LISTEN is joined to one to "
     "FORWARD, and what passes is recorded, both ways, with times. A killed tap leaves a file that dissect reads; a "
-    "full disk stops the recording, never the migration. Ends with Ctrl-C, or with --once: where connections are open "
-    "then, when they have closed (a second Ctrl-C cuts them). The exit code is 0, 1 where the recording "
+    "full disk stops the recording, never the migration. Ends with Ctrl-C, when its terminal closes, or with --once: "
+    "where connections are open then, when they have closed (a second Ctrl-C cuts them). The exit code is 0, 1 where the recording "
     "stopped early, 2 where nothing could be done, 130 where connections were cut."
 )
 EXAMPLES = (
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace, _out: TextIO) -> int:
     with Recorder(args.output, overwrite=args.overwrite, reserve=args.reserve, on_stop=_stopped) as recorder:
         try:
             return asyncio.run(_tap(args, recorder))
-        except OSError:
+        except (OSError, RefusedError):
             if recorder.is_empty:  # it could not even listen
                 Path(args.output).unlink(missing_ok=True)
             raise
@@ -96,6 +97,8 @@ async def _tap(args: argparse.Namespace, recorder: "Recorder") -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, lambda: (again if interrupted.is_set() else interrupted).set())
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # else nohup has said that it goes on
+        loop.add_signal_handler(signal.SIGHUP, interrupted.set)  # a terminal that goes away cuts no migration
     async with Tap(args.listen, args.forward, recorder=recorder, on_event=screen.take) as tap:
         screen.line(f"listening at {tap.address}, forwarding to {tap.forward}, recording to {args.output}")
         showing = asyncio.create_task(screen.show(tap, recorder))
@@ -121,7 +124,8 @@ async def _until_over(
         return False
     await tap.stop_listening()
     if tap.open_count:
-        screen.line(f"ending when {tap.open_count} open connections have closed; Ctrl-C again cuts them")
+        open_ones = "1 open connection has" if tap.open_count == 1 else f"{tap.open_count} open connections have"
+        screen.line(f"ending when {open_ones} closed; Ctrl-C again cuts them")
         await _first(again.wait(), tap.wait_until_closed())
     return tap.open_count > 0
 

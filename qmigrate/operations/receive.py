@@ -168,6 +168,8 @@ class Receiver:
             stack.callback(self._writing_stops.set)
             stack.push_async_callback(self._stop_accepting)
             await self._listen(self.uri)
+            if self._recorder is not None:
+                self._recorder.begin()
             try:
                 return await self._follow()
             except ProcessDiedError as exc:

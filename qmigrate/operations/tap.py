@@ -9,6 +9,7 @@ connections stay.
 """
 
 import asyncio
+import errno
 import os
 import socket
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Final, Self
 from qmigrate.capture.recorder import Recorder
 from qmigrate.endpoint.joined import Joined
 from qmigrate.endpoint.transport import SocketAddress, connect, listen_anew
+from qmigrate.errors import RefusedError
 from qmigrate.events import LiveEvent, OnEvent
 from qmigrate.format.channel import Channel
 
@@ -66,7 +68,9 @@ class Tap:
 
     ``listen`` and ``forward`` are URIs, ``unix:PATH`` or ``tcp:HOST:PORT``; ``address`` says where it listens, with
     the port that was taken.  ``on_event`` hears of connections, in the event loop.
-    Raises ``OSError`` where it can't listen, ``ValueError`` for a URI of another kind.
+    The recorder begins when it listens: before that an older recording is as it was.
+    Raises ``OSError`` where it can't listen or begin to record, ``RefusedError`` where it would connect to itself,
+    ``ValueError`` for a URI of another kind.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Tap:
         self.forward = SocketAddress.parse(forward)
         self.connections: list[Joined] = []
         self._refused = 0
+        self._outgoing: set[tuple[object, object]] = set()  # from where to where
         self._recorder = recorder
         self._on_event = on_event
         self._listener: socket.socket | None = None
@@ -85,9 +90,17 @@ class Tap:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        if _same(self.address, self.forward):
+            raise RefusedError(f"LISTEN and FORWARD are the same, {self.forward}: it would connect to itself")
         self._listener = await listen_anew(self.address)
         if self.address.path is None:
             self.address = SocketAddress(host=self.address.host, port=self._listener.getsockname()[1])
+        try:
+            if self._recorder is not None:
+                self._recorder.begin()
+        except BaseException:
+            await self.stop_listening()
+            raise
         self._accepting = asyncio.create_task(self._accept(self._listener))
         return self
 
@@ -152,8 +165,11 @@ class Tap:
         if self._recorder is not None:
             self._recorder.opened(number, peer=peer, listen=str(self.address), forward=str(self.forward))
         try:
+            self._check_is_not_ours(source)
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 destination = await connect(self.forward)
+            if self.forward.path is None:
+                self._outgoing.add((destination.getsockname(), destination.getpeername()))
         except (OSError, TimeoutError) as exc:
             self._refuse(number, source, exc)
             return
@@ -170,6 +186,11 @@ class Tap:
         self.connections.append(joined)
         self._tell(ConnectionOpened(number=number, peer=peer))
         joined.start()
+
+    def _check_is_not_ours(self, source: socket.socket) -> None:
+        """Of tcp the same place has several addresses: it can't be seen before.  Raises ``OSError``."""
+        if self.address.path is None and (source.getpeername(), source.getsockname()) in self._outgoing:
+            raise OSError(errno.ELOOP, "we connected to ourselves: nobody but us listens there")
 
     def _refuse(self, number: int, source: socket.socket, exc: Exception) -> None:
         source.close()
@@ -208,6 +229,12 @@ class Tap:
     def _tell(self, event: LiveEvent) -> None:
         if self._on_event is not None:
             self._on_event(event)
+
+
+def _same(listen: SocketAddress, forward: SocketAddress) -> bool:
+    if listen.path is None or forward.path is None:
+        return listen == forward and listen.port > 0
+    return os.path.realpath(listen.path) == os.path.realpath(forward.path)
 
 
 def _uri(address: object) -> str:

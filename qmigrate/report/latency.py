@@ -13,8 +13,8 @@ __all__ = ["histogram", "latency_section"]
 _MOST_ROWS: Final = 4
 
 
-def latency_section(latency: Latency) -> str:
-    """Nothing where the destination did not measure."""
+def latency_section(latency: Latency, *, what: str = "by how long the guest waited for the page") -> str:
+    """Nothing where nobody measured.  ``what`` says of each request what was measured."""
     if not latency.known:
         return ""
     rows = []
@@ -26,7 +26,7 @@ def latency_section(latency: Latency) -> str:
         doubt = "" if latency.mean_fits else ", says QEMU, which its own distribution contradicts"
         rows.append(("Mean of a request", f"{mean}{doubt}"))
     if latency.count:
-        lead = f"{plural(latency.count, 'request')}, by how long the guest waited for the page. {_middle(latency)}"
+        lead = f"{plural(latency.count, 'request')}, {what}. {_middle(latency)}"
     elif latency.buckets:
         lead = "The guest waited for no page."
     else:

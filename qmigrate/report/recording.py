@@ -6,16 +6,20 @@ from typing import Any, Final
 
 from rich.text import Text
 
-from qmigrate.analysis.described import in_order
+from qmigrate.analysis.described import in_order, longest
 from qmigrate.analysis.latency import Bucket, Latency
 from qmigrate.analysis.recording import RecordingStory
+from qmigrate.analysis.requests import PageRequest
 from qmigrate.analysis.story import ChannelStory, Moment
 from qmigrate.errors import TruncatedError
 from qmigrate.report.names import clean
 from qmigrate.report.paper import BAD, DIM, GOOD, HEAD, KIND, ODD, Paper, text
 from qmigrate.report.units import count, duration, plural, share, size
 
-__all__ = ["moment_line", "moment_words", "write_ending", "write_recording"]
+__all__ = ["REQUEST", "moment_line", "moment_words", "request_words", "seconds", "write_ending", "write_recording"]
+
+REQUEST: Final = ("asked", "block", "start", "length", "answered on", "took")
+"""Heads of the columns of ``request_words()``."""
 
 _MOST_LINES: Final = 60
 _MANY: Final = 5
@@ -59,9 +63,9 @@ def _channels(story: RecordingStory, paper: Paper) -> None:
     paper.heading("Channels")
     rows = []
     for channel in story.channels[:_MOST_LINES]:
-        closed = "open" if channel.closed_ns is None else _seconds(channel.closed_ns)
+        closed = "open" if channel.closed_ns is None else seconds(channel.closed_ns)
         sizes = size(channel.forward_bytes), size(channel.return_bytes)
-        rows.append([f"{channel.number} {channel.forward.name}", _seconds(channel.opened_ns), closed, *sizes])
+        rows.append([f"{channel.number} {channel.forward.name}", seconds(channel.opened_ns), closed, *sizes])
     paper.table(["connection", "opened", "closed", "forward", "back"], rows)
     for channel in story.channels[:_MOST_LINES]:
         for lead, said, style in _about(channel):
@@ -89,7 +93,7 @@ def _phases(story: RecordingStory, paper: Paper) -> None:
     rows = []
     for phase in story.phases[:_MOST_LINES]:
         end = story.last_ns if phase.end_ns is None else phase.end_ns
-        rows.append([phase.name, _seconds(phase.begin_ns), duration((end - phase.begin_ns) / 1000)])
+        rows.append([phase.name, seconds(phase.begin_ns), duration((end - phase.begin_ns) / 1000)])
     paper.table(["phase", "from", "took"], rows)
     if len(story.phases) > _MOST_LINES:
         paper.line(text((f"  … and {count(len(story.phases) - _MOST_LINES)} more", DIM)))
@@ -120,7 +124,7 @@ def _who_says_what(moment: Moment) -> tuple[int, str, str]:
 
 
 def _lead(moment: Moment) -> str:
-    return f"  {_seconds(moment.time_ns):>12}  {moment.connection:>2} {_ARROWS[moment.direction]} "
+    return f"  {seconds(moment.time_ns):>12}  {moment.connection:>2} {_ARROWS[moment.direction]} "
 
 
 def moment_line(moment: Moment) -> str:
@@ -168,8 +172,8 @@ def _requests(story: RecordingStory, paper: Paper) -> None:
     half, most = latency.percentile(0.5), latency.percentile(0.99)
     if half is None or most is None:
         return
-    longest = duration(requests.longest_ns / 1000)
-    paper.line(f"  half took {_below(half)}, 99 of 100 {_below(most)}, the longest {longest}; as it passed the tap")
+    most_took = duration(requests.longest_ns / 1000)
+    paper.line(f"  half took {_below(half)}, 99 of 100 {_below(most)}, the longest {most_took}; as it passed the tap")
     largest = max(bucket.count for bucket in latency.buckets)
     rows = [
         [_below(bucket), count(bucket.count), share(bucket.count, latency.count), "█" * _bar(bucket.count, largest)]
@@ -177,6 +181,14 @@ def _requests(story: RecordingStory, paper: Paper) -> None:
     ]
     for took, number, part, bar in rows:
         paper.line(f"  {took:<20} {number:>9} {part:>6}  {bar}")
+    paper.heading("Longest waits", ("every request: --ndjson", DIM))
+    paper.table(REQUEST, [[clean(cell) for cell in request_words(each)] for each in longest(story)])
+
+
+def request_words(request: PageRequest) -> list[str]:
+    """Of a request that was answered: when, for what, on which connection the answer came, how long that took."""
+    what = [seconds(request.asked_ns), request.block, f"{request.start:#x}", size(request.length)]
+    return [*what, str(request.answered_on), duration((request.delay_ns or 0) / 1000)]
 
 
 def _bar(number: int, largest: int) -> int:
@@ -189,5 +201,6 @@ def _below(bucket: Bucket) -> str:
     return f"less than {duration(bucket.end_us)}"
 
 
-def _seconds(time_ns: int) -> str:
+def seconds(time_ns: int) -> str:
+    """A time of the recording, to the microsecond."""
     return f"{time_ns / 1e9:.6f} s"

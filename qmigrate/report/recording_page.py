@@ -5,7 +5,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Final
 
-from qmigrate.analysis.described import in_order
+from qmigrate.analysis.described import in_order, longest
 from qmigrate.analysis.latency import Latency
 from qmigrate.analysis.recording import RecordingStory
 from qmigrate.analysis.story import ChannelStory
@@ -13,7 +13,7 @@ from qmigrate.format.channel import ChannelKind
 from qmigrate.report.chart import Axis, Band, Series, axis_row, lane, plot, stacked
 from qmigrate.report.latency import latency_section
 from qmigrate.report.page import document, escaped, section, table, tiles
-from qmigrate.report.recording import moment_words
+from qmigrate.report.recording import REQUEST, moment_words, request_words, seconds
 from qmigrate.report.units import count, duration, plural, size
 
 __all__ = ["recording_page"]
@@ -36,11 +36,14 @@ CHANNELS: Final = {
 _MOST_LANES: Final = 64
 _MOST_MOMENTS: Final = 1000
 _RATES: Final = 200
+_SHORTEST_RATE_NS: Final = 10_000_000  # a piece is large: in less it would be a needle
+_TIMES: Final = "Times are those at which it passed the tap, counted from the recording's start."
+_LATENCY: Final = "by the time from the request to the last of its answer, as they passed the tap"
 
 
 def recording_page(story: RecordingStory, name: str) -> str:
     """The page, complete."""
-    axis = Axis(0, max(story.last_ns // 1000, 1))
+    axis = _axis(story)
     rows = [lane("phases", _phases(story), axis), *_lanes(story, axis), *_plots(story, axis), axis_row(axis)]
     stops = [each for each in _phases(story) if each.kind == "paused"]
     marks = [(each.begin_us, each.end_us, "stop") for each in stops]
@@ -49,12 +52,24 @@ def recording_page(story: RecordingStory, name: str) -> str:
         [
             _header(story, name),
             _figures(story),
-            section("The course of it", stacked(rows, axis, marks), lead="Times are those at which it passed the tap."),
+            section("The course of it", stacked(rows, axis, marks), lead=_TIMES),
             section("Channels", table(["connection", "what", "known by", "forward", "back"], _channels(story))),
-            latency_section(Latency(buckets=story.requests.histogram)),
+            latency_section(Latency(buckets=story.requests.histogram), what=_LATENCY),
+            _longest(story),
             _moments(story),
         ],
     )
+
+
+def _axis(story: RecordingStory) -> Axis:
+    """From the first connection to the last that happened: how long the tap stood ready before and after is no matter."""
+    begin_ns = min((channel.opened_ns for channel in story.channels), default=0)
+    end_ns = max((_end_ns(channel, story) for channel in story.channels), default=story.last_ns)
+    return Axis(begin_ns // 1000, max(end_ns // 1000, begin_ns // 1000 + 1))
+
+
+def _end_ns(channel: ChannelStory, story: RecordingStory) -> int:
+    return story.last_ns if channel.closed_ns is None else channel.closed_ns
 
 
 def _header(story: RecordingStory, name: str) -> str:
@@ -97,16 +112,18 @@ def _phases(story: RecordingStory) -> list[Band]:
 
 def _lanes(story: RecordingStory, axis: Axis) -> Iterator[str]:
     for channel in story.channels[:_MOST_LANES]:
-        end_ns = story.last_ns if channel.closed_ns is None else channel.closed_ns
         kind = CHANNELS.get(channel.forward.kind, "setup")
-        band = Band(channel.opened_ns // 1000, end_ns // 1000, channel.forward.name, kind)
+        band = Band(channel.opened_ns // 1000, _end_ns(channel, story) // 1000, channel.forward.name, kind)
         yield lane(f"connection {channel.number}", [band], axis, slim=True)
 
 
 def _plots(story: RecordingStory, axis: Axis) -> Iterator[str]:
-    samples = story.flow.samples
-    step = max(len(samples) // _RATES, 1)
-    picked = [(0, 0, 0), *samples[step - 1 :: step], *samples[-1:]]
+    least_ns = max(_SHORTEST_RATE_NS, axis.length_us * 1000 // _RATES)
+    picked = [(axis.begin_us * 1000, 0, 0)]
+    for sample in story.flow.samples:
+        if sample[0] - picked[-1][0] >= least_ns:
+            picked.append(sample)
+    picked += story.flow.samples[-1:]
     forward: list[tuple[int, float | None]] = []
     back: list[tuple[int, float | None]] = []
     for (begin_ns, sent, answered), (end_ns, sent_after, answered_after) in pairwise(picked):
@@ -114,6 +131,9 @@ def _plots(story: RecordingStory, axis: Axis) -> Iterator[str]:
             seconds = (end_ns - begin_ns) / 1e9
             forward.append((begin_ns // 1000, (sent_after - sent) / seconds))
             back.append((begin_ns // 1000, (answered_after - answered) / seconds))
+    for points in (forward, back):  # the last holds to its end
+        if points:
+            points.append((picked[-1][0] // 1000, points[-1][1]))
     yield plot("Forward", [Series("bytes a second", "sent", forward, "steps")], axis, _rate)
     yield plot("Back", [Series("bytes a second", "asked", back, "steps")], axis, _rate)
 
@@ -144,10 +164,15 @@ def _known(channel: ChannelStory) -> Iterator[str]:
         yield channel.error
 
 
+def _longest(story: RecordingStory) -> str:
+    rows = [request_words(each) for each in longest(story)]
+    return section("Longest waits", table(REQUEST, rows), lead="Every request: dissect --ndjson.") if rows else ""
+
+
 def _moments(story: RecordingStory) -> str:
     moments = in_order(story)
     rows = [
-        [duration(moment.time_ns / 1000), str(moment.connection), moment.direction, moment.name, moment_words(moment)]
+        [seconds(moment.time_ns), str(moment.connection), moment.direction, moment.name, moment_words(moment)]
         for moment in moments[:_MOST_MOMENTS]
     ]
     left_out = len(moments) - len(rows)

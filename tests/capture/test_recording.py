@@ -315,17 +315,27 @@ def test_a_file_that_is_there_is_not_lost(path: Path) -> None:
     with pytest.raises(RefusedError, match=r"a\.tap is there already; --overwrite replaces it"):
         Recorder(path)
     assert path.read_bytes() == before
-    Recorder(path, overwrite=True).close()
+    Recorder(path, overwrite=True).close()  # nobody came
+    assert path.read_bytes() == before
+    with Recorder(path, overwrite=True) as recorder:
+        recorder.begin()
     with Recording(path).read() as recording:
         assert (recording.fault, recording.connections) == (None, [])
+
+
+def test_a_file_that_can_not_be_begun_is_not_left_behind(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="a.tap"):
+        Recorder(tmp_path / "a.tap", reserve=1 << 60)
+    assert not (tmp_path / "a.tap").exists()
 
 
 def test_two_taps_do_not_write_one_file(tmp_path: Path) -> None:
     with Recorder(tmp_path / "a.tap"):
         with Recording(tmp_path / "a.tap") as recording:
             assert recording.is_written
-        with pytest.raises(RefusedError, match=r"a\.tap is being written by another tap"):
-            Recorder(tmp_path / "a.tap", overwrite=True)
+        for overwrite in (False, True):
+            with pytest.raises(RefusedError, match=r"a\.tap is being written by another tap"):
+                Recorder(tmp_path / "a.tap", overwrite=overwrite)
     with Recording(tmp_path / "a.tap") as recording:
         assert not recording.is_written
 

@@ -296,7 +296,7 @@ def test_the_first_interrupt_waits_for_open_connections_and_the_second_cuts_them
             source.sendall(HEAD)
             assert received(destination, len(HEAD)) == HEAD
             tap.process.send_signal(signal.SIGINT)
-            wait_for_line(tap, "ending when 1 open connections have closed; Ctrl-C again cuts them")
+            wait_for_line(tap, "ending when 1 open connection has closed; Ctrl-C again cuts them")
             source.sendall(HEAD)
             assert received(destination, len(HEAD)) == HEAD
             with pytest.raises(OSError, match="No such file"):
@@ -307,6 +307,29 @@ def test_the_first_interrupt_waits_for_open_connections_and_the_second_cuts_them
         assert code == 130
         with tap.read() as recording:
             assert (recording.fault, recording.ended) == (None, True)
+
+
+def test_a_terminal_that_closes_cuts_nothing(tmp_path: Path) -> None:
+    with tapped(tmp_path) as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            tap.process.send_signal(signal.SIGHUP)
+            wait_for_line(tap, "ending when 1 open connection has closed")
+            tap.process.send_signal(signal.SIGHUP)
+            source.sendall(HEAD)
+            assert received(destination, len(HEAD)) == HEAD
+        assert tap.end()[0] == 0
+
+
+def test_nohup_is_heeded(tmp_path: Path) -> None:
+    with tapped(tmp_path, before=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as tap:
+        tap.process.send_signal(signal.SIGHUP)
+        source, destination = tap.connect()
+        with source, destination:
+            source.sendall(HEAD)
+            assert received(destination, len(HEAD)) == HEAD
+        tap.process.send_signal(signal.SIGINT)
+        assert tap.end()[0] == 0
 
 
 def wait_for_line(tap: Tapped, what: str) -> None:
@@ -341,9 +364,39 @@ def test_a_socket_that_a_dead_tap_left_behind_is_replaced_and_one_that_serves_is
         ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
         assert (ran.returncode, ran.stderr) == (2, f"qmigrate: {tap.listen}: Address already in use\n")
         assert not (tmp_path / "b.tap").exists()
+        (tmp_path / "old.tap").write_bytes(b"what was recorded before")
+        command[-1:] = [str(tmp_path / "old.tap"), "--overwrite"]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+        assert (ran.returncode, ran.stderr) == (2, f"qmigrate: {tap.listen}: Address already in use\n")
+        assert (tmp_path / "old.tap").read_bytes() == b"what was recorded before"
         source, destination = tap.connect()
         source.close()
         destination.close()
+
+
+def test_it_does_not_connect_to_itself(tmp_path: Path) -> None:
+    """At once where that can be seen; else its own connection is refused, and with it the first."""
+    command = [sys.executable, "-m", "qmigrate", "tap", f"unix:{tmp_path}/a", f"unix:{tmp_path}/./a"]
+    command += ["-o", str(tmp_path / "a.tap")]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+    assert ran.returncode == 2
+    assert ran.stderr.startswith("qmigrate: LISTEN and FORWARD are the same")
+    assert list(tmp_path.iterdir()) == []
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command[4:6] = [f"tcp:0.0.0.0:{port}", f"tcp:127.0.0.1:{port}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert "listening" in process.stderr.readline()
+        with connected(f"tcp:127.0.0.1:{port}") as source, suppress(ConnectionError):
+            source.sendall(HEAD)
+            assert source.recv(1) == b""
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=TIMEOUT_S)[1]
+    assert process.returncode == 0
+    assert "connection 1 refused: tcp:127.0.0.1:" in said
+    assert "we connected to ourselves: nobody but us listens there" in said
+    assert "connection 2" not in said
 
 
 def test_quietly_it_says_nothing_and_leaves_nothing_but_the_recording(tmp_path: Path) -> None:
