@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
@@ -85,7 +86,7 @@ class Recorder:
             os.close(self._descriptor)
             if is_new and self._begun:  # else it may be another's who was a moment sooner
                 with suppress(OSError):
-                    os.unlink(path)
+                    Path(path).unlink()
             raise
 
     def _has_content(self, *, overwrite: bool) -> bool:

@@ -26,8 +26,8 @@ DESCRIPTION = (
     "Stand between the source and the destination of a migration: every connection to LISTEN is joined to one to "
     "FORWARD, and what passes is recorded, both ways, with times. A killed tap leaves a file that dissect reads; a "
     "full disk stops the recording, never the migration. Ends with Ctrl-C, when its terminal closes, or with --once: "
-    "where connections are open then, when they have closed (a second Ctrl-C cuts them). The exit code is 0, 1 where the recording "
-    "stopped early, 2 where nothing could be done, 130 where connections were cut."
+    "where connections are open then, when they have closed (a second Ctrl-C cuts them). The exit code is 0, 1 where "
+    "the recording stopped early, 2 where nothing could be done, 130 where connections were cut."
 )
 EXAMPLES = (
     "qmigrate tap unix:/run/tap.sock unix:/run/incoming.sock -o migration.tap",

@@ -62,7 +62,7 @@ def recording_page(story: RecordingStory, name: str) -> str:
 
 
 def _axis(story: RecordingStory) -> Axis:
-    """From the first connection to the last that happened: how long the tap stood ready before and after is no matter."""
+    """From the first connection to the last that happened: what lies before and after is waiting."""
     begin_ns = min((channel.opened_ns for channel in story.channels), default=0)
     end_ns = max((_end_ns(channel, story) for channel in story.channels), default=story.last_ns)
     return Axis(begin_ns // 1000, max(end_ns // 1000, begin_ns // 1000 + 1))

@@ -324,7 +324,7 @@ def test_a_file_that_is_there_is_not_lost(path: Path) -> None:
 
 
 def test_a_file_that_can_not_be_begun_is_not_left_behind(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="a.tap"):
+    with pytest.raises(OSError, match=r"a\.tap"):
         Recorder(tmp_path / "a.tap", reserve=1 << 60)
     assert not (tmp_path / "a.tap").exists()
 

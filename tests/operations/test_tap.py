@@ -79,7 +79,7 @@ def tapped(
     *more: str,
     kind: str = "unix",
     recording: Path | None = None,
-    before: Callable[[], None] | None = None,
+    before: Callable[[], object] | None = None,
 ) -> Iterator[Tapped]:
     recording = recording or folder / "a.tap"
     with ExitStack() as stack:
