@@ -202,7 +202,7 @@ class _Multifd:
         """All packets up to the next SYNC."""
         for entry in self._entries:
             yield entry
-            if self._is_sync(entry):
+            if self._count(entry):
                 return
         if self.fault is None:
             message = "the stream ends here, main waits for another SYNC"
@@ -211,13 +211,14 @@ class _Multifd:
     def rest(self) -> Iterator[Entry]:
         """What is left when main has ended: until 8.2 there may be a packet, with nothing in it."""
         for entry in self._entries:
-            is_sync = self._is_sync(entry)
+            is_sync = self._count(entry)
             if self.fault is None and (is_sync or (isinstance(entry.record, PagePacket) and entry.record.runs)):
                 message = "a packet behind the last SYNC that main waits for"
                 self.fault = StreamError(message, offset=entry.offset, trail=(self.part.name,))
             yield entry
 
-    def _is_sync(self, entry: Entry) -> bool:
+    def _count(self, entry: Entry) -> bool:
+        """Take the packet into account; is it a SYNC?"""
         self._end = entry.offset + entry.length
         if not isinstance(entry.record, PagePacket):
             return False

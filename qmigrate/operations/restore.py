@@ -295,7 +295,7 @@ async def _closed_by_peer(urgent: socket) -> None:
     A hazard of QEMU's, met in 11.1: when the main channel breaks before RUN it gives up, and its main thread joins the
     thread that reads this one.  If this one broke before it was told to end, that thread waits for a recovery, which
     only a guest that has run gets; then both wait for ever, and QMP is not answered.  It did so in 20 of 34 breaks of
-    both at once, which a network can do at any time, in 2 of 14 where this one was closed right after the main one, and
+    both at once, which a network can do at any time, in 3 of 26 where this one was closed right after the main one, and
     in none of 42 since it waits.  7.2 and 10.0 exit instead (0 of 8 each).
 
     migration/postcopy-ram.c: postcopy_preempt_thread(), postcopy_ram_incoming_cleanup()

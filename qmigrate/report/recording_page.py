@@ -128,9 +128,9 @@ def _plots(story: RecordingStory, axis: Axis) -> Iterator[str]:
     back: list[tuple[int, float | None]] = []
     for (begin_ns, sent, answered), (end_ns, sent_after, answered_after) in pairwise(picked):
         if end_ns > begin_ns:
-            seconds = (end_ns - begin_ns) / 1e9
-            forward.append((begin_ns // 1000, (sent_after - sent) / seconds))
-            back.append((begin_ns // 1000, (answered_after - answered) / seconds))
+            took_s = (end_ns - begin_ns) / 1e9
+            forward.append((begin_ns // 1000, (sent_after - sent) / took_s))
+            back.append((begin_ns // 1000, (answered_after - answered) / took_s))
     for points in (forward, back):  # the last holds to its end
         if points:
             points.append((picked[-1][0] // 1000, points[-1][1]))
