@@ -1,6 +1,7 @@
 """``qmigrate dissect`` of what ``qmigrate tap`` recorded."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 import qmigrate
 from qmigrate.analysis.story import Flow
+from qmigrate.capture import recorder as recorder_module
 from qmigrate.capture.frames import Direction
 from qmigrate.capture.recorder import Recorder
 from qmigrate.cli.main import main
@@ -167,6 +169,41 @@ def test_a_page_shows_the_channels_on_one_axis(recording: str, tmp_path: Path, c
     for each in ("<b>phases</b>", "<b>connection 2</b>", ">main, resumed</span>", "Waiting for pages", "RECV_BITMAP"):
         assert each in said
     assert not (set("\x00\x07\x1b") & set(said))
+
+
+def test_the_longest_waits_are_told_in_text_and_on_the_page(recording: str, tmp_path: Path, capsys: Output) -> None:
+    page = tmp_path / "page.html"
+    assert main(["dissect", recording]) == 0
+    text = capsys.readouterr().out
+    assert main(["dissect", "--report", str(page), recording]) == 0
+    for said in (text, page.read_text()):
+        waits = said[said.index("Longest waits") :]
+        waits = waits[: waits.index("</table>" if said is not text else "joined")]
+        assert "0x3000" in waits
+        assert "0x4000" not in waits  # which nobody answered
+
+
+def test_a_tap_that_stood_ready_for_an_hour_has_no_hour_in_its_chart(
+    tmp_path: Path, capsys: Output, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.html"
+    hour_ns = 3600 * 10**9
+    with Recorder(tmp_path / "a.tap") as recorder:
+        began = recorder_module._now()
+        later = {name: at + hour_ns for name, at in began.items()}
+        monkeypatch.setattr(recorder_module, "_now", lambda: later)
+        opened(recorder, 0)
+        recorder.data(0, FORWARD, streams.minimal())
+        later = {name: at + 10**9 for name, at in later.items()}
+        recorder.closed(0, forward_bytes=1, return_bytes=0)
+    assert main(["dissect", "--report", str(page), str(tmp_path / "a.tap")]) == 0
+    capsys.readouterr()
+    said = page.read_text()
+    lane = said[said.index("<b>connection 0</b>") :]
+    found = re.search(r'style="left:(.*?);width:(.*?)"', lane)
+    assert found is not None
+    assert found.groups() == ("0%", "100%")
+    assert re.search(r"3600\.\d{6} s", said)
 
 
 def test_names_on_the_page_are_data(tmp_path: Path, capsys: Output) -> None:
