@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from qmigrate.errors import QmigrateError, SequenceError, StreamError, TruncatedError, UnsupportedError
+from qmigrate.errors import QmigrateError, SequenceError, StreamError, TruncatedError
 from qmigrate.format.command import (
     Command,
     DiscardRange,
@@ -29,13 +29,15 @@ from qmigrate.format.command import (
     PostcopyResume,
     RecvBitmap,
 )
+from qmigrate.format.device_sections import best_tail, check_package_length, read_packaged
 from qmigrate.format.entry import Configuration, Entry, RamPage, Step, Undecoded, VmDescription
 from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList, Pages, RamBlock, RamFlag, RamRecord
 from qmigrate.format.ram_section import RamSection
 from qmigrate.format.return_path import Message, Pong, ReceivedBitmap, ResumeAck, Shut, encode_message
 from qmigrate.format.stream import EndOfFile, FileHeader, Footer, SectionHeader, SectionPart, SectionType
-from qmigrate.format.walk import Limits, Walker
+from qmigrate.format.walk import Walker
+from qmigrate.format.walk_state import Limits, WalkState
 from qmigrate.protocol.phases import Fact, Phase, after, turned
 
 __all__ = [
@@ -226,19 +228,14 @@ class _Stream(Walker):
         data = bytes(self.tail or b"")
         if not data:
             return False
-        tail, _ = self._best_tail(data, self._tail_offset)
+        tail, _ = best_tail(self, data, self._tail_offset)
         if tail.error is not None:
             return False
         rest = data[tail.end + 1 :]
         return not rest or (rest[:1] == b"\x06" and len(rest) == 5 + int.from_bytes(rest[1:5]))
 
     def _package(self, command: Packaged) -> Step:
-        if command.length > self.limits.package:
-            raise UnsupportedError(
-                f"a package of {command.length} bytes, the limit is {self.limits.package} (--max-package)",
-                offset=self.feed.offset - 4,
-                trail=(command.name,),
-            )
+        check_package_length(self, command)
         base = self.feed.offset
         data = yield from self.feed.take(command.length, (command.name,))
         yield Entry(base, len(data), Undecoded(data, "another process loads it"), memoryview(data), 1)
@@ -527,9 +524,9 @@ def devices_of(package: Package) -> bytes:
 
 
 def _entries_of(package: Package) -> Iterator[Entry]:
-    walker = Walker(Feed(offset=package.offset))
-    walker.footers = package.footers
-    return (entry for entry in walker._packaged(package.data, package.offset, 1) if entry is not None)
+    state = WalkState(Feed(offset=package.offset))
+    state.footers = package.footers
+    return (entry for entry in read_packaged(state, package.data, package.offset, 1) if entry is not None)
 
 
 def package_events(package: Package, phase: Phase) -> Iterator[PackageEvent]:
