@@ -16,16 +16,9 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from qmigrate.errors import TruncatedError
 from qmigrate.format.ram import RamFlag
 from qmigrate.format.return_path import Message, RequestPages, RequestPagesId, Shut, encode_message
-from qmigrate.protocol.destination import (
-    BitmapAsked,
-    Destination,
-    Event,
-    Loaded,
-    PackageCame,
-    PageChannel,
-    PagesCame,
-    Resumed,
-)
+from qmigrate.protocol.destination import Destination
+from qmigrate.protocol.destination_events import BitmapAsked, Event, Loaded, PackageCame, PagesCame, Resumed
+from qmigrate.protocol.page_channel import PageChannel
 from qmigrate.protocol.page_map import PageMap, PageState
 from qmigrate.protocol.phases import Phase
 from qmigrate.protocol.source import HostPages, Source, Span, Stopped

@@ -19,17 +19,17 @@ from qmigrate.format.return_path import (
     Shut,
     encode_message,
 )
-from qmigrate.protocol.destination import (
+from qmigrate.protocol.destination import Destination
+from qmigrate.protocol.destination_events import (
     Advised,
     BitmapAsked,
     BlocksListed,
-    Destination,
     Discarded,
     Loaded,
     PackageCame,
-    PageChannel,
     PagesCame,
 )
+from qmigrate.protocol.page_channel import PageChannel
 from qmigrate.protocol.phases import Phase
 from qmigrate.protocol.source import HostPages, Ponged, Requested, Resumed, Source, Span, Stopped
 from tests import streams
