@@ -17,7 +17,8 @@ from socket import socket
 from typing import Final
 
 from qmigrate.capture.saved_guest import Saved
-from qmigrate.endpoint.source import End, Ended, Server
+from qmigrate.endpoint.served import End, Ended
+from qmigrate.endpoint.source import Server
 from qmigrate.errors import QemuDiedError, QmpCommandError, QmpError, RefusedError
 from qmigrate.events import GuestChanged, LiveEvent, OnEvent, Side, Troubled
 from qmigrate.operations.reading import Reading

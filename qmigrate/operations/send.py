@@ -11,7 +11,8 @@ import os
 from collections.abc import Mapping
 
 from qmigrate.capture.saved_guest import Saved
-from qmigrate.endpoint.source import End, Server
+from qmigrate.endpoint.served import End
+from qmigrate.endpoint.source import Server
 from qmigrate.errors import RefusedError
 from qmigrate.events import OnEvent
 from qmigrate.operations.reading import Reading

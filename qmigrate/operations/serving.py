@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from qmigrate.capture.arriving import ArrivingPages
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.over_time import OverTime
-from qmigrate.endpoint.source import Answered, Counts, Ended, Moment, Server
+from qmigrate.endpoint.served import Answered, Counts, Ended, Moment
+from qmigrate.endpoint.source import Server
 from qmigrate.endpoint.transport import SocketAddress, connect
 from qmigrate.errors import NoStreamError, RefusedError, StreamError
 from qmigrate.events import Decided, LiveEvent, OnEvent, Side, Troubled
