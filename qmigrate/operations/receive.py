@@ -13,8 +13,9 @@ import threading
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
+from qmigrate import exit_codes
 from qmigrate.analysis.reception import ReceiveResult, Reception, reception
 from qmigrate.endpoint.destination import Destination, ProcessDiedError, Touch, Workload
 from qmigrate.endpoint.link import Said
@@ -39,10 +40,6 @@ __all__ = [
     "Received",
     "Receiver",
 ]
-
-STILL_ON_SOURCE: Final = 3
-LOST: Final = 6
-INTERRUPTED: Final = 130
 
 
 class Receiver:
@@ -288,21 +285,21 @@ class Receiver:
 
     def _result(self) -> ReceiveResult:
         if self._failure is None:
-            return self._ended(0, "the migration was received", "here")
+            return self._ended(exit_codes.DONE, "the migration was received", "here")
         if self._told.is_postcopy:
-            return self._ended(LOST, f"it failed in postcopy, the guest is lost: {self._failure}", "lost")
-        return self._ended(STILL_ON_SOURCE, f"it failed, the guest is the source's: {self._failure}", "source")
+            return self._ended(exit_codes.LOST, f"it failed in postcopy, the guest is lost: {self._failure}", "lost")
+        return self._ended(exit_codes.AT_SOURCE, f"it failed, the guest is the source's: {self._failure}", "source")
 
     def interrupted(self) -> ReceiveResult:
         """The end where it was cancelled: where the guest is, now that its connection is closed."""
         match self.place_of_guest:
             case "here":
-                return self._ended(0, "interrupted when the migration had been received", "here")
+                return self._ended(exit_codes.DONE, "interrupted when the migration had been received", "here")
             case "source":
-                return self._ended(STILL_ON_SOURCE, "interrupted: the guest is the source's", "source")
+                return self._ended(exit_codes.AT_SOURCE, "interrupted: the guest is the source's", "source")
             case "lost":
-                return self._ended(LOST, "interrupted in postcopy: the guest is lost", "lost")
-        return self._ended(INTERRUPTED, "interrupted before anything began", "none")
+                return self._ended(exit_codes.LOST, "interrupted in postcopy: the guest is lost", "lost")
+        return self._ended(exit_codes.INTERRUPTED, "interrupted before anything began", "none")
 
     def _ended(self, code: int, message: str, place: str) -> ReceiveResult:
         return ReceiveResult(

@@ -11,6 +11,7 @@ from dataclasses import field
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from qmigrate import exit_codes
 from qmigrate.capture.arriving import ArrivingPages
 from qmigrate.capture.saved_guest import Saved
 from qmigrate.endpoint.over_time import OverTime
@@ -28,13 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 __all__ = ["Indexed", "Restored", "Served", "Serving", "ServingResult"]
-
-DONE: Final = 0
-STILL_IN_FILE: Final = 3
-RUNS_THERE: Final = 4
-PAUSED: Final = 5
-LOST: Final = 6
-UNKNOWN: Final = 7
 
 DEPENDS: Final = (
     "the guest runs there now, and needs this process until all its pages are in. It goes on. Once more ends it, and "
@@ -98,7 +92,7 @@ class ServingResult(Value):
 
     @property
     def ok(self) -> bool:
-        return self.exit_code == DONE
+        return self.exit_code == exit_codes.DONE
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it, the last of the events."""
