@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Final, Self
 
 from qmigrate.capture.arriving import ArrivingPages
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.endpoint.over_time import OverTime
 from qmigrate.endpoint.served import Answered, Counts, End, Ended, Moment
 from qmigrate.errors import StreamError
@@ -52,7 +52,7 @@ class Server:
     """
 
     def __init__(
-        self, saved: Saved, page_sizes: Mapping[str, int], *, on_moment: Callable[[Moment], None] | None = None
+        self, saved: SavedGuest, page_sizes: Mapping[str, int], *, on_moment: Callable[[Moment], None] | None = None
     ) -> None:
         self.saved = saved
         self.counts = Counts(total=sum(block.used_length // saved.page_size for block in saved.blocks))

@@ -17,7 +17,7 @@ from socket import socket
 from typing import Final
 
 from qmigrate import exit_codes
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.endpoint.served import End, Ended
 from qmigrate.endpoint.source import Server
 from qmigrate.errors import QemuDiedError, QmpCommandError, QmpError, RefusedError
@@ -98,7 +98,7 @@ class Restorer(Serving):
             return await self.run_opening(opening, session, uri=uri, listen=listen)
 
     async def run_saved(
-        self, saved: Saved, session: Session, *, uri: str | None = None, listen: str | None = None
+        self, saved: SavedGuest, session: Session, *, uri: str | None = None, listen: str | None = None
     ) -> ServingResult:
         """The same, of a file that has been read."""
         read = asyncio.get_running_loop().create_future()
@@ -106,7 +106,7 @@ class Restorer(Serving):
         return await self.run_opening(read, session, uri=uri, listen=listen)
 
     async def run_opening(
-        self, opening: Awaitable[Saved], session: Session, *, uri: str | None = None, listen: str | None = None
+        self, opening: Awaitable[SavedGuest], session: Session, *, uri: str | None = None, listen: str | None = None
     ) -> ServingResult:
         """The same, of one that is being read: what QEMU can do is asked meanwhile."""
         news = asyncio.Event()
@@ -193,7 +193,7 @@ class Restorer(Serving):
             ended = await self._over(lines, server, server.resume)
         return ended
 
-    def _warn(self, saved: Saved) -> None:
+    def _warn(self, saved: SavedGuest) -> None:
         self._tell(Troubled(message=TWICE))
         if saved.was_running is False and not self.eager and not self.paused:
             # The paused state is not carried by postcopy: seen of 5.2 to 11.1.

@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 
 from qmigrate import exit_codes
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.endpoint.served import End
 from qmigrate.endpoint.source import Server
 from qmigrate.errors import RefusedError
@@ -57,7 +57,7 @@ class Sender(Serving):
                 ended = await self._served(server, peer, server.serve if self.postcopy else server.send)
                 return self._result(ended.end, ended.reason, server)
 
-    def _sizes(self, saved: Saved) -> dict[str, int]:
+    def _sizes(self, saved: SavedGuest) -> dict[str, int]:
         names = [block.name for block in saved.blocks]
         if unknown := sorted(self._page_sizes.keys() - set(names)):
             raise RefusedError(f"{self.path}: there is no RAM block {unknown[0]}; there are {', '.join(names)}")

@@ -11,7 +11,7 @@ from qmigrate.capture.migration import Migration
 from qmigrate.capture.plain import plain_guest
 from qmigrate.capture.plain_ends import read_head, read_tail
 from qmigrate.capture.saved import read_saved
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.endpoint.served import End, Ended, Moment
 from qmigrate.endpoint.source import Server
 from qmigrate.format.return_path import RequestPagesId, Shut, encode_message
@@ -37,7 +37,7 @@ TIMEOUT_S = 30.0
 SIZES = dict.fromkeys(streams.BLOCKS, streams.PAGE)
 
 
-def guest_of(one: Arriving) -> Saved:
+def guest_of(one: Arriving) -> SavedGuest:
     return plain_guest(read_head(one.file), read_tail(one.file, read_head(one.file)), one.index)
 
 
