@@ -95,12 +95,12 @@ class Walker(WalkState):
     def resume(self, feed: Feed) -> Step:
         """Main goes on over a new connection, after a postcopy was paused: without a header.
 
-        migration/savevm.c: postcopy_do_resume()
+        What sections there are was said before.  migration/migration.c: postcopy_do_resume()
         """
         self.feed = feed
+        self.switched = True
         if self.ram is not None:
-            self.ram.feed = feed
-            self.ram.forget_block()
+            self.ram = self.ram.over(feed)
         yield from self._sections()
 
     def preempt(self, feed: Feed) -> Step:

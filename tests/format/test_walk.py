@@ -1,5 +1,7 @@
 """The grammar: any split of the bytes gives the same records, whatever the stream leaves out, wherever it is cut."""
 
+from copy import copy
+
 import pytest
 
 from qmigrate.analysis.records import coalesce
@@ -10,10 +12,12 @@ from qmigrate.format.command import (
     PageSizes,
     Ping,
     PostcopyAdvise,
+    PostcopyResume,
     PostcopyRun,
     SwitchoverStart,
 )
 from qmigrate.format.entry import Configuration, DeviceState, RamPage, Trailing, Undecoded, VmDescription
+from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList, Pages, RamBlock, RamFlag, RamRecord
 from qmigrate.format.stream import (
     EndOfFile,
@@ -23,7 +27,7 @@ from qmigrate.format.stream import (
     SubsectionHeader,
     VmDescriptionHeader,
 )
-from qmigrate.format.walk import Limits
+from qmigrate.format.walk import Limits, Walker
 from tests import streams
 from tests.format.walked import HEAD, RAM, fault, names, of, same, walked
 from tests.streams import PAGE, command, described, device, field
@@ -405,3 +409,39 @@ def test_what_is_kept_at_once_has_a_limit(data: bytes, message: str) -> None:
 
 def test_parts_are_given_with_their_kind() -> None:
     assert [record.kind for record in of(walked(MINIMAL), SectionPart)] == [SectionType.PART, SectionType.END]
+
+
+def test_a_resumed_main_goes_on_with_the_blocks_of_before_which_its_first_record_names() -> None:
+    feed, again = Feed(), Feed()
+    walker = Walker(feed)
+    head = HEAD + streams.ram_start() + streams.ram_part(streams.page(0, block="pc.ram"))
+    feed.receive(head + streams.package(command(PostcopyRun())))
+    before = walker.run()
+    assert [entry for entry in iter(before.__next__, None) if entry.record == PostcopyRun()] != []
+    resumed = copy(walker)
+    after = resumed.resume(again)
+    again.receive(command(PostcopyResume()) + streams.ram_part(streams.page(PAGE, block="pc.ram")))
+    found = [entry.record for entry in iter(after.__next__, None)]
+    assert PostcopyResume() in found
+    assert [pages.block for pages in found if isinstance(pages, Pages)] == ["pc.ram"]
+    # Who waits for the end of the connection that broke is not disturbed.
+    feed.receive(streams.ram_part(streams.page(2 * PAGE, block="pc.ram"))[:-9])
+    assert [entry.record.block for entry in iter(before.__next__, None) if isinstance(entry.record, Pages)] == [
+        "pc.ram"
+    ]
+    again.receive(streams.ram_part(streams.page(3 * PAGE)) + streams.ram_end() + streams.eof())
+    again.end()
+    assert sum(isinstance(entry.record, Pages) for entry in after if entry is not None) == 1
+    feed.end()
+    with pytest.raises(TruncatedError, match="the stream ends here"):
+        list(before)
+
+
+def test_a_resumed_main_that_continues_a_block_is_refused() -> None:
+    feed, again = Feed(), Feed()
+    walker = Walker(feed)
+    feed.receive(HEAD + streams.ram_start() + streams.ram_part(streams.page(0, block="pc.ram")))
+    list(iter(walker.run().__next__, None))
+    again.receive(streams.ram_part(streams.page(PAGE)))
+    with pytest.raises(StreamError, match="the first page continues a block, and none was named"):
+        list(walker.resume(again))
