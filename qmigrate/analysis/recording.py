@@ -9,9 +9,9 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+from qmigrate.analysis.records import payload
 from qmigrate.analysis.requests import PageRequest, Requests
 from qmigrate.analysis.story import ChannelStory, Flow, Moment, Phase
-from qmigrate.analysis.summary import payload
 from qmigrate.capture.frames import Closed, Direction, Frame, Opened, Stopped
 from qmigrate.capture.recording import Recording
 from qmigrate.errors import NoStreamError, StreamError, TruncatedError

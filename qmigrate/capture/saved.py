@@ -17,7 +17,6 @@ from qmigrate.capture.places import Channels, Input
 from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import Command
-from qmigrate.format.device import VmState
 from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, VmDescription
 from qmigrate.format.feed import Feed
 from qmigrate.format.mapped_ram import MappedBlock
@@ -33,6 +32,7 @@ from qmigrate.format.stream import (
     SectionType,
     VmDescriptionHeader,
 )
+from qmigrate.format.vm_state import VmState
 from qmigrate.format.walk import Walker
 from qmigrate.format.write import encode
 
