@@ -9,7 +9,7 @@ from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
-from qmigrate.analysis.records import payload
+from qmigrate.analysis.payload import payload
 from qmigrate.analysis.requests import PageRequest, Requests
 from qmigrate.analysis.story import ChannelStory, Flow, Moment, Phase
 from qmigrate.capture.frames import Closed, Direction, Frame, Opened, Stopped

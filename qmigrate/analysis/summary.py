@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from qmigrate.analysis.devices import plain
 from qmigrate.analysis.file import answer_file
-from qmigrate.analysis.records import payload
+from qmigrate.analysis.payload import payload
 from qmigrate.capture.migration import Block, ChannelContents, CommandPlace, Contents, Migration, Section
 from qmigrate.errors import StreamError, TruncatedError
 from qmigrate.format.command import Packaged, PostcopyAdvise, SwitchoverStart
