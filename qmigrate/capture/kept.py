@@ -13,7 +13,7 @@ import os
 import sys
 import zlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple, Self
 
 from construct import Bytes, Int8ub, Int32ub, Int64sb, Int64ub
@@ -173,9 +173,15 @@ def write_kept(
 
 
 def read_kept(
-    descriptor: int, stamps: Sequence[Stamp], files: Sequence[int], *, spill: int | None = None
+    descriptor: int,
+    stamps: Sequence[Stamp],
+    files: Sequence[int],
+    *,
+    spill: int | None = None,
+    forget: Callable[[], bool] | None = None,
 ) -> SavedGuest:
-    """The saved guest in ``files``, of which this is the index; ``files`` and ``spill`` stay open.
+    """The saved guest in ``files``, of which this is the index; ``files`` and ``spill`` stay open.  ``forget``: see
+    ``PlacedPages``.
 
     Raises ``KeptError`` where it is none of those files as these ``stamps`` have them, ``OSError``.
     """
@@ -195,7 +201,7 @@ def read_kept(
     if zlib.crc32(body) != header.body_checksum:
         raise KeptError("its checksum is another")
     inputs, used = _inputs(header, body, stamps, files)
-    return _saved(header, body[used:], inputs, spill)
+    return _saved(header, body[used:], inputs, spill, forget)
 
 
 def _prefix_bytes() -> int:
@@ -241,7 +247,13 @@ def _inputs(
     return inputs, at
 
 
-def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spill: int | None) -> SavedGuest:
+def _saved(
+    header: KeptHeader,
+    body: memoryview,
+    inputs: list[Input | None],
+    spill: int | None,
+    forget: Callable[[], bool] | None,
+) -> SavedGuest:
     parts, at = [], 0
     for name in _PARTS:
         length = getattr(header, name)
@@ -276,6 +288,7 @@ def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spi
         entries=entries,
         spill=None if spill is None else os.fdopen(os.dup(spill), "rb"),
         checks=body[at:].cast("I") if header.checks else None,
+        forget=forget,
     )
     machine_type = header.machine_type.rstrip(b"\0").decode("utf-8", "surrogateescape")
     return SavedGuest(

@@ -59,9 +59,11 @@ class KeptIndexes:
                     return read_kept(descriptor, stamps, files)
                 if not header.checks:
                     raise KeptError("what it needs besides was not kept")
-                with _own_file(_pages_of(path, header.checks_checksum)) as pages:
+                kept_pages = _pages_of(path, header.checks_checksum)
+                with _own_file(kept_pages) as pages:
                     _check_length(pages, header)
-                    return read_kept(descriptor, stamps, files, spill=pages)
+                    # Without its pages an index is none: it is made anew the next time.
+                    return read_kept(descriptor, stamps, files, spill=pages, forget=lambda: _is_removed(kept_pages))
         except OSError as exc:
             raise KeptError(exc.strerror) from exc
 
@@ -182,6 +184,14 @@ def _own_file(path: Path) -> Iterator[int]:
 def _pages_of(index: Path, checksum: int) -> Path:
     """The pages that are kept with this index, by the checksum of their checksums."""
     return index.with_name(f"{index.name.removesuffix(_INDEX)}.{checksum:08x}{_PAGES}")
+
+
+def _is_removed(path: Path) -> bool:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        return False
+    return True
 
 
 def _check_length(pages: int, header: KeptHeader) -> None:

@@ -9,7 +9,7 @@ packet of multifd) it is these alone.
 import os
 import struct
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import TracebackType
 from typing import IO, Final, NamedTuple, Self
@@ -51,7 +51,8 @@ class PlacedPages:
     """The pages of each block.  Closes its spill file; the inputs stay open.
 
     An input is None where no page stands in it as it is, which may then change: what was in it is spilled.  ``checks``:
-    the CRC-32 of each page in the spill file, where that was kept: it is compared first, too.
+    the CRC-32 of each page in the spill file, where that was kept: it is compared first, too; where a page there is
+    damaged, ``forget`` removes that file, so that it is not kept any more, and tells whether it could.
     """
 
     def __init__(
@@ -63,6 +64,7 @@ class PlacedPages:
         entries: Mapping[str, memoryview] | None = None,
         spill: IO[bytes] | None = None,
         checks: memoryview | None = None,
+        forget: Callable[[], bool] | None = None,
     ) -> None:
         self.page_size = page_size
         self.blocks: dict[str, RamBlock] = dict(blocks or {})
@@ -70,6 +72,7 @@ class PlacedPages:
         self._entries: dict[str, memoryview] = dict(entries or {})
         self._spill = spill
         self._checks = checks
+        self._forget = forget
 
     def __enter__(self) -> Self:
         return self
@@ -232,10 +235,10 @@ class PlacedPages:
         stride = 8 + self.page_size
         found = [zlib.crc32(records[at * stride + 8 : (at + 1) * stride]) for at in range(run.page_count)]
         if beside or found != checks[number : number + run.page_count].tolist():
+            is_forgotten = self._forget is not None and self._forget()
+            following = "next time the file is read anew" if is_forgotten else "it is read anew with --no-kept-index"
             raise StreamError(
-                "a page that was kept is no longer what it was; without a kept index the file is read anew",
-                offset=run.offset,
-                trail=("ram", block),
+                f"a page that was kept is no longer what it was; {following}", offset=run.offset, trail=("ram", block)
             )
 
     def _read_records(self, block: str, run: Placed, into: memoryview) -> None:

@@ -86,10 +86,43 @@ def test_a_kept_page_that_is_damaged_is_not_served_and_the_others_are(
                 except StreamError as exc:
                     assert "a page that was kept is no longer what it was" in str(exc)  # noqa: PT017 - most are none
             assert len(served) == 2
+            assert not pages.exists()
             with pytest.raises(StreamError, match=r"ram: pc\.r[ao]m: a page that was kept is no longer what it was"):
                 ram_of(again)
     finally:
         pages.write_bytes(good)
+
+
+def test_pages_that_are_damaged_are_kept_no_longer(
+    stream: Path, pages: Path, index: Path, indexes: KeptIndexes
+) -> None:
+    pages.write_bytes(bytes(3 * PAGE))
+    with (
+        kept(indexes, stream) as again,
+        pytest.raises(StreamError, match="is no longer what it was; next time the file is read anew"),
+    ):
+        ram_of(again)
+    assert names(indexes) == [index.name]
+    with pytest.raises(KeptError, match="No such file"), kept(indexes, stream):
+        pass
+    assert keep(indexes, stream) == index
+    with kept(indexes, stream) as again, fresh(stream) as (saved, _):
+        assert ram_of(again) == ram_of(saved)
+
+
+def test_that_damaged_pages_can_not_be_removed_is_not_told_otherwise(
+    stream: Path, pages: Path, indexes: KeptIndexes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    pages.write_bytes(bytes(3 * PAGE))
+    with kept(indexes, stream) as again:
+        monkeypatch.setattr(Path, "unlink", refused)
+        with pytest.raises(StreamError, match="; it is read anew with --no-kept-index"):
+            ram_of(again)
+    monkeypatch.undo()
+    assert pages.exists()
 
 
 @pytest.mark.parametrize("how", ["cut", "longer", "gone", "a link", "a pipe", "a folder", "of another user"])
