@@ -63,7 +63,8 @@ class SeenPages:
         found = 0
         for first, end in ranges:
             found += self._few.within(first, end)
-            for number in numbers[bisect_left(numbers, first >> _CHUNK_BITS) :]:
+            for index in range(bisect_left(numbers, first >> _CHUNK_BITS), len(numbers)):
+                number = numbers[index]
                 begin = number << _CHUNK_BITS
                 if begin >= end:
                     break

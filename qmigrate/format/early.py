@@ -31,7 +31,7 @@ def is_before_tail(state: WalkState, header: SectionHeader, length: int) -> Gene
     10.0 sends virtio-mem's there.  A background snapshot has its devices there too: those are the tail, as no
     part of RAM follows them.
     """
-    if header.kind == SectionType.START:
+    if header.kind == SectionType.START or state.feed.offset < state.early_until:
         return True
     if state.ram_ended:
         return False
@@ -42,6 +42,7 @@ def is_before_tail(state: WalkState, header: SectionHeader, length: int) -> Gene
         after = end if state.footers is False else end + FOOTER_BYTES
         data = bytes(state.feed.view(after + LONGEST_HEADER)[after:])
         if _opens_part(state, data):
+            state.early_until = state.feed.offset + after
             return True
         following = plausible_header(data)
         if following is None or following.kind != SectionType.FULL:

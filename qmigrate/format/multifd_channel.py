@@ -183,17 +183,19 @@ class _Channel:
         length = blocks.get(header.block)
         if length is None:
             raise self._wrong(f"pages of the block {header.block!r}, which the block list does not have", 64)
-        page_size = self.page_size
+        page_size, below = self.page_size, self.page_size - 1
         for _, _, start, count in packet.runs:
-            if start + count * page_size > length:
+            if start & below or start + count * page_size > length:
                 break
         else:
             return
         starts = unpack_offsets(header.offsets[: 8 * (header.normal_pages + header.zero_pages)])
-        index = next(index for index, start in enumerate(starts) if start + self.page_size > length)
-        raise self._wrong(
-            f"{header.block}: page at {starts[index]:#x}, the block ends at {length:#x}", _FIXED_BYTES + 8 * index
-        )
+        for index, start in enumerate(starts):
+            at = _FIXED_BYTES + 8 * index
+            if start + page_size > length:
+                raise self._wrong(f"{header.block}: page at {start:#x}, the block ends at {length:#x}", at)
+            if start & below:  # QEMU would put it there; who goes by pages can't
+                raise self._wrong(f"{header.block}: page at {start:#x}, expected a multiple of {page_size:#x}", at)
 
     def _device_state(self) -> Generator[None, None, ChannelEntry]:
         start = self.feed.offset

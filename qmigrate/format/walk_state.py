@@ -56,6 +56,8 @@ class WalkState:
         self.sections: dict[int, SectionHeader] = {}
         self.ram: RamSection | None = None
         self.ram_ended = False
+        self.early_until = 0
+        """Up to this offset a FULL section comes before a part of RAM, as was seen when the first of them came."""
         self.live: dict[int, LiveState] = {}
         self.switched = False
 

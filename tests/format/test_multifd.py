@@ -373,9 +373,11 @@ def test_a_channel_does_not_change_its_compression() -> None:
         (packet([0], [0x2001]), "0x188: multifd 3: pc.ram: page at 0x2001, the block ends at 0x3000"),
         (packet([], [(1 << 64) - 1]), "0x180: multifd 3: pc.ram: page at 0xffffffffffffffff, the block ends at 0x3000"),
         (packet([0x1000, 0x2000, 0x3000]), "0x190: multifd 3: pc.ram: page at 0x3000, the block ends at 0x3000"),
+        (packet([0, 0x1800]), "0x188: multifd 3: pc.ram: page at 0x1800, expected a multiple of 0x1000"),
+        (packet([0], [0x2000, 1]), "0x190: multifd 3: pc.ram: page at 0x1, expected a multiple of 0x1000"),
     ],
 )
-def test_a_page_outside_its_block_is_refused_where_blocks_are_known(sent: PagePacket, text: str) -> None:
+def test_a_page_that_is_none_of_its_block_is_refused_where_blocks_are_known(sent: PagePacket, text: str) -> None:
     raw = channel(encode_packet(sent, bytes(sent.header.data_length)))
     assert str(fault(raw, blocks={"pc.ram": 0x3000})) == text
     assert len(list(channel_entries(raw))) == 2
