@@ -34,6 +34,8 @@ _ZERO: Final = int(RamFlag.ZERO)
 _CONTINUE: Final = int(RamFlag.CONTINUE)
 _KIND_BITS: Final = KIND_BITS
 _KIND_MASK: Final = (1 << _KIND_BITS) - 1
+_ENTRY_BYTES: Final = 8
+_HUGE: Final = 1 << 22  # pages
 _BITS_AT_ONCE: Final = 1 << 13
 _ONES: Final = re.compile("1+")
 _LAZILY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap names since 3.13
@@ -69,10 +71,26 @@ class PageIndex(PlacedPages):
         self._base = base
         self._spilled = 0
         self._decoders: dict[int, PageDecoder] = {}
+        self._memory: dict[str, mmap.mmap] = {}  # that of the entries
 
     @property
     def spilled(self) -> int:
         return self._spilled
+
+    def absent(self, block: str) -> int:
+        """How many of its pages have not come.  Of a block that claims to be huge only what was noted is read."""
+        entries = self._of(block)
+        if len(entries) < _HUGE:
+            return super().absent(block)
+        from qmigrate.capture.touched import touched
+
+        there = list(touched(self._memory[block]))
+        noted = sum(end - begin for begin, end in there) // _ENTRY_BYTES
+        return (
+            len(entries)
+            - noted
+            + sum(self._absent_of(entries[begin // _ENTRY_BYTES : end // _ENTRY_BYTES]) for begin, end in there)
+        )
 
     # -- making it
 
@@ -118,6 +136,7 @@ class PageIndex(PlacedPages):
                     f"its {length:#x} bytes are more than can be indexed here", trail=("ram", block)
                 ) from exc
             entries = self._entries[block] = memoryview(memory).cast("Q")
+            self._memory[block] = memory
         return entries
 
     def _pages(self, pages: Pages, entry: Entry) -> None:

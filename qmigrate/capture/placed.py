@@ -106,7 +106,10 @@ class PlacedPages:
 
     def absent(self, block: str) -> int:
         """How many of its pages have not come."""
-        entries = self._of(block)
+        return self._absent_of(self._of(block))
+
+    @staticmethod
+    def _absent_of(entries: memoryview) -> int:
         return sum(absent_pages(entries[at : at + _COUNTED_AT_ONCE]) for at in range(0, len(entries), _COUNTED_AT_ONCE))
 
     def runs(self, block: str, first: int, count: int) -> Iterator[Placed]:
