@@ -9,7 +9,7 @@ from qmigrate.capture.passes import PassCounter
 from qmigrate.capture.seen import SeenPages
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors
 from qmigrate.format.command import Command, Packaged, PostcopyRamDiscard
-from qmigrate.format.device import decode_state
+from qmigrate.format.device import Elements, decode_state
 from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, BlockListHeader, Pages, RamBlock, RamRecord
 from qmigrate.format.stream import (
@@ -216,12 +216,13 @@ class Gathering:
         description = self.contents.description
         if description is None:
             return
+        elements = Elements()
         for section, offset, data in self._kept.values():
             device = description.device(section.name, section.instance_id)
             if device is None or section.package is not None:
                 continue
             try:
-                state, used = decode_state(device.body, data, offset=offset, trail=(section.name,))
+                state, used = decode_state(device.body, data, offset=offset, trail=(section.name,), elements=elements)
             except StreamError as exc:
                 section.reason = f"the description does not fit: {exc}"
                 continue

@@ -16,7 +16,7 @@ from typing import Final, NamedTuple
 
 from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import COMMANDS, CommandNumber
-from qmigrate.format.device import decode_state, decode_whole
+from qmigrate.format.device import Elements, decode_state, decode_whole
 from qmigrate.format.stream import FOOTER_BYTES, LONGEST_HEADER, SectionHeader, SectionType
 from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description, DeviceDescription, StructDescription
@@ -86,6 +86,7 @@ class Candidates:
     package: bool
     foreign: bool
     _steps: int = field(default=0, init=False)
+    _elements: Elements = field(default_factory=Elements, init=False)
     _opening_places: list[tuple[int, int]] | None = field(default=None, init=False)
     _footer_places: dict[int, list[tuple[int, int]]] | None = field(default=None, init=False)
 
@@ -199,6 +200,7 @@ class Candidates:
             offset=self.base + body,
             trail=(header.idstr,),
             foreign=self.foreign,
+            elements=self._elements,
         )
         return self._closed(at, header, body, body + used, state)
 

@@ -168,14 +168,15 @@ SHORTEST: Final = {MessageType.REQ_PAGES_ID: 13, MessageType.RECV_BITMAP: 1}  # 
 _BITMAP_UNIT: Final = 8  # QEMU rounds the bitmap up to whole u64 words, on hosts of any word size
 
 
-def read_return_path(feed: Feed) -> Generator[ReturnPathEntry | None]:
+def read_return_path(feed: Feed, *, longest_bitmap: int | None = None) -> Generator[ReturnPathEntry | None]:
     """Each message in turn, None while bytes are missing; ends where the feed ends between messages.
 
+    ``longest_bitmap``: in bytes; one that claims to be longer is refused before it is collected.
     Nothing may follow SHUT: a recovery has a new connection, and so a new feed.
     Raises ``StreamError``.
     """
     while len(feed) or (yield from feed.more()):
-        entry = yield from _message(feed)
+        entry = yield from _message(feed, longest_bitmap)
         yield entry
         if isinstance(entry.message, Shut):
             break
@@ -190,7 +191,7 @@ def encode_message(message: Message) -> bytes:
     return MessageHeader(kind=message.TYPE, length=counted).build() + data
 
 
-def _message(feed: Feed) -> Generator[None, None, ReturnPathEntry]:
+def _message(feed: Feed, longest_bitmap: int | None) -> Generator[None, None, ReturnPathEntry]:
     start = feed.offset
     header, size = yield from feed.record(MessageHeader, _TRAIL)
     head = bytes(feed.view(size))
@@ -200,12 +201,12 @@ def _message(feed: Feed) -> Generator[None, None, ReturnPathEntry]:
     data = yield from feed.take(header.length, trail)
     _check_name(header, data, start, trail)
     if header.kind is MessageType.RECV_BITMAP:
-        data += yield from _bitmap(feed, trail)
+        data += yield from _bitmap(feed, trail, longest_bitmap)
     message = MESSAGES[header.kind].read(data, offset=start + size, trail=trail)
     return ReturnPathEntry(start, feed.offset - start, message, head + data)
 
 
-def _bitmap(feed: Feed, trail: tuple[str, ...]) -> Generator[None, None, bytes]:
+def _bitmap(feed: Feed, trail: tuple[str, ...], longest: int | None) -> Generator[None, None, bytes]:
     """What follows the name: size, bitmap and end mark, collected as they come."""
     at = feed.offset
     head = yield from feed.take(8, (*trail, "bitmap_size"))
@@ -216,6 +217,8 @@ def _bitmap(feed: Feed, trail: tuple[str, ...]) -> Generator[None, None, bytes]:
             offset=at,
             trail=(*trail, "bitmap_size"),
         )
+    if longest is not None and size > longest:
+        raise StreamError(f"found {size:#x}, expected at most {longest:#x}", offset=at, trail=(*trail, "bitmap_size"))
     bitmap = yield from feed.take(size, (*trail, "bitmap"))
     return head + bitmap + (yield from feed.take(8, (*trail, "end_mark")))
 

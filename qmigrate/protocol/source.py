@@ -110,7 +110,8 @@ class Source:
         self._asked: str | None = None  # the block of the latest request
         self._awaited: set[str] = set()  # blocks whose bitmap a recovery waits for
         self._feed = Feed(window=1 << 16)
-        self._grammar = read_return_path(self._feed)
+        self._longest_bitmap = max((self._bitmap_bytes(block) for block in self.blocks.values()), default=0)
+        self._grammar = read_return_path(self._feed, longest_bitmap=self._longest_bitmap)
         self._is_over = False
 
     # -- what is said before the switch
@@ -300,7 +301,7 @@ class Source:
         """The first bytes on a new connection: ask what has arrived."""
         self.phase = turned(self.phase, Fact.LINK_CAME)
         self._feed = Feed(window=1 << 16)
-        self._grammar = read_return_path(self._feed)
+        self._grammar = read_return_path(self._feed, longest_bitmap=self._longest_bitmap)
         self._named = self._named_urgent = self._asked = None
         self.pages.ask_anew()
         self._awaited = set(self.blocks)
@@ -312,14 +313,16 @@ class Source:
             return b""
         return self._say(PostcopyResume())
 
+    def _bitmap_bytes(self, block: HostPages) -> int:
+        """A bit a target page, in whole u64 words."""
+        return -(-(block.length // self.page_size) // 64) * 8
+
     def _bitmap(self, message: ReceivedBitmap, offset: int) -> None:
         """What has not arrived is dirty, whatever was sent.  migration/ram.c: ram_dirty_bitmap_reload()"""
         name = message.block
         if self.phase is not Phase.RECOVERING or name not in self._awaited:
             raise StreamError(f"a bitmap of {name!r} that was not asked for", offset=offset, trail=_TRAIL)
-        block = self.blocks[name]
-        targets = block.length // self.page_size
-        expected = -(-targets // 64) * 8
+        expected = self._bitmap_bytes(self.blocks[name])
         if message.bitmap_size != expected:
             raise StreamError(
                 f"the bitmap has {message.bitmap_size} bytes, expected {expected}", offset=offset, trail=(*_TRAIL, name)

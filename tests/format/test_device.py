@@ -10,10 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmigrate.errors import StreamError, TruncatedError
-from qmigrate.format.device import decode_state, encode_field, encode_state
+from qmigrate.format.device import Elements, decode_state, encode_field, encode_state
 from qmigrate.format.field_types import SIGNED, TYPES, UNSIGNED
+from qmigrate.format.tail import read_tail
 from qmigrate.format.vm_state import Field, Subsection, Value, VmState
 from qmigrate.format.vmdesc import StructDescription, parse_description
+from tests import streams
 from tests.streams import described, field, struct_of
 
 BASE = 0x1000
@@ -340,6 +342,28 @@ def test_arrays_of_arrays_of_nothing_do_not_go_on_for_ever() -> None:
     for _ in range(4):
         entry = field("e", "struct", 0, array_len=60_000, struct=struct_of("e", entry))
     assert "elements that take no bytes are described" in fault(parse(entry), b"x" * 100)
+
+
+def test_what_a_description_makes_of_few_bytes_has_a_limit_for_all_of_a_stream() -> None:
+    nothing = [field(f"z{number}", "buffer", 0) for number in range(9)]
+    known = parse(field("e", "struct", 1, array_len=10, struct=struct_of("e", *nothing, field("b", "uint8", 1))))
+    elements = Elements(left=250)
+    for _ in range(2):  # each has 10 structs of 10 fields, and is one with one field
+        decode_state(known, bytes(10), offset=0, elements=elements)
+    assert elements.left == 250 - 2 * 112
+    with pytest.raises(StreamError, match="dev: e\\[2\\]: the descriptions in this stream make more fields of it than"):
+        decode_state(known, bytes(10), offset=0, trail=("dev",), elements=elements)
+
+
+def test_sections_behind_that_limit_are_given_undecoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Elements.__init__, "__defaults__", (6,))
+    data = b"".join(streams.device(name, b"\1\2", section_id=number) for number, name in enumerate("abc", 3))
+    body = [described(name, field("x", "uint8", 1), field("y", "uint8", 1)) for name in "abc"]
+    text = parse_description(json.dumps({"devices": body}).encode())
+    tail = read_tail(data + b"\0", base=0, footers=True, description=text, package=False)
+    assert [item.state is not None for item in tail.items] == [True, True, False]
+    assert tail.error is None
+    assert "make more fields of it than can be kept" in str(tail.items[2].reason)
 
 
 def test_a_claim_takes_no_memory() -> None:

@@ -350,8 +350,19 @@ def test_nothing_goes_on_before_all_bitmaps_are_here() -> None:
     joined.source.resume()
     joined.ask(ReceivedBitmap(block="rom", bitmap_size=8, bitmap=bytes(8)))
     assert joined.source.resumed() == b""
-    with pytest.raises(StreamError, match="the bitmap has 16 bytes, expected 8"):
+    with pytest.raises(StreamError, match="bitmap_size: found 0x10, expected at most 0x8"):
         joined.ask(ReceivedBitmap(block="pc.ram", bitmap_size=16, bitmap=bytes(16)))
+
+
+def test_a_bitmap_that_is_longer_than_any_block_s_is_refused_before_it_is_collected() -> None:
+    joined = Joined()
+    joined.begin()
+    joined.source.lose()
+    joined.source.resume()
+    message = encode_message(ReceivedBitmap(block="rom", bitmap_size=16, bitmap=bytes(16)))
+    joined.source.receive_data(message[: 4 + 4 + 8])  # of which the bitmap has not come
+    with pytest.raises(StreamError, match="RECV_BITMAP: bitmap_size: found 0x10, expected at most 0x8"):
+        list(joined.source.events())
 
 
 def test_before_run_a_broken_connection_is_the_end() -> None:
