@@ -5,9 +5,9 @@ import sys
 from typing import TYPE_CHECKING, Final, TextIO
 
 from qmigrate import exit_codes
-from qmigrate.cli.indexed import add_index, begun
 from qmigrate.cli.live import add_patience
 from qmigrate.cli.restored import Kept
+from qmigrate.cli.serving import add_channels, add_file, add_index, add_output, begun
 from qmigrate.cli.tell import tell
 from qmigrate.errors import RefusedError
 
@@ -45,20 +45,14 @@ def attempts(argument: str) -> int:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a saved migration, of any kind that `dissect` reads; packed too")
+    add_file(parser)
     parser.add_argument("qemu", metavar="QEMU", nargs="*", help="behind --: a QEMU to start, and its arguments")
     parser.add_argument(
         "--qmp", metavar="ADDRESS", help="the QMP of a QEMU that waits: a unix socket's path, HOST:PORT"
     )
     parser.add_argument("--uri", help="where it is to listen, as we reach it (default: beside its QMP socket)")
     parser.add_argument("--listen", metavar="URI", help="where it is to listen itself, if that is not --uri: a tunnel")
-    parser.add_argument(
-        "--channel",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="a further connection of the saved migration (multifd, preempt, resumed); may be repeated",
-    )
+    add_channels(parser)
     how = parser.add_argument_group("how")
     how.add_argument("--eager", action="store_true", help="by precopy: all pages are there before the guest runs")
     how.add_argument("--paused", action="store_true", help="the guest is not to run until somebody says `cont`")
@@ -84,9 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", metavar="FILE", help="a page for a browser: what came when, and how long pages took"
     )
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="how it ended as JSON, with all times and latencies")
-    output.add_argument("--ndjson", action="store_true", help="every event as a JSON object on a line of its own")
+    add_output(parser)
     add_patience(parser)
 
 
@@ -130,26 +122,17 @@ def _restore(args: argparse.Namespace, out: TextIO, reading: "Reading | None") -
 
 
 async def _interruptible(args: argparse.Namespace, restorer: "Restorer", lines: "Lines") -> int:
-    import asyncio
-    import signal
+    from asyncio import CancelledError
 
-    task = asyncio.ensure_future(_into_running(args, restorer, lines) if args.qmp else _started(args, restorer, lines))
+    from qmigrate.cli.until_done import until_served
 
-    def interrupt() -> None:
-        if not restorer.interrupt() and not lines.warns_of_end():
-            task.cancel()
-
-    def hang_up() -> None:
-        if not restorer.hang_up() and not lines.ends_with_us:
-            task.cancel()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt)
-    loop.add_signal_handler(signal.SIGHUP, hang_up)
     try:
-        return await task
-    except asyncio.CancelledError:
+        return await until_served(
+            _into_running(args, restorer, lines) if args.qmp else _started(args, restorer, lines),
+            lambda: restorer.interrupt() or lines.warns_of_end(),
+            lambda: restorer.hang_up() or lines.ends_with_us,
+        )
+    except CancelledError:
         if lines.status is None:
             tell("interrupted before anything began: the guest is in the file, as it was")
         return exit_codes.INTERRUPTED

@@ -4,8 +4,8 @@ import argparse
 from typing import TYPE_CHECKING, TextIO
 
 from qmigrate import exit_codes
-from qmigrate.cli.indexed import add_index, begun
 from qmigrate.cli.restore import Lines
+from qmigrate.cli.serving import add_channels, add_file, add_index, add_output, begun
 from qmigrate.cli.sizes import size
 from qmigrate.cli.tell import tell
 
@@ -29,15 +29,9 @@ EXAMPLES = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("file", metavar="FILE", help="a saved migration, of any kind that `dissect` reads; packed too")
+    add_file(parser)
     parser.add_argument("uri", metavar="URI", help="tcp:HOST:PORT or unix:PATH")
-    parser.add_argument(
-        "--channel",
-        metavar="FILE",
-        action="append",
-        default=[],
-        help="a further connection of the saved migration (multifd, preempt, resumed); may be repeated",
-    )
+    add_channels(parser)
     parser.add_argument("--postcopy", action="store_true", help="devices first, then pages, those asked for at once")
     parser.add_argument(
         "--host-page",
@@ -48,9 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --postcopy: the destination's pages under this RAM block, where it has huge ones; may be repeated",
     )
     add_index(parser)
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="how it ended as JSON, with all times and latencies")
-    output.add_argument("--ndjson", action="store_true", help="every event as a JSON object on a line of its own")
+    add_output(parser)
 
 
 def _host_page(argument: str) -> tuple[str, int]:
@@ -86,25 +78,12 @@ def _send(args: argparse.Namespace, out: TextIO, reading: "Reading | None") -> i
 
 
 async def _interruptible(uri: str, sender: "Sender", lines: Lines) -> int:
-    import asyncio
-    import signal
+    from asyncio import CancelledError
 
-    task = asyncio.ensure_future(sender.run(uri))
+    from qmigrate.cli.until_done import until_served
 
-    def interrupt() -> None:
-        if not sender.interrupt():
-            task.cancel()
-
-    def hang_up() -> None:
-        if not sender.hang_up():
-            task.cancel()
-
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, interrupt)
-    loop.add_signal_handler(signal.SIGHUP, hang_up)
     try:
-        return lines.finish(await task)
-    except asyncio.CancelledError:
+        return lines.finish(await until_served(sender.run(uri), sender.interrupt, sender.hang_up))
+    except CancelledError:
         tell("interrupted before anything began")
         return exit_codes.INTERRUPTED

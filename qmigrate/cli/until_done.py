@@ -3,10 +3,10 @@
 import asyncio
 import os
 import signal
-from collections.abc import Callable, Mapping
-from typing import Final, Protocol, TypeVar
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Final, Protocol, TypeVar
 
-__all__ = ["until_done"]
+__all__ = ["until_done", "until_served"]
 
 REFRESHES_EVERY_S: Final = 0.25
 
@@ -43,6 +43,23 @@ async def until_done(
         await asyncio.wait([refreshing])
         for number in handlers:
             loop.remove_signal_handler(number)
+
+
+async def until_served(work: Coroutine[Any, Any, T], interrupt: Callable[[], bool], hang_up: Callable[[], bool]) -> T:
+    """What the work gives.  Ctrl-C and SIGTERM, and a terminal that goes away, cancel it where these answer False.
+
+    Raises ``CancelledError`` then.
+    """
+    task = asyncio.ensure_future(work)
+
+    def heard(is_dealt_with: Callable[[], bool]) -> None:
+        if not is_dealt_with():
+            task.cancel()
+
+    loop = asyncio.get_running_loop()
+    for number, answer in ((signal.SIGINT, interrupt), (signal.SIGTERM, interrupt), (signal.SIGHUP, hang_up)):
+        loop.add_signal_handler(number, heard, answer)
+    return await task
 
 
 async def _refresh(teller: _Teller) -> None:

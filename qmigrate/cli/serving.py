@@ -1,4 +1,4 @@
-"""The options of whoever serves a saved guest: where its pages are is kept for the next time, or not."""
+"""The options of whoever serves a saved guest: what it is read from, and what is kept of that and told."""
 
 import argparse
 from contextlib import AbstractContextManager, nullcontext
@@ -7,7 +7,30 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from qmigrate.operations.reading import Reading
 
-__all__ = ["add_index", "begun"]
+__all__ = ["add_channels", "add_file", "add_index", "add_output", "begun"]
+
+
+def add_file(parser: argparse.ArgumentParser) -> None:
+    """``FILE``."""
+    parser.add_argument("file", metavar="FILE", help="a saved migration, of any kind that `dissect` reads; packed too")
+
+
+def add_channels(parser: argparse.ArgumentParser) -> None:
+    """``--channel``."""
+    parser.add_argument(
+        "--channel",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a further connection of the saved migration (multifd, preempt, resumed); may be repeated",
+    )
+
+
+def add_output(parser: argparse.ArgumentParser) -> None:
+    """``--json`` and ``--ndjson``."""
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help="how it ended as JSON, with all times and latencies")
+    output.add_argument("--ndjson", action="store_true", help="every event as a JSON object on a line of its own")
 
 
 def add_index(parser: argparse.ArgumentParser) -> None:
