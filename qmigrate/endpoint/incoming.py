@@ -27,6 +27,7 @@ __all__ = ["Arrived", "ChannelKind", "Incoming"]
 
 EXEC_TIMEOUT_S: Final = 5.0
 SETTLE_TIMEOUT_S: Final = 5.0
+ACCEPT_AGAIN_S: Final = 0.1
 
 
 class ChannelKind(Enum):
@@ -211,7 +212,11 @@ class Incoming:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
-            peer, _ = await loop.sock_accept(listener)
+            try:
+                peer, _ = await loop.sock_accept(listener)
+            except OSError:  # no descriptor is free, mostly: who comes waits in the listener's queue
+                await asyncio.sleep(ACCEPT_AGAIN_S)
+                continue
             peer.setblocking(False)
             task = loop.create_task(self._identify(peer))
             self._tasks.add(task)

@@ -92,6 +92,7 @@ class Receiver:
         self._failure: str | None = None
         self._received: Said | None = None
         self._writing_stops = threading.Event()
+        self._is_saving = False
         self._all_is_here = False
 
     @property
@@ -164,12 +165,21 @@ class Receiver:
                     raise RefusedError(f"nothing to recover: it is {phases[-1][0] if phases else 'idle'}")
                 return await self._channels.listen(argument)
             case "save":
+                if self._is_saving:
+                    raise RefusedError(f"it is being saved just now, as {self.save}")
                 if self._received is None:
                     raise RefusedError("nothing to save: only what could not be saved before is saved elsewhere")
-                self.save = Path(argument)
-                await self._keep(self._received)
-                return str(self.save)
+                return await self._save_elsewhere(self._received, argument)
         raise RefusedError(f"{what!r} is not known here: expected recover or save")
+
+    async def _save_elsewhere(self, said: Said, path: str) -> str:
+        """Who asks may not wait for it to end, and ask again: then there is one that writes."""
+        self.save, self._is_saving = Path(path), True
+        try:
+            await self._keep(said)
+        finally:
+            self._is_saving = False
+        return str(self.save)
 
     # -- what the processes tell
 

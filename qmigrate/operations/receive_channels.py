@@ -77,6 +77,8 @@ class ReceiveChannels:
             async for arrived in incoming:
                 try:
                     self._arrived(arrived, incoming.uri)
+                except OSError as exc:  # no descriptor is free, mostly
+                    self._told.trouble(f"a connection came ({arrived.kind.value}): it can't be taken: {exc.strerror}")
                 finally:
                     os.close(arrived.descriptor)
 

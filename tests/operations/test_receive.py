@@ -6,6 +6,7 @@ import resource
 import signal
 import stat
 import sys
+import threading
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
@@ -39,6 +40,7 @@ from qmigrate.format.multifd import (
 )
 from qmigrate.format.ram import RamBlock
 from qmigrate.format.return_path import Message, Pong, RequestPages, RequestPagesId, Shut, read_return_path
+from qmigrate.operations import received
 from qmigrate.operations.control import ask
 from qmigrate.operations.receive import Latency, NotSaved, Paused, Receiver
 from tests import streams
@@ -316,6 +318,43 @@ async def test_what_cannot_be_saved_after_postcopy_is_held_until_it_is_saved_els
             assert await source.until_shut() == 0
         assert (await receiver.result()).exit_code == 0
     assert elsewhere.exists()
+
+
+async def test_who_asks_to_save_while_it_is_being_saved_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client waits for a minute; the RAM of a large guest takes longer, and he asks again."""
+    elsewhere, begun, may_go_on = tmp_path / "elsewhere.mig", threading.Event(), threading.Event()
+    write = received.write_stream
+
+    def slowly(path: Path, parts: received.Parts, stops: threading.Event) -> None:
+        if path == elsewhere:
+            begun.set()
+            assert may_go_on.wait(TIMEOUT_S)
+        write(path, parts, stops)
+
+    monkeypatch.setattr(received, "write_stream", slowly)
+    gone = tmp_path / "no such folder"
+    gone.mkdir()
+    async with receiving(tmp_path, save=gone / "x.mig") as receiver:
+        gone.rmdir()
+        async with source_of(receiver) as source:
+            source.send(advised(), PACKAGE, EVERYTHING, END)
+            event = await receiver.wait_for(lambda event: isinstance(event, NotSaved))
+            assert isinstance(event, NotSaved)
+            control = Path(event.control)
+            first = asyncio.create_task(ask(control, "save", str(elsewhere)))
+            try:
+                assert await asyncio.to_thread(begun.wait, TIMEOUT_S)
+                with pytest.raises(RefusedError, match="it is being saved just now, as "):
+                    await ask(control, "save", str(tmp_path / "again.mig"))
+            finally:
+                may_go_on.set()
+            assert await first == str(elsewhere)
+            assert await source.until_shut() == 0
+        assert (await receiver.result()).exit_code == 0
+    assert elsewhere.exists()
+    assert not (tmp_path / "again.mig").exists()
 
 
 @contextmanager
