@@ -272,7 +272,12 @@ def _mapped(contents: Contents) -> Iterator[str]:
     yield "Each page has its place in the file (mapped-ram): only what the last pass left there is to be seen."
     if contents.base:
         yield f"The stream's offsets count from {contents.base:#x} before it: it began there in its file."
-    if contents.stale:
+    if contents.stale and _is_cut_in_ram(contents):
+        yield (
+            f"{contents.stale} bytes stand in the places of pages that no bitmap names: the bitmaps are written when "
+            "RAM ends, so which of these are good is not known."
+        )
+    elif contents.stale:
         yield f"{contents.stale} bytes of pages that were zero in the end are left in their places."
 
 
@@ -331,10 +336,14 @@ def _was_running(contents: Contents) -> bool:
     return isinstance(runstate, bytes) and runstate.partition(b"\0")[0] == b"running"
 
 
-def _end(contents: Contents) -> Iterator[str]:
+def _is_cut_in_ram(contents: Contents) -> bool:
     ended = any(section.kind == SectionType.END and section.whole for section in _ram(contents))
     is_cut = any(isinstance(error, TruncatedError) for error in contents.errors)
-    if is_cut and _ram(contents) and not ended and not _full(contents):
+    return is_cut and bool(_ram(contents)) and not ended and not _full(contents)
+
+
+def _end(contents: Contents) -> Iterator[str]:
+    if _is_cut_in_ram(contents):
         yield "The stream ends while RAM is sent: the migration was cancelled, or it failed."
     if contents.trailing:
         where = contents.length - contents.trailing

@@ -83,7 +83,8 @@ class MappedPages(NamedTuple):
     """Pages of a block at their places, one after the other, as runs.
 
     PAGE runs have contents.  ZERO runs have none: zero, or never written.  ``stale`` counts the bytes of those
-    where something stands nevertheless, of a page that was zero in a later pass; nobody reads it.
+    where something stands nevertheless, of a page that was zero in a later pass, or of a migration that did not
+    come to write its bitmaps; nobody reads it.
     """
 
     block: str
@@ -160,9 +161,16 @@ def read_mapped(block: str, view: memoryview, bits: bytearray, first: int, page_
     for present, page, count in mapped_runs(bits, first, len(view) // page_size):
         at = (page - begin) * page_size
         runs.append(PageRun(offset + at, _PAGE if present else _ZERO, page * page_size, count))
-        if not present and not is_zero(view[at : at + count * page_size]):
-            stale += count * page_size
+        if not present:
+            stale += _not_zero(view[at : at + count * page_size], page_size)
     return MappedPages(block, page_size, tuple(runs), stale)
+
+
+def _not_zero(view: memoryview, page_size: int) -> int:
+    """The bytes of those pages that are not zero."""
+    if is_zero(view):
+        return 0
+    return sum(page_size for at in range(0, len(view), page_size) if not is_zero(view[at : at + page_size]))
 
 
 def is_zero(view: memoryview) -> bool:

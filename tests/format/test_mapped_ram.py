@@ -253,3 +253,24 @@ def test_a_file_is_read_as_bytes_in_memory_are(tmp_path: Any) -> None:
     path.write_bytes(stream())
     with Migration(path) as migration:
         assert migration.contents.complete
+
+
+def test_of_a_file_whose_bitmaps_were_not_written_yet_it_is_not_said_that_its_pages_were_zero() -> None:
+    """As QEMU leaves it when the migration is cancelled: pages at their places, bitmaps of zeros, no END."""
+    data = bytearray(HEAD + streams.mapped_ram_start(BLOCKS, begin=START))
+    data[HEADER + 28 : HEADER + 36] = bytes(8)
+    checked = check(InMemory(bytes(data)))
+    contents = checked.gathering.contents
+    assert (checked.valid, checked.identical, contents.stale) == (False, True, 3 * PAGE)
+    said = oddities(contents)
+    assert not [sentence for sentence in said if "zero in the end" in sentence]
+    assert (
+        f"{3 * PAGE} bytes stand in the places of pages that no bitmap names: the bitmaps are written when RAM ends, "
+        "so which of these are good is not known."
+    ) in said
+
+
+def test_only_pages_that_are_not_zero_are_counted_among_those_without_contents() -> None:
+    data = bytearray(stream())
+    data[HEADER + 28 : HEADER + 36] = bytes(8)  # a, zero, b, c, zero: none of them named
+    assert check(InMemory(bytes(data))).gathering.contents.stale == 3 * PAGE
