@@ -141,7 +141,8 @@ class Gathering:
             case RamRecord() | BlockListHeader() | MappedBitmap() | Gap():
                 pass
             case MappedBlock(block=block, header=header):
-                self.contents.base = header.bitmap_offset - entry.offset - entry.length
+                if not record.is_left_out:
+                    self.contents.base = header.bitmap_offset - entry.offset - entry.length
                 self.contents.blocks[block.name] = _block(block, len(self.contents.blocks))
             case MappedPages():
                 self._pages(record)

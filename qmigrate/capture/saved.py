@@ -118,7 +118,7 @@ def _without_contents(descriptor: int, start: int) -> Iterator[Entry]:
             if not count:
                 feed.end()
             continue
-        if isinstance(entry.record, MappedBlock):
+        if isinstance(entry.record, MappedBlock) and not entry.record.is_left_out:
             header, end = entry.record.header, entry.offset + entry.length
             pages = start + header.pages_offset - (header.bitmap_offset - end)
             reader.spare(pages, pages + entry.record.block.used_length)
