@@ -35,6 +35,7 @@ from qmigrate.format.ram import BlockList, Pages, RamBlock, RamFlag, RamRecord
 from qmigrate.format.ram_section import RamSection
 from qmigrate.format.return_path import Message, Pong, ReceivedBitmap, ResumeAck, Shut, encode_message
 from qmigrate.format.stream import EndOfFile, FileHeader, Footer, SectionHeader, SectionPart, SectionType
+from qmigrate.format.tail import Chooser
 from qmigrate.format.walk import Limits, Walker
 from qmigrate.protocol.phases import Fact, Phase, after, turned
 
@@ -207,6 +208,9 @@ class Kept:
                 self._place = self.closing
             case Footer():
                 self.footers = True
+            case Undecoded() if self._place is None:
+                # Sections that could not be told apart, right behind RAM or LISTEN: no header of theirs came.
+                self._place = self.devices if self.ram_ended else self.live
         if self._place is not None:
             self._place += entry.view
 
@@ -508,11 +512,15 @@ class PageChannel:
 
 @dataclass(frozen=True)
 class Package:
-    """What a package needs to be loaded: the bytes, where they stand, and what is known of the stream."""
+    """What a package needs to be loaded: the bytes, where they stand, and what is known of the stream.
+
+    ``schema`` is asked where sections end.
+    """
 
     data: bytes
     offset: int = 0
     footers: bool | None = None
+    schema: Chooser | None = None
 
 
 PackageEvent: TypeAlias = SectionBegan | Ping | Phase
@@ -527,7 +535,7 @@ def devices_of(package: Package) -> bytes:
 
 
 def _entries_of(package: Package) -> Iterator[Entry]:
-    walker = Walker(Feed(offset=package.offset))
+    walker = Walker(Feed(offset=package.offset), description=package.schema)
     walker.footers = package.footers
     return (entry for entry in walker._packaged(package.data, package.offset, 1) if entry is not None)
 
