@@ -72,7 +72,7 @@ TAPS: Final = {
     "held preempt": Tapping(held=True, preempt=True, since=PREEMPT),
     "held preempt cut": Tapping(held=True, preempt=True, cut=True, since=PREEMPT),
     "held release-ram": Tapping(held=True, gives_back=True, wishes={"capabilities": {"source:release-ram": True}}),
-    "held xbzrle": Tapping(held=True, after_passes=3, wishes={"xbzrle": True}),
+    "held xbzrle": Tapping(held=True, after_passes=2, wishes={"xbzrle": True}),
     "huge": Tapping(huge=True),
     "huge after a pass": Tapping(huge=True, after_passes=1),
     "huge cut": Tapping(huge=True, cut=True),
