@@ -282,10 +282,17 @@ def _mapped(contents: Contents) -> Iterator[str]:
 
 
 def missing_pages(contents: Contents) -> Iterator[str]:
-    """Pages that came over connections that are not here, a sentence each: RAM is not what it was."""
+    """Pages that came over connections that are not here, or of which no order is known, a sentence each: RAM is not,
+    or may not be, what it was.
+    """
     if not contents.complete or not contents.blocks or contents.base is not None:
         return
     blocks = contents.blocks.values()
+    if unordered := [f"{block.unordered} of {block.name}" for block in blocks if block.unordered]:
+        yield (
+            f"Pages came over two channels with no SYNC between, {', '.join(unordered)}: nothing says which copy is "
+            "the later."
+        )
     missing = any(block.seen.count * contents.page_size < block.length for block in blocks)
     if missing and not _has_contents(contents) and not any(block.address is not None for block in blocks):
         yield (

@@ -91,6 +91,8 @@ class Block:
     """How many page records replaced an earlier one of the same page."""
     lost: int = 0
     """How many pages were discarded at the switch to postcopy and did not come after it."""
+    unordered: int = 0
+    """How many copies of pages came in an epoch in which another channel had the page as well: see ``Epochs``."""
     seen: SeenPages = field(default_factory=SeenPages, repr=False)
 
 

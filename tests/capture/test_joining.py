@@ -3,7 +3,7 @@
 import lzma
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import permutations
 from pathlib import Path
 from typing import Final
@@ -25,7 +25,7 @@ from qmigrate.format.command import (
     RecvBitmap,
 )
 from qmigrate.format.feed import Feed
-from qmigrate.format.multifd import PagePacket
+from qmigrate.format.multifd import InitialPacket, PageHeader, PagePacket, encode_packet, pack_offsets
 from qmigrate.format.multifd_channel import ChannelEntry
 from qmigrate.format.walk import walk
 from tests import streams
@@ -309,6 +309,100 @@ def test_connections_of_a_postcopy_that_was_cut_twice_may_be_given_in_any_order(
         (error,) = migration.errors
     assert isinstance(error, TruncatedError)
     assert error.trail[0] == "main, resumed"
+
+
+# -- the order of pages between channels
+
+
+UNORDERED: Final = (
+    "Pages came over two channels with no SYNC between, {} of pc.ram: nothing says which copy is the later."
+)
+
+
+def sent(*pages: tuple[int, bytes], sync: bool = False) -> bytes:
+    """A packet with these pages of pc.ram, those that are all zeros as such."""
+    normal = [(start, contents) for start, contents in pages if any(contents)]
+    zero = [start for start, contents in pages if not any(contents)]
+    header = PageHeader(
+        flags=int(sync),
+        pages_alloc=128,
+        normal_pages=len(normal),
+        next_packet_size=streams.PAGE * len(normal),
+        packet_num=0,
+        zero_pages=len(zero),
+        name=b"pc.ram".ljust(256, b"\0"),
+        offsets=pack_offsets([*(start for start, _ in normal), *zero], page_size=streams.PAGE),
+    )
+    return encode_packet(PagePacket(header, streams.PAGE), b"".join(contents for _, contents in normal))
+
+
+def of_two(folder: Path, *epochs: Sequence[bytes]) -> Migration:
+    """A migration over main and two channels: in each epoch the packets of both, and records of main, if any."""
+    parts = [streams.ram_part(*epoch[2:]) for epoch in epochs]
+    main = [streams.header(), streams.configuration("pc"), streams.ram_start({"pc.ram": 0x8000}), *parts]
+    main += [streams.ram_end(), streams.devices(), streams.eof()]
+    sync = sent(sync=True)
+    channels = [
+        InitialPacket(channel_id=number).build() + sync + b"".join(epoch[number] + sync for epoch in epochs) + sync
+        for number in range(2)
+    ]
+    one, *others = written(folder, main=b"".join(main), one=channels[0], two=channels[1])
+    return Migration(one, channels=others)
+
+
+A, B, ZERO = b"a" * streams.PAGE, b"b" * streams.PAGE, bytes(streams.PAGE)
+
+
+@pytest.mark.parametrize(("first", "second"), [(A, B), (A, ZERO), (ZERO, A)])
+def test_of_a_page_in_two_epochs_the_later_counts_whichever_channel_had_it(
+    first: bytes, second: bytes, tmp_path: Path
+) -> None:
+    early, late, other = sent((0x3000, first)), sent((0x3000, second)), sent((0x5000, A))
+    for epochs in ([(early, other), (other, late)], [(other, early), (late, other)], [(early, b""), (b"", late)]):
+        with of_two(tmp_path, *epochs) as migration:
+            assert not any("SYNC" in sentence for sentence in oddities(migration.contents))
+            assert check(migration).identical
+            assert extracted(migration, tmp_path / "ram")["pc.ram"][0x3000:0x4000] == second
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "count"),
+    [
+        (sent((0x3000, A)), sent((0x3000, B)), 1),
+        (sent((0x3000, A)), sent((0x3000, ZERO)), 1),
+        (sent((0x1000, A), (0x2000, A), (0x5000, A)), sent((0x2000, B), (0x4000, B), (0x1000, ZERO)), 2),
+        (sent((0x1000, A)) + sent((0x2000, A)), sent((0x1000, A)) + sent((0x2000, A)), 2),
+    ],
+)
+def test_of_a_page_over_two_channels_in_one_epoch_it_is_said_that_no_order_is_known(
+    one: bytes, two: bytes, count: int, tmp_path: Path
+) -> None:
+    sentence = UNORDERED.format(count)
+    with of_two(tmp_path, (one, two)) as migration:
+        checked = check(migration)
+        assert (checked.valid, checked.identical) == (True, True)
+        assert sentence in oddities(migration.contents)
+        found = extract(migration, tmp_path / "ram").gathering.contents
+    assert (found.complete, [str(error) for error in found.errors]) == (False, [sentence])
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+def test_of_a_page_on_main_and_on_a_channel_in_one_epoch_no_order_is_known_either(channel: int, tmp_path: Path) -> None:
+    """Until 8.2 zero pages travel on main."""
+    packets = [b"", b""]
+    packets[channel] = sent((0x3000, A))
+    zeros = streams.zero(0x2000, 4, block="pc.ram")
+    with of_two(tmp_path, [*packets, zeros]) as migration:
+        assert UNORDERED.format(1) in oddities(migration.contents)
+    with of_two(tmp_path, [b"", b"", zeros], packets, [b"", b"", zeros]) as migration:
+        assert not any("SYNC" in sentence for sentence in oddities(migration.contents))
+        assert extracted(migration, tmp_path / "ram")["pc.ram"] == bytes(0x8000)
+
+
+def test_of_a_page_twice_over_one_channel_the_later_counts(tmp_path: Path) -> None:
+    with of_two(tmp_path, (sent((0x3000, A)) + sent((0x3000, B)), sent((0x4000, A)))) as migration:
+        assert not any("SYNC" in sentence for sentence in oddities(migration.contents))
+        assert extracted(migration, tmp_path / "ram")["pc.ram"][0x3000:0x5000] == B + A
 
 
 def test_a_multifd_channel_alone_says_what_is_missing() -> None:

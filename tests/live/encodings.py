@@ -48,6 +48,8 @@ def assert_joined_the_same(recording: Recording, plain: Joined, folder: Path) ->
         extracted = extract(migration, folder)
     assert (checked.valid, checked.identical) == (True, True)
     assert len(checked.gathering.contents.channels) == (len(recording.channels) + 1 if recording.channels else 0)
+    # No source sends a page twice in an epoch, over two channels.
+    assert not any(block.unordered for block in checked.gathering.contents.blocks.values())
     for block, file in extracted.files.items():
         assert (folder / file).read_bytes() == plain.blocks[block], block
 
