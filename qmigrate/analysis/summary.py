@@ -176,6 +176,7 @@ def _oddities(contents: Contents) -> Iterator[str]:
     yield from _blocks(contents)
     yield from _mapped(contents)
     yield from missing_pages(contents)
+    yield from _unordered(contents)
     yield from _course(contents)
     yield from _end(contents)
 
@@ -281,18 +282,20 @@ def _mapped(contents: Contents) -> Iterator[str]:
         yield f"{contents.stale} bytes of pages that were zero in the end are left in their places."
 
 
+def _unordered(contents: Contents) -> Iterator[str]:
+    named = [f"{block.unordered} of {block.name}" for block in contents.blocks.values() if block.unordered]
+    if named:
+        yield (
+            f"Copies of pages came over two channels with no SYNC between, {', '.join(named)}, as of QEMU 5.2 and 7.2 "
+            "now and then: extract says whether any page is in doubt."
+        )
+
+
 def missing_pages(contents: Contents) -> Iterator[str]:
-    """Pages that came over connections that are not here, or of which no order is known, a sentence each: RAM is not,
-    or may not be, what it was.
-    """
+    """Pages that came over connections that are not here, a sentence each: RAM is not what it was."""
     if not contents.complete or not contents.blocks or contents.base is not None:
         return
     blocks = contents.blocks.values()
-    if unordered := [f"{block.unordered} of {block.name}" for block in blocks if block.unordered]:
-        yield (
-            f"Pages came over two channels with no SYNC between, {', '.join(unordered)}: nothing says which copy is "
-            "the later."
-        )
     missing = any(block.seen.count * contents.page_size < block.length for block in blocks)
     if missing and not _has_contents(contents) and not any(block.address is not None for block in blocks):
         yield (

@@ -1,7 +1,7 @@
 """What one pass over a migration finds, as values."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -93,6 +93,8 @@ class Block:
     """How many pages were discarded at the switch to postcopy and did not come after it."""
     unordered: int = 0
     """How many copies of pages came in an epoch in which another channel had the page as well: see ``Epochs``."""
+    in_doubt: Sequence[int] = ()
+    """The numbers of these pages, of the record that was taken last."""
     seen: SeenPages = field(default_factory=SeenPages, repr=False)
 
 

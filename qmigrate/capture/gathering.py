@@ -132,7 +132,8 @@ class Gathering:
         block.again += again
         # A SYNC that comes with pages ends the epoch that they are in.
         epoch = channel.syncs - header.is_sync
-        block.unordered += self._epochs.take(number, epoch, block.name, intervals, packet.page_size, again=again)
+        block.in_doubt = self._epochs.take(number, epoch, block.name, intervals, packet.page_size, again=again)
+        block.unordered += len(block.in_doubt)
         block.counts["normal"] += header.normal_pages
         block.counts["zero"] += header.zero_pages
 
@@ -290,7 +291,8 @@ class Gathering:
             contents.passes = self._passes.count
             if self._multifd is not None:  # all of these channels are where main is
                 epoch = self._multifd.syncs
-                block.unordered += self._epochs.take(0, epoch, block.name, intervals, page_size, again=again)
+                block.in_doubt = self._epochs.take(0, epoch, block.name, intervals, page_size, again=again)
+                block.unordered += len(block.in_doubt)
         if self._open is not None:
             self._open.page_count += normal + zero
 
