@@ -21,6 +21,7 @@ __all__ = [
     "describe_command",
     "describe_error",
     "describe_section",
+    "left_out_blocks",
     "missing_pages",
     "oddities",
     "summarize",
@@ -255,7 +256,7 @@ def _blocks(contents: Contents) -> Iterator[str]:
         named = ", ".join(f"{block.name} ({_size(block.page_size or 0)})" for block in huge)
         yield f"Some RAM lies on larger pages of the host: {named}."
     if any(block.address is not None for block in blocks):
-        missing = [block.name for block in blocks if not block.seen.count] if contents.complete else []
+        missing = left_out_blocks(contents)
         sent = f", and none of {', '.join(missing)} is in the stream" if missing else ""
         yield f"The block list has addresses: x-ignore-shared leaves shared RAM out{sent}."
     lengths: dict[int, list[str]] = {}
@@ -280,6 +281,12 @@ def _mapped(contents: Contents) -> Iterator[str]:
         )
     elif contents.stale:
         yield f"{contents.stale} bytes of pages that were zero in the end are left in their places."
+
+
+def left_out_blocks(contents: Contents) -> list[str]:
+    """The names of blocks of which x-ignore-shared has left out all, in a stream that is whole."""
+    blocks = contents.blocks.values()
+    return [block.name for block in blocks if block.address is not None and not block.seen.count and contents.complete]
 
 
 def _unordered(contents: Contents) -> Iterator[str]:

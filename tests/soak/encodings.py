@@ -89,6 +89,8 @@ def more_ways() -> Iterator[tuple[str, Kind]]:
     multifd = _multifd("multifd", {})
     yield "multifd uuid", replace(multifd, devices=extra(UUID), capabilities={"multifd": True, "validate-uuid": True})
     yield "multifd release-ram", replace(multifd, capabilities={"multifd": True, "release-ram": True})
+    # 7.2 refuses the pair; with xbzrle 5.2 and 7.2 take multifd alone.
+    yield "multifd and compress", replace(multifd, capabilities={"multifd": True, "compress": True}, before=(6,))
     yield "multifd huge", replace(multifd, **HUGE)
     for name in ("pc-xbzrle", "pc-compress"):
         yield f"{name.removeprefix('pc-')} huge", replace(ENCODED[name], guest=HURRIED, passes=4, **HUGE)
