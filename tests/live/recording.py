@@ -265,6 +265,16 @@ ODD: Final[Mapping[str, Kind]] = {
         course=into_file(),
         kept=("10.0", "11.1"),
     ),
+    "pc-mapped-shared": Kind(
+        "mapped-ram with x-ignore-shared: a block that is left out has neither bitmap nor pages",
+        guest=SMALL,
+        machine="pc,memory-backend=ram0",
+        devices=extra("-object memory-backend-file,id=ram0,size=8M,mem-path=FOLDER/ram.img,share=on"),
+        capabilities={"mapped-ram": True, "x-ignore-shared": True},
+        since=(11,),  # 10.0 fails to write it
+        course=into_file(),
+        kept=("11.1",),
+    ),
     "pc-cancelled": Kind("cancelled while RAM was sent", guest=WALKER, course=cancel),
     "arm-board": Kind("pages of 1 KiB, which nothing announces", machine="none", target="aarch64", kept=("7.2",)),
     "arm-virt": Kind("the size of pages in CONFIGURATION", machine="virt", target="aarch64", kept=("11.1",)),

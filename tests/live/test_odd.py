@@ -49,6 +49,10 @@ SAID: Final = {
     ],
     "pc-shared": ["The block list has addresses: x-ignore-shared leaves shared RAM out, and none of ram0 is"],
     "pc-mapped": ["Each page has its place in the file (mapped-ram)"],
+    "pc-mapped-shared": [
+        "The block list has addresses: x-ignore-shared leaves shared RAM out, and none of ram0 is",
+        "Each page has its place in the file (mapped-ram)",
+    ],
     "pc-cancelled": ["The stream ends while RAM is sent: the migration was cancelled, or it failed."],
     "arm-board": ["The target's pages have 1 KiB, which the stream does not announce"],
     "arm-virt": ["2 RAM blocks have the same length, 64 MiB: virt.flash0, virt.flash1."],
