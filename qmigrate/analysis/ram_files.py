@@ -142,8 +142,11 @@ class RamWriter:
         if not doubtful:
             return
         for run in runs:
-            first, end = run.start // page_size, run.start // page_size + run.page_count
-            doubtful -= {page for page in doubtful if first <= page < end and page not in in_doubt}
+            first, count = run.start // page_size, run.page_count
+            span = range(first, first + count)
+            # Whichever are fewer are looked through.
+            settled = doubtful.intersection(span) if count < len(doubtful) else {p for p in doubtful if p in span}
+            doubtful -= {page for page in settled if page not in in_doubt}
 
     def doubts(self) -> Iterator[str]:
         """A sentence where RAM is not known, though all of it came."""

@@ -58,13 +58,8 @@ class Epochs:
         others = self._others.get(block)
         if others is None:
             return ()
-        return [
-            page
-            for start, end in _apart(intervals)
-            if others.within([(start // page_size, end // page_size)])
-            for page in range(start // page_size, end // page_size)
-            if page in others
-        ]
+        spans = [range(start // page_size, end // page_size) for start, end in _apart(intervals)]
+        return [page for span in spans for page in span if page in others]
 
 
 def _apart(intervals: Intervals) -> Intervals:
