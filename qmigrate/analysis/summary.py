@@ -167,6 +167,8 @@ def _oddities(contents: Contents) -> Iterator[str]:
     yield from _mapped(contents)
     yield from missing_pages(contents)
     yield from _unordered(contents)
+    for key, length in contents.device_state.items():
+        yield f"{length} bytes of the state of {key} came over multifd channels (10.0 and later): they are not decoded."
     yield from _course(contents)
     yield from _end(contents)
 

@@ -128,6 +128,8 @@ class Contents:
     blocks: dict[str, Block] = field(default_factory=dict)
     channels: list[ChannelContents] = field(default_factory=list)
     """All connections of the migration, where more than one is known: main first."""
+    device_state: Counter[str] = field(default_factory=Counter)
+    """How many bytes of each device's state came over multifd channels, by ``name/instance``; they stay bytes."""
     sections: list[Section] = field(default_factory=list)
     commands: list[CommandPlace] = field(default_factory=list)
     undecoded: list[tuple[int, int, str]] = field(default_factory=list)

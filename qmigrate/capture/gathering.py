@@ -98,7 +98,7 @@ class Gathering:
 
     def _take_of(self, entry: Entry, channel: ChannelContents) -> None:
         """An entry of one of several channels."""
-        from qmigrate.format.multifd import PagePacket
+        from qmigrate.format.multifd import DeviceStatePacket, PagePacket
         from qmigrate.format.return_path import Message
 
         if entry.channel != self._channel:
@@ -107,6 +107,8 @@ class Gathering:
         match entry.record:
             case PagePacket() as packet:
                 self._packet(packet, entry.channel, channel)
+            case DeviceStatePacket(header=header, data=data):
+                self.contents.device_state[f"{header.idstr}/{header.instance_id}"] += len(data)
             case Message() as message:
                 channel.messages[message.name] += 1
             case Pages(runs=runs):

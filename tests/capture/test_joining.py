@@ -27,7 +27,15 @@ from qmigrate.format.command import (
     RecvBitmap,
 )
 from qmigrate.format.feed import Feed
-from qmigrate.format.multifd import InitialPacket, PageHeader, PagePacket, encode_packet, pack_offsets
+from qmigrate.format.multifd import (
+    DeviceStateHeader,
+    DeviceStatePacket,
+    InitialPacket,
+    PageHeader,
+    PagePacket,
+    encode_packet,
+    pack_offsets,
+)
 from qmigrate.format.multifd_channel import ChannelEntry
 from qmigrate.format.walk import walk
 from tests import streams
@@ -423,6 +431,29 @@ def test_of_a_page_on_main_and_on_a_channel_in_one_epoch_no_order_is_known_eithe
     with of_two(tmp_path, [b"", b"", zeros], packets, [b"", b"", zeros]) as migration:
         assert not any("SYNC" in sentence for sentence in oddities(migration.contents))
         assert extracted(migration, tmp_path / "ram")["pc.ram"] == bytes(0x8000)
+
+
+def test_device_state_on_channels_is_counted_and_kept(tmp_path: Path) -> None:
+    """As vfio sends it since 10.0: pieces over any channel."""
+
+    def state(data: bytes, *, instance_id: int = 0) -> bytes:
+        name = b"0000:00:05.0/vfio".ljust(256, b"\0")
+        header = DeviceStateHeader(name=name, instance_id=instance_id, next_packet_size=len(data))
+        return encode_packet(DeviceStatePacket(header, data))
+
+    pieces = state(b"x" * 500), state(b"y" * 3, instance_id=1)
+    with of_two(tmp_path, [pieces[0] + sent((0x3000, A)), b"".join(pieces)], [b"", pieces[0]]) as migration:
+        checked = check(migration)
+        assert (checked.valid, checked.identical) == (True, True)
+        assert checked.opaque["page contents"] == streams.PAGE
+        assert checked.opaque["undecoded sections"] >= 3 * 500 + 3
+        said = [sentence for sentence in oddities(migration.contents) if "vfio" in sentence]
+        assert extracted(migration, tmp_path / "ram")["pc.ram"][0x3000:0x4000] == A
+    assert said == [
+        f"{length} bytes of the state of 0000:00:05.0/vfio/{number} came over multifd channels (10.0 and later): they "
+        "are not decoded."
+        for number, length in ((0, 1500), (1, 3))
+    ]
 
 
 def test_of_a_page_twice_over_one_channel_the_later_counts(tmp_path: Path) -> None:
