@@ -6,7 +6,7 @@ Each function gives the bytes of one piece; joined, they are a stream: ``header(
 
 import json
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from qmigrate.format.command import (
@@ -122,18 +122,27 @@ def ram_start(
 
 
 def mapped_ram_start(
-    pages: Mapping[str, Sequence[bytes | None]], *, gap: int = 2 * PAGE, base: int = 0, begin: int = 0
+    pages: Mapping[str, Sequence[bytes | None]],
+    *,
+    gap: int = 2 * PAGE,
+    base: int = 0,
+    begin: int = 0,
+    addresses: bool = False,
+    left_out: Collection[str] = (),
 ) -> bytes:
     """START of a mapped-ram stream: of each block its pages, None where one has no contents.
 
     ``begin`` is where START stands in the stream, ``base`` where the stream stands in its file; the pages stand at
-    a multiple of ``gap`` (QEMU: 1 MiB).
+    a multiple of ``gap`` (QEMU: 1 MiB).  With x-ignore-shared there are ``addresses``, and blocks are ``left_out``.
     """
     out = bytearray(section(SectionType.START, "ram", section_id=RAM_ID, version_id=4))
     total = sum(len(each) for each in pages.values()) * PAGE
     out += BlockListHeader(word=total | RamFlag.MEM_SIZE).build()
     for name, contents in pages.items():
-        out += RamBlock(name=name, used_length=len(contents) * PAGE).build()
+        out += RamBlock(name=name, used_length=len(contents) * PAGE, address=0 if addresses else None).build()
+        if name in left_out:
+            out += MappedRamHeader(version=1, page_size=PAGE, bitmap_offset=0, pages_offset=0).build()
+            continue
         bits = sum(1 << index for index, page in enumerate(contents) if page is not None)
         at = base + begin + len(out) + 28
         bitmap = bits.to_bytes(-(-len(contents) // 64) * 8, "little")

@@ -69,6 +69,7 @@ EARLY = (
     "(virtio-mem, 8.0 and later)."
 )
 SAME = "2 RAM blocks have the same length, 8 MiB: ram0, 0000:00:01.0/more."
+LEFT_OUT = "The block list has addresses: x-ignore-shared leaves shared RAM out, and none of ram0 is in the stream."
 HUGE = "Some RAM lies on larger pages of the host: ram0 (2 MiB)."
 RECORDED: Final = {
     "arm-board-7.2": [
@@ -81,10 +82,9 @@ RECORDED: Final = {
     "pc-huge-savevm-5.2": [HUGE, SAVEVM],
     "pc-mapped-10.0": [MAPPED, SWITCHOVER],
     "pc-mapped-11.1": [MAPPED, SWITCHOVER],
+    "pc-mapped-shared-11.1": [LEFT_OUT, MAPPED, SWITCHOVER],
     "pc-savevm-10.0": [SWITCHOVER, SAVEVM],
-    "pc-shared-7.2": [
-        "The block list has addresses: x-ignore-shared leaves shared RAM out, and none of ram0 is in the stream."
-    ],
+    "pc-shared-7.2": [LEFT_OUT],
     "pc-snapshot-11.1": [NO_END],
     "q35-early-10.0": [EARLY.format("0xda"), SAME, SWITCHOVER],
     "q35-early-11.1": [EARLY.format("0x18"), SAME, SWITCHOVER],
@@ -116,10 +116,11 @@ def test_a_recorded_stream_is_the_same_however_its_bytes_come(name: str) -> None
 
 
 def test_addresses_and_page_sizes_are_those_of_the_block_list() -> None:
-    shared = InMemory(corpus("odd/pc-shared-7.2")).blocks
-    assert {block.address is None for block in shared.values()} == {False}
-    assert (shared["ram0"].address, shared["ram0"].seen.count) == (0, 0)
-    assert shared["pc.bios"].seen.count == 64
+    for name in ("pc-shared-7.2", "pc-mapped-shared-11.1"):
+        shared = InMemory(corpus(f"odd/{name}")).blocks
+        assert {block.address is None for block in shared.values()} == {False}
+        assert (shared["ram0"].address, shared["ram0"].seen.count) == (0, 0)
+        assert shared["pc.bios"].seen.count == 64
     for name in ("pc-huge-11.1", "pc-huge-savevm-5.2"):
         blocks = InMemory(corpus(f"odd/{name}")).blocks
         assert [block.name for block in blocks.values() if block.page_size] == ["ram0"]

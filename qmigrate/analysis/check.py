@@ -121,20 +121,18 @@ def _count_opaque(checked: Checked, entry: Entry) -> None:
         case RamPage(record=RamRecord(body=body)):
             opaque["page contents"] += len(getattr(body, "data", b""))
         case _ if entry.channel:
-            opaque["page contents"] += _data_length(entry.record)
+            _count_packet(opaque, entry.record)
 
 
-def _data_length(record: StreamRecord) -> int:
-    """How many bytes of a multifd packet are pages, or a device's, as they are or compressed."""
+def _count_packet(opaque: dict[str, int], record: StreamRecord) -> None:
+    """What of a multifd packet are pages, as they are or compressed, or a device's state."""
     from qmigrate.format.multifd import DeviceStatePacket, PagePacket
 
     match record:
         case PagePacket(header=header):
-            return header.data_length
+            opaque["page contents"] += header.data_length
         case DeviceStatePacket(data=data):
-            return len(data)
-        case _:
-            return 0
+            opaque["undecoded sections"] += len(data)
 
 
 def _count_fields(checked: Checked, state: VmState) -> None:

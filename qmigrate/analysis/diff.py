@@ -137,6 +137,8 @@ def read_side(migration: Migration, name: str, stack: ExitStack, *, ram: bool = 
             side.keep(entry.offset, entry.record.data)
     if ram:
         faults += (StreamError(sentence) for sentence in missing_pages(contents))
+    if side.spool is not None:
+        faults += map(StreamError, side.spool.doubts())
     if faults:
         contents.errors += faults
         contents.complete = False

@@ -53,6 +53,7 @@ def extract(migration: Migration, directory: str | os.PathLike[str]) -> Extracte
             except StreamError as exc:  # in what a page's data decodes to: the others are good
                 faults.append(exc)
         writer.finish()
+    faults += map(StreamError, writer.doubts())
     faults += (StreamError(sentence) for sentence in missing_pages(gathering.contents))
     if faults:
         gathering.contents.errors += faults[:_MOST_FAULTS]

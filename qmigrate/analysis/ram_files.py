@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -78,6 +78,7 @@ class RamWriter:
         self._temporary: dict[str, Path] = {}
         self._again: dict[str, int] = {}
         self._decoders: dict[int, PageDecoder] = {}
+        self._doubtful: dict[str, set[int]] = {}
 
     def take(self, entry: Entry, blocks: dict[str, Block]) -> None:
         match entry.record:
@@ -102,6 +103,7 @@ class RamWriter:
         before = os.pread(descriptor, page.page_size, start)
         _write_all(descriptor, [memoryview(page_after(page, before, offset=entry.offset))], start)
         self.bytes_written[page.block] += page.page_size
+        self._settle(page.block, [PageRun(0, _PAGE, start, 1)], page.page_size)
 
     def _of_channel(self, entry: Entry, blocks: dict[str, Block]) -> None:
         """A packet of multifd, its pages as they are or compressed."""
@@ -114,7 +116,8 @@ class RamWriter:
             return
         decoder = self._decoders.setdefault(entry.channel, PageDecoder())
         contents = memoryview(decoder.contents(packet_entry(entry, packet)))
-        name = packet.header.block
+        name, page_size = packet.header.block, packet.page_size
+        in_doubt = {page: self._page(name, page, page_size) for page in blocks[name].in_doubt}
         sent_again = blocks[name].again > self._again[name]
         self._again[name] = blocks[name].again
         for at, flag, start, page_count in packet.runs:
@@ -124,6 +127,35 @@ class RamWriter:
                 self.bytes_written[name] += length
             elif sent_again and _has_data(self._descriptors[name], start, length):
                 _punch(self._descriptors[name], start, length)
+        self._settle(name, packet.runs, page_size, in_doubt)
+        differ = [page for page, before in in_doubt.items() if self._page(name, page, page_size) != before]
+        if differ:
+            self._doubtful.setdefault(name, set()).update(differ)
+
+    def _page(self, block: str, page: int, page_size: int) -> bytes:
+        """What it holds now."""
+        return os.pread(self._descriptors[block], page_size, page * page_size)
+
+    def _settle(self, block: str, runs: Sequence[PageRun], page_size: int, in_doubt: Container[int] = ()) -> None:
+        """These pages came after all that came before, but for those that are in doubt again."""
+        doubtful = self._doubtful.get(block)
+        if not doubtful:
+            return
+        for run in runs:
+            first, count = run.start // page_size, run.page_count
+            span = range(first, first + count)
+            # Whichever are fewer are looked through.
+            settled = doubtful.intersection(span) if count < len(doubtful) else {p for p in doubtful if p in span}
+            doubtful -= {page for page in settled if page not in in_doubt}
+
+    def doubts(self) -> Iterator[str]:
+        """A sentence where RAM is not known, though all of it came."""
+        named = [f"{len(pages)} of {block}" for block, pages in self._doubtful.items() if pages]
+        if named:
+            yield (
+                f"Pages came over two channels with no SYNC between, and not the same, {', '.join(named)}: nothing "
+                "says which copy is the later."
+            )
 
     def _mapped(self, pages: MappedPages, entry: Entry) -> None:
         """Pages at their places: whole runs lie as they belong into the file."""
@@ -171,6 +203,7 @@ class RamWriter:
 
     def _pages(self, pages: Pages, entry: Entry, block: Block) -> None:
         descriptor = self._descriptors[pages.block]
+        self._settle(pages.block, pages.runs, pages.page_size)
         name_bytes = 1 + len(pages.block.encode("utf-8", "surrogateescape")) if pages.named else 0
         # A zero page is a hole already, unless the file may hold data of an earlier pass.
         sent_again = block.again > self._again[pages.block]

@@ -21,6 +21,7 @@ __all__ = [
     "describe_command",
     "describe_error",
     "describe_section",
+    "left_out_blocks",
     "missing_pages",
     "oddities",
     "summarize",
@@ -165,6 +166,9 @@ def _oddities(contents: Contents) -> Iterator[str]:
     yield from _blocks(contents)
     yield from _mapped(contents)
     yield from missing_pages(contents)
+    yield from _unordered(contents)
+    for key, length in contents.device_state.items():
+        yield f"{length} bytes of the state of {key} came over multifd channels (10.0 and later): they are not decoded."
     yield from _course(contents)
     yield from _end(contents)
 
@@ -243,7 +247,7 @@ def _blocks(contents: Contents) -> Iterator[str]:
         named = ", ".join(f"{block.name} ({_size(block.page_size or 0)})" for block in huge)
         yield f"Some RAM lies on larger pages of the host: {named}."
     if any(block.address is not None for block in blocks):
-        missing = [block.name for block in blocks if not block.seen.count] if contents.complete else []
+        missing = left_out_blocks(contents)
         sent = f", and none of {', '.join(missing)} is in the stream" if missing else ""
         yield f"The block list has addresses: x-ignore-shared leaves shared RAM out{sent}."
     lengths: dict[int, list[str]] = {}
@@ -261,8 +265,28 @@ def _mapped(contents: Contents) -> Iterator[str]:
     yield "Each page has its place in the file (mapped-ram): only what the last pass left there is to be seen."
     if contents.base:
         yield f"The stream's offsets count from {contents.base:#x} before it: it began there in its file."
-    if contents.stale:
+    if contents.stale and _is_cut_in_ram(contents):
+        yield (
+            f"{contents.stale} bytes stand in the places of pages that no bitmap names: the bitmaps are written when "
+            "RAM ends, so which of these are good is not known."
+        )
+    elif contents.stale:
         yield f"{contents.stale} bytes of pages that were zero in the end are left in their places."
+
+
+def left_out_blocks(contents: Contents) -> list[str]:
+    """The names of blocks of which x-ignore-shared has left out all, in a stream that is whole."""
+    blocks = contents.blocks.values()
+    return [block.name for block in blocks if block.address is not None and not block.seen.count and contents.complete]
+
+
+def _unordered(contents: Contents) -> Iterator[str]:
+    named = [f"{block.unordered} of {block.name}" for block in contents.blocks.values() if block.unordered]
+    if named:
+        yield (
+            f"Copies of pages came over two channels with no SYNC between, {', '.join(named)}, as of QEMU 5.2 and 7.2 "
+            "now and then: extract says whether any page is in doubt."
+        )
 
 
 def missing_pages(contents: Contents) -> Iterator[str]:
@@ -320,10 +344,14 @@ def _was_running(contents: Contents) -> bool:
     return isinstance(runstate, bytes) and runstate.partition(b"\0")[0] == b"running"
 
 
-def _end(contents: Contents) -> Iterator[str]:
+def _is_cut_in_ram(contents: Contents) -> bool:
     ended = any(section.kind == SectionType.END and section.whole for section in _ram(contents))
     is_cut = any(isinstance(error, TruncatedError) for error in contents.errors)
-    if is_cut and _ram(contents) and not ended and not _full(contents):
+    return is_cut and bool(_ram(contents)) and not ended and not _full(contents)
+
+
+def _end(contents: Contents) -> Iterator[str]:
+    if _is_cut_in_ram(contents):
         yield "The stream ends while RAM is sent: the migration was cancelled, or it failed."
     if contents.trailing:
         where = contents.length - contents.trailing

@@ -1,7 +1,7 @@
 """What one pass over a migration finds, as values."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -91,6 +91,10 @@ class Block:
     """How many page records replaced an earlier one of the same page."""
     lost: int = 0
     """How many pages were discarded at the switch to postcopy and did not come after it."""
+    unordered: int = 0
+    """How many copies of pages came in an epoch in which another channel had the page as well: see ``Epochs``."""
+    in_doubt: Sequence[int] = ()
+    """The numbers of these pages, of the record that was taken last."""
     seen: SeenPages = field(default_factory=SeenPages, repr=False)
 
 
@@ -124,6 +128,8 @@ class Contents:
     blocks: dict[str, Block] = field(default_factory=dict)
     channels: list[ChannelContents] = field(default_factory=list)
     """All connections of the migration, where more than one is known: main first."""
+    device_state: Counter[str] = field(default_factory=Counter)
+    """How many bytes of each device's state came over multifd channels, by ``name/instance``; they stay bytes."""
     sections: list[Section] = field(default_factory=list)
     commands: list[CommandPlace] = field(default_factory=list)
     undecoded: list[tuple[int, int, str]] = field(default_factory=list)

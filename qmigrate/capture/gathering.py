@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Final
 
 from qmigrate.capture.contents import KINDS, Block, ChannelContents, CommandPlace, Contents, Section
+from qmigrate.capture.epochs import Epochs
 from qmigrate.capture.passes import PassCounter
 from qmigrate.capture.seen import SeenPages
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors
@@ -67,6 +68,8 @@ class Gathering:
         self._kept: dict[int, tuple[Section, int, bytes]] = {}
         self._packages: list[CommandPlace] = []
         self._passes = PassCounter()
+        self._epochs = Epochs()
+        self._multifd = next((channel for channel in channels if channel.kind == "multifd"), None)
         self._switched = False
         self._discarded: dict[str, list[tuple[int, int]]] = {}
         self._after: dict[str, SeenPages] = {}  # what came after the switch
@@ -95,7 +98,7 @@ class Gathering:
 
     def _take_of(self, entry: Entry, channel: ChannelContents) -> None:
         """An entry of one of several channels."""
-        from qmigrate.format.multifd import PagePacket
+        from qmigrate.format.multifd import DeviceStatePacket, PagePacket
         from qmigrate.format.return_path import Message
 
         if entry.channel != self._channel:
@@ -103,7 +106,9 @@ class Gathering:
         channel.length = max(channel.length, entry.offset + entry.length)
         match entry.record:
             case PagePacket() as packet:
-                self._packet(packet, channel)
+                self._packet(packet, entry.channel, channel)
+            case DeviceStatePacket(header=header, data=data):
+                self.contents.device_state[f"{header.idstr}/{header.instance_id}"] += len(data)
             case Message() as message:
                 channel.messages[message.name] += 1
             case Pages(runs=runs):
@@ -116,7 +121,7 @@ class Gathering:
             case _:
                 self._take(entry)
 
-    def _packet(self, packet: "PagePacket", channel: ChannelContents) -> None:
+    def _packet(self, packet: "PagePacket", number: int, channel: ChannelContents) -> None:
         header = packet.header
         channel.syncs += header.is_sync
         if not header.normal_pages and not header.zero_pages:
@@ -124,8 +129,13 @@ class Gathering:
         method = header.compression.name.lower()
         channel.pages["normal" if method == "nocomp" else method] += header.normal_pages
         channel.pages["zero"] += header.zero_pages
-        block = self.contents.blocks[header.block]
-        block.again += block.seen.add_intervals(intervals_of(packet.runs, packet.page_size), packet.page_size)
+        block, intervals = self.contents.blocks[header.block], intervals_of(packet.runs, packet.page_size)
+        again = block.seen.add_intervals(intervals, packet.page_size)
+        block.again += again
+        # A SYNC that comes with pages ends the epoch that they are in.
+        epoch = channel.syncs - header.is_sync
+        block.in_doubt = self._epochs.take(number, epoch, block.name, intervals, packet.page_size, again=again)
+        block.unordered += len(block.in_doubt)
         block.counts["normal"] += header.normal_pages
         block.counts["zero"] += header.zero_pages
 
@@ -141,7 +151,8 @@ class Gathering:
             case RamRecord() | BlockListHeader() | MappedBitmap() | Gap():
                 pass
             case MappedBlock(block=block, header=header):
-                self.contents.base = header.bitmap_offset - entry.offset - entry.length
+                if not record.is_left_out:
+                    self.contents.base = header.bitmap_offset - entry.offset - entry.length
                 self.contents.blocks[block.name] = _block(block, len(self.contents.blocks))
             case MappedPages():
                 self._pages(record)
@@ -272,7 +283,8 @@ class Gathering:
         block, page_size, runs = contents.blocks[pages.block], pages.page_size, pages.runs
         contents.page_size = page_size
         intervals, (normal, zero) = intervals_of(runs, page_size), count_pages(runs)
-        block.again += block.seen.add_intervals(intervals, page_size)
+        again = block.seen.add_intervals(intervals, page_size)
+        block.again += again
         block.counts["normal"] += normal
         block.counts["zero"] += zero
         if self._switched:
@@ -280,6 +292,10 @@ class Gathering:
         elif isinstance(pages, Pages):
             self._passes.take(block.index, intervals)
             contents.passes = self._passes.count
+            if self._multifd is not None:  # all of these channels are where main is
+                epoch = self._multifd.syncs
+                block.in_doubt = self._epochs.take(0, epoch, block.name, intervals, page_size, again=again)
+                block.unordered += len(block.in_doubt)
         if self._open is not None:
             self._open.page_count += normal + zero
 

@@ -79,6 +79,11 @@ class Migration:
         """All inputs, in the order in which they were given; those of return paths last."""
         return [self.source, *(other for other, _ in self._others)]
 
+    @property
+    def known_description(self) -> Description | Chooser | None:
+        """As it was given, for streams that have none of their own."""
+        return self._description
+
     @cached_property
     def parts(self) -> "list[Part]":
         """The channels, main first; none where there is but one stream.  Raises ``NoStreamError``."""

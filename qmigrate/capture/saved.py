@@ -17,7 +17,7 @@ from qmigrate.capture.places import Channels, Input
 from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import Command
-from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, VmDescription
+from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, Undecoded, VmDescription
 from qmigrate.format.feed import Feed
 from qmigrate.format.mapped_ram import MappedBlock
 from qmigrate.format.ram import BlockList, BlockListHeader, Pages, RamRecord
@@ -32,7 +32,9 @@ from qmigrate.format.stream import (
     SectionType,
     VmDescriptionHeader,
 )
+from qmigrate.format.tail import Chooser
 from qmigrate.format.vm_state import VmState
+from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import Walker
 from qmigrate.format.write import encode
 
@@ -54,7 +56,8 @@ def read_saved(migration: Migration, *, spill: IO[bytes] | None = None) -> Saved
         index = PageIndex(place[0], base=place[1], spill=spill, by_bitmaps=True)
     saved = SavedGuest(index)
     try:
-        entries = migration.entries() if place is None else _without_contents(*place)
+        known = migration.known_description
+        entries = migration.entries() if place is None else _without_contents(*place, known)
         _Reading(saved, index).take_all(entries)
         _check(saved)
     except BaseException:
@@ -100,13 +103,13 @@ class _Sparing:
         return count
 
 
-def _without_contents(descriptor: int, start: int) -> Iterator[Entry]:
+def _without_contents(descriptor: int, start: int, known: Description | Chooser | None) -> Iterator[Entry]:
     """The walk of a file, the pages of mapped-ram unread: where they are is known from their bitmap.
 
     So ``MappedPages`` have no runs, and of their views nothing is true but their length.  Raises ``StreamError``.
     """
     feed, reader = Feed(), _Sparing(descriptor, start)
-    walker = Walker(feed)
+    walker = Walker(feed, description=known)
     walker.reads_mapped = False
     for entry in walker.run():
         if entry is None:
@@ -118,7 +121,7 @@ def _without_contents(descriptor: int, start: int) -> Iterator[Entry]:
             if not count:
                 feed.end()
             continue
-        if isinstance(entry.record, MappedBlock):
+        if isinstance(entry.record, MappedBlock) and not entry.record.is_left_out:
             header, end = entry.record.header, entry.offset + entry.length
             pages = start + header.pages_offset - (header.bitmap_offset - end)
             reader.spare(pages, pages + entry.record.block.used_length)
@@ -191,6 +194,10 @@ class _Reading:
                 saved.footers = True
             case VmDescriptionHeader() | VmDescription():
                 saved.description += bytes(entry.view)
+            case Undecoded() if self._open == "ram":
+                # Sections that could not be told apart, right behind RAM: no header of theirs came.
+                self._open, self._is_device = "", True
+                self._keep(entry)
             case DeviceState(state=state):
                 self._keep(entry)
                 if self._open == "globalstate":

@@ -5,6 +5,7 @@ QEMU wrote it.  Whatever is not whole there is passed over.  A schema fits a str
 by name, instance and version; whether it decodes them only the bytes tell.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -31,6 +32,7 @@ SectionKey: TypeAlias = tuple[str, int, int]
 
 _FORMAT: Final = 1
 _SUFFIX: Final = ".schema"
+_PART: Final = ".part"
 _LONGEST_HEAD: Final = 4 << 20
 _LONGEST_TEXT: Final = 256 << 20
 _ID_DIGITS: Final = 12
@@ -118,22 +120,32 @@ class SchemaCache:
     tell: Callable[[Damaged], None] | None = None
 
     def add(self, schema: Schema) -> Path:
-        """Keep a schema.  It appears whole or not at all; the same one made again takes its place."""
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        """Keep a schema.  It appears whole or not at all; the same one made again takes its place.
+
+        Raises ``OSError``, whose ``filename`` is below the folder or the folder.
+        """
+        import tempfile  # most only read
+
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except FileExistsError as exc:  # so it says of what is no folder
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.folder)) from exc
         path = self.folder / f"{schema.id}{_SUFFIX}"
-        temporary = self.folder / f".{schema.id}.{os.getpid()}.part"
-        temporary.unlink(missing_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        # Not by the process's number: those that share the folder may each have one of the same (containers).
+        descriptor, name = tempfile.mkstemp(_PART, f".{schema.id}.", self.folder)
+        temporary = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
                 file.write(_head(schema) + b"\n" + schema.text)
             temporary.replace(path)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, exc.filename or str(path)) from exc
         finally:
             temporary.unlink(missing_ok=True)
         return path
 
     def schemas(self) -> list[Schema]:
-        """All that are whole, the newest first."""
+        """All that are whole, the newest first.  Raises ``OSError`` where the folder can't be read."""
         found = []
         for each in self.files():
             if isinstance(each, Schema):
@@ -143,7 +155,7 @@ class SchemaCache:
         return sorted(found, key=lambda schema: (schema.made_at, schema.id), reverse=True)
 
     def files(self) -> Iterator[Schema | Damaged]:
-        """Each file that has a schema's name."""
+        """Each file that has a schema's name.  Raises ``OSError`` where the folder is there and can't be read."""
         try:
             names = sorted(os.listdir(self.folder))  # noqa: PTH208 - a folder that is not there is no error
         except (FileNotFoundError, NotADirectoryError):
@@ -163,16 +175,25 @@ class SchemaCache:
             raise SchemaError(f"{len(found) or 'no'} schemas in {self.folder} begin with {beginning}")
         return found[0]
 
+    def _at_hand(self) -> list[Schema]:
+        try:
+            return self.schemas()
+        except OSError as exc:
+            if self.tell is not None:
+                self.tell(Damaged(self.folder, exc.strerror or str(exc)))
+            return []
+
     def choose(self, read: Callable[[Description | None], Tail], machine_type: str | None) -> Tail:
         """The reading in which most sections decode, of those by the schemas that know each section there is.
 
-        Of several that decode all, that of the same machine type goes first, then the newest.
+        Of several that decode all, that of the same machine type goes first, then the newest.  A folder that can't be
+        read is told as a damaged file is, and the stream is read without.
         """
         best = plain = read(None)
         found = {key for item in plain.items if (key := _key(item)) is not None}
         if not found:
             return plain
-        candidates = [schema for schema in self.schemas() if found <= set(schema.sections)]
+        candidates = [schema for schema in self._at_hand() if found <= set(schema.sections)]
         candidates.sort(key=lambda schema: schema.machine_type != machine_type)
         best_decoded = 0
         for schema in candidates:

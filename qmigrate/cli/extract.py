@@ -33,6 +33,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     from qmigrate.analysis.extract import describe_extract, extract, folder_names
     from qmigrate.analysis.file import why
+    from qmigrate.analysis.summary import left_out_blocks
     from qmigrate.report.json import write_json, write_json_line
 
     several = len(args.files) > 1
@@ -61,6 +62,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
             write_extract(extracted, Paper(out))
         out.flush()
         status = tell_faults(name, extracted.gathering.contents.errors)
+        if left_out := left_out_blocks(extracted.gathering.contents):
+            tell(
+                name, f"x-ignore-shared: RAM that was shared is not in it, so all is zero here of {', '.join(left_out)}"
+            )
         if not extracted.files and not status:
             tell(name, "there is no RAM in this stream")
             return 1

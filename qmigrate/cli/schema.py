@@ -1,12 +1,14 @@
 """``qmigrate schema``: descriptions of devices, kept to decode streams that have none."""
 
 import argparse
+import os
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from qmigrate.cli.input import tell_damaged
-from qmigrate.cli.tell import BAD_STREAM, FAILURES, failed, input_name, tell
+from qmigrate.cli.tell import BAD_STREAM, FAILURES, NOTHING_DONE, failed, input_name, tell
+from qmigrate.errors import NoStreamError
 
 if TYPE_CHECKING:
     from qmigrate.capture.schemas import Schema, SchemaCache
@@ -67,6 +69,8 @@ def _with_command(base: type[argparse.ArgumentParser]) -> type[argparse.Argument
             words: Sequence[str] = list(args or ())
             at = words.index("--") if "--" in words else len(words)
             found, rest = super().parse_known_args(words[:at], namespace)
+            if rest and at == len(words) and self.prog.endswith(" make"):
+                self.error(f"unrecognized arguments: {' '.join(rest)} (a QEMU's command line stands behind --)")
             found.command_line = words[at + 1 :]
             return found, rest
 
@@ -123,17 +127,39 @@ def _from_stream(args: argparse.Namespace, cache: "SchemaCache", file: str, out:
     except SchemaError as exc:
         tell(name, str(exc))
         return BAD_STREAM
+    except NoStreamError as exc:
+        is_program = os.path.isfile(file) and os.access(file, os.X_OK)  # noqa: PTH113 - it may be any text
+        return failed(exc, name, out) if not is_program else _no_stream_but_a_program(name)
     except FAILURES as failure:
         return failed(failure, name, out)
     return _made(args, cache, schema, out)
 
 
+def _no_stream_but_a_program(name: str) -> int:
+    tell(name, "no migration stream but a program: a QEMU's command line stands behind --")
+    return NOTHING_DONE
+
+
 def _from_command(args: argparse.Namespace) -> "Schema":
     import asyncio
 
+    return asyncio.run(_interruptible(args))
+
+
+async def _interruptible(args: argparse.Namespace) -> "Schema":
+    """Whoever ends it, Ctrl-C or not: no QEMU and no folder is left."""
+    import asyncio
+    import signal
+
     from qmigrate.operations.schema import make_schema
 
-    return asyncio.run(make_schema(args.command_line, timeout_s=args.timeout))
+    task = asyncio.ensure_future(make_schema(args.command_line, timeout_s=args.timeout))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        asyncio.get_running_loop().add_signal_handler(number, task.cancel)
+    try:
+        return await task
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 def _made(args: argparse.Namespace, cache: "SchemaCache", schema: "Schema", out: TextIO) -> int:

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qmigrate.endpoint.back import ReturnPath
+from qmigrate.endpoint.in_doubt import InDoubt
 from qmigrate.endpoint.link import Link, LinkClosedError, Said, end_with_parent
 from qmigrate.endpoint.ram import GuestRam
 from qmigrate.errors import QmigrateError
@@ -74,7 +75,8 @@ class Guest:
             for descriptor in (path, lock, package):
                 os.close(descriptor)
             phase = Phase(said.values["phase"])
-            for event in package_events(Package(data, said.values["offset"], said.values["footers"]), phase):
+            whole = Package(data, said.values["offset"], said.values["footers"], InDoubt())
+            for event in package_events(whole, phase):
                 match event:
                     case Ping(token=token):
                         back.send(encode_message(Pong(token=token)))

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from typing import Any, Final
 
 from qmigrate.endpoint.back import SEND_TIMEOUT_S, ReturnPath, limit_sending, new_lock
+from qmigrate.endpoint.in_doubt import InDoubt
 from qmigrate.endpoint.link import Link, LinkClosedError, Said, end_with_parent
 from qmigrate.endpoint.multifd import MultifdChannels
 from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_encoded, write_pages
@@ -385,7 +386,7 @@ class Listener:
             return {}
         devices = bytes(kept.devices)
         if self.package is not None:
-            package = Package(self.package.data, self.package.offset, self.package.footers)
+            package = Package(self.package.data, self.package.offset, self.package.footers, InDoubt())
             devices += devices_of(package)
         parts: dict[str, bytes | bytearray] = {
             "opening": kept.opening,

@@ -4,6 +4,9 @@ The block list of such a stream is not in one piece.  After each block's entry s
 pages that have contents, a gap, and the block's pages, each at its place; then the next block's entry.  Offsets
 in the headers count from the start of the file, which may begin with something else than the stream.
 
+With x-ignore-shared as well a block that is left out has a header whose two offsets are 0, and neither bitmap nor
+pages: so 11.1 writes it; 10.0 fails.
+
 migration/ram.c: mapped_ram_setup_ramblock(), parse_ramblock_mapped_ram()
 """
 
@@ -44,6 +47,11 @@ class MappedBlock:
     block: RamBlock
     header: MappedRamHeader
 
+    @property
+    def is_left_out(self) -> bool:
+        """Has it neither bitmap nor pages, as x-ignore-shared leaves it out?"""
+        return self.block.address is not None and self.header.bitmap_offset == self.header.pages_offset == 0
+
     def build(self) -> bytes:
         return self.block.build() + self.header.build()
 
@@ -83,7 +91,8 @@ class MappedPages(NamedTuple):
     """Pages of a block at their places, one after the other, as runs.
 
     PAGE runs have contents.  ZERO runs have none: zero, or never written.  ``stale`` counts the bytes of those
-    where something stands nevertheless, of a page that was zero in a later pass; nobody reads it.
+    where something stands nevertheless, of a page that was zero in a later pass, or of a migration that did not
+    come to write its bitmaps; nobody reads it.
     """
 
     block: str
@@ -111,15 +120,9 @@ class MappedSpan:
         The bitmap stands right behind it: that tells where in its file the stream begins, ``base`` where earlier
         blocks told.  Raises ``StreamError``, ``UnsupportedError``.
         """
-        header, length = mapped.header, mapped.block.used_length
+        check_header(mapped, end=end, trail=trail)
+        header, length, size = mapped.header, mapped.block.used_length, mapped.header.page_size
         at = end - (MappedRamHeader.size or 0)
-        if header.version != VERSION:
-            raise UnsupportedError(f"mapped-ram version {header.version}, expected {VERSION}", offset=at, trail=trail)
-        size = header.page_size
-        if size & (size - 1) or not 1 << 8 <= size <= 1 << 16:
-            raise StreamError(
-                f"page size is {size:#x}, expected a power of two from 0x100 to 0x10000", offset=at + 4, trail=trail
-            )
         if length % size:
             raise StreamError(
                 f"{mapped.block.name} has {length:#x} bytes, which its pages of {size:#x} bytes do not fill",
@@ -146,6 +149,19 @@ class MappedSpan:
         return cls(found, end, bitmap_length, pages, size, length // size)
 
 
+def check_header(mapped: MappedBlock, *, end: int, trail: Sequence[str]) -> None:
+    """Can this header, which ends at ``end``, be read on?  Raises ``StreamError``, ``UnsupportedError``."""
+    at, size = end - (MappedRamHeader.size or 0), mapped.header.page_size
+    if mapped.header.version != VERSION:
+        raise UnsupportedError(
+            f"mapped-ram version {mapped.header.version}, expected {VERSION}", offset=at, trail=trail
+        )
+    if size & (size - 1) or not 1 << 8 <= size <= 1 << 16:
+        raise StreamError(
+            f"page size is {size:#x}, expected a power of two from 0x100 to 0x10000", offset=at + 4, trail=trail
+        )
+
+
 def mapped_runs(bits: bytes | bytearray, first: int, count: int) -> Iterator[tuple[bool, int, int]]:
     """Pages ``first`` to ``first + count`` of a bitmap, as runs: (has contents, first page, page count)."""
     word = int.from_bytes(bits[first >> 3 : (first + count + 7) >> 3], "little") >> (first & 7)
@@ -160,9 +176,16 @@ def read_mapped(block: str, view: memoryview, bits: bytearray, first: int, page_
     for present, page, count in mapped_runs(bits, first, len(view) // page_size):
         at = (page - begin) * page_size
         runs.append(PageRun(offset + at, _PAGE if present else _ZERO, page * page_size, count))
-        if not present and not is_zero(view[at : at + count * page_size]):
-            stale += count * page_size
+        if not present:
+            stale += _not_zero(view[at : at + count * page_size], page_size)
     return MappedPages(block, page_size, tuple(runs), stale)
+
+
+def _not_zero(view: memoryview, page_size: int) -> int:
+    """The bytes of those pages that are not zero."""
+    if is_zero(view):
+        return 0
+    return sum(page_size for at in range(0, len(view), page_size) if not is_zero(view[at : at + page_size]))
 
 
 def is_zero(view: memoryview) -> bool:

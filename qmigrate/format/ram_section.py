@@ -22,6 +22,7 @@ from qmigrate.format.mapped_ram import (
     MappedPages,
     MappedRamHeader,
     MappedSpan,
+    check_header,
     is_zero,
     read_mapped,
 )
@@ -135,15 +136,20 @@ class RamSection:
                 raise StreamError(f"{block.name} is listed twice", offset=start, trail=trail)
             header, at = yield from self.feed.ahead(MappedRamHeader, at, trail)
             mapped = MappedBlock(block=block, header=header)
+            self.blocks[block.name] = block.used_length
+            left -= block.used_length
+            if mapped.is_left_out:
+                check_header(mapped, end=start + at, trail=trail)
+                self.page_size, self.page_size_is_known = header.page_size, True
+                yield self._consume(mapped, at)
+                continue
             span = MappedSpan.of(mapped, end=start + at, base=base, trail=trail)
             base, self.page_size, self.page_size_is_known = span.base, span.page_size, True
-            self.blocks[block.name] = block.used_length
             yield self._consume(mapped, at)
             bits = bytearray()
             yield from self._bitmap(block.name, span, bits)
             yield from self._gap(span.pages - self.feed.offset, ("ram", block.name))
             yield from self._mapped_pages(block.name, span, bits)
-            left -= block.used_length
 
     def _bitmap(self, name: str, span: MappedSpan, bits: bytearray) -> Step:
         """The bitmap in pieces, collected in ``bits``."""

@@ -176,9 +176,11 @@ def _make_plainly(asked: Asked) -> None:
     from qmigrate.capture.kept_folder import KeptIndexes
     from qmigrate.capture.migration import Migration
     from qmigrate.capture.saved import read_saved
+    from qmigrate.capture.schemas import SchemaCache, cache_folder
     from qmigrate.errors import NoStreamError, RefusedError, StreamError
 
-    with Migration(asked.path, channels=asked.channels) as migration:
+    schemas = SchemaCache(cache_folder())
+    with Migration(asked.path, channels=asked.channels, description=schemas) as migration:
         descriptors = [source.descriptor for source in migration.sources]
         stamps = list(map(Stamp.of, descriptors))
         try:

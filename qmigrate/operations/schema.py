@@ -5,6 +5,7 @@ moment: what a running guest adds, such as the state of queues that it has set u
 """
 
 import asyncio
+import os
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,15 +13,16 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from qmigrate.capture.migration import Migration
-from qmigrate.capture.schemas import Schema, read_schema
-from qmigrate.errors import RefusedError
+from qmigrate.capture.schemas import Schema, SchemaError, read_schema
+from qmigrate.errors import QmpError, RefusedError
 from qmigrate.qmp import migration
-from qmigrate.qmp.machine import Machine
+from qmigrate.qmp.machine import START_TIMEOUT_S, Machine
 
 __all__ = ["make_schema"]
 
 TIMEOUT_S: Final = 600.0
 FAST: Final = 1 << 40  # bytes a second
+LONGEST_SOCKET_PATH: Final = 107  # bytes: sun_path of <linux/un.h>, with the 0 behind it
 ADDED: Final = ("-S", "-display", "none")
 # What leaves no guest to migrate, or no process to talk to.
 REFUSED: Final = frozenset({"incoming", "daemonize", "preconfig"})
@@ -30,8 +32,10 @@ async def make_schema(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -
     """The schema of the machine that the command line ``command`` makes.
 
     Raises ``RefusedError`` where the command line leaves no guest to migrate, ``QmpError`` where QEMU does not start
-    or does not migrate, ``SchemaError`` where its stream has no description.
+    or does not migrate, ``SchemaError`` where its stream has no description or can't be kept.
     """
+    if not command or not command[0]:
+        raise RefusedError("the command line names no program")
     for word in command[1:]:
         if word.startswith("-") and word.lstrip("-") in REFUSED:
             raise RefusedError(f"{word} can't be in the command line: the machine is started to be migrated from")
@@ -47,23 +51,35 @@ async def _migrate_into(stream: Path, command: Sequence[str], timeout_s: float) 
 
     Through a socket: a QEMU that may start no programs (-sandbox) can do that too, and every version can.
     """
-    taken = asyncio.Event()
+    taken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with stream.open("wb") as file:
-            while piece := await reader.read(1 << 20):
-                file.write(piece)
-        writer.close()
-        taken.set()
+        try:
+            with stream.open("wb", buffering=0) as file:
+                while piece := await reader.read(1 << 20):
+                    file.write(piece)
+            taken.set_result(None)
+        except OSError as exc:
+            taken.set_exception(SchemaError(f"{stream.parent}: what QEMU sends can't be kept there: {exc.strerror}"))
+        finally:
+            writer.close()
 
     path = stream.with_name("socket")
+    if len(os.fsencode(path)) > LONGEST_SOCKET_PATH:
+        raise RefusedError(f"{path} is too long for the path of a socket: set TMPDIR to a shorter one")
     server = await asyncio.start_unix_server(take, path)
-    async with server, Machine(command[0], [*command[1:], *ADDED]) as machine:
+    starting = min(timeout_s, START_TIMEOUT_S)
+    async with server, Machine(command[0], [*command[1:], *ADDED], start_timeout_s=starting) as machine:
         version = _version_of(machine.session.greeting)
-        await migration.set_parameters(machine.session, {"max-bandwidth": FAST})
-        await migration.start(machine.session, f"unix:{path}")
-        await migration.wait_until(machine.session, "completed", timeout_s=timeout_s)
-        await taken.wait()  # QEMU has closed the connection
+        try:
+            await migration.set_parameters(machine.session, {"max-bandwidth": FAST})
+            await migration.start(machine.session, f"unix:{path}")
+            await migration.wait_until(machine.session, "completed", timeout_s=timeout_s)
+        except QmpError:
+            if taken.done():
+                taken.result()  # it is we who did not take it
+            raise
+        await taken  # QEMU has closed the connection
     return version
 
 

@@ -200,8 +200,10 @@ class Serving:
         if Reading.takes(self.path):
             return Reading(self.path, channels=self._channels, keep=self._keep_index, folder=self._index_folder)
         from qmigrate.capture.migration import Migration  # to be read here, as it can be only once
+        from qmigrate.capture.schemas import SchemaCache, cache_folder
 
-        return _Piped(Migration(self.path, channels=self._channels), self.read)
+        schemas = SchemaCache(cache_folder())
+        return _Piped(Migration(self.path, channels=self._channels, description=schemas), self.read)
 
     async def _read_by(self, reading: "Reading | _Piped", began_ns: int) -> SavedGuest:
         saved = await reading.saved()

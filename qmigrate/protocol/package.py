@@ -13,6 +13,7 @@ from qmigrate.format.device_sections import read_packaged
 from qmigrate.format.entry import Entry
 from qmigrate.format.feed import Feed
 from qmigrate.format.stream import SectionHeader
+from qmigrate.format.tail import Chooser
 from qmigrate.format.walk_state import WalkState
 from qmigrate.protocol.destination_events import SectionBegan
 from qmigrate.protocol.phases import Phase, after
@@ -23,11 +24,15 @@ __all__ = ["Package", "PackageEvent", "devices_of", "package_events"]
 
 @dataclass(frozen=True)
 class Package:
-    """What a package needs to be loaded: the bytes, where they stand, and what is known of the stream."""
+    """What a package needs to be loaded: the bytes, where they stand, and what is known of the stream.
+
+    ``schema`` is asked where sections end.
+    """
 
     data: bytes
     offset: int = 0
     footers: bool | None = None
+    schema: Chooser | None = None
 
 
 PackageEvent: TypeAlias = SectionBegan | Ping | Phase
@@ -42,7 +47,7 @@ def devices_of(package: Package) -> bytes:
 
 
 def _entries_of(package: Package) -> Iterator[Entry]:
-    state = WalkState(Feed(offset=package.offset))
+    state = WalkState(Feed(offset=package.offset), description=package.schema)
     state.footers = package.footers
     return (entry for entry in read_packaged(state, package.data, package.offset, 1) if entry is not None)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from qmigrate.format.command import Command
-from qmigrate.format.entry import Configuration, Entry, RamPage
+from qmigrate.format.entry import Configuration, Entry, RamPage, Undecoded
 from qmigrate.format.ram import BlockList, Pages, RamRecord
 from qmigrate.format.stream import EndOfFile, FileHeader, Footer, SectionHeader, SectionPart, SectionType
 
@@ -48,5 +48,8 @@ class WithoutRam:
                 self._place = self.closing
             case Footer():
                 self.footers = True
+            case Undecoded() if self._place is None:
+                # Sections that could not be told apart, right behind RAM or LISTEN: no header of theirs came.
+                self._place = self.devices if self.ram_ended else self.live
         if self._place is not None:
             self._place += entry.view

@@ -147,6 +147,11 @@ class Machine:
             was_silent = isinstance(exc.__cause__, TimeoutError)
             if await self._has_exited_within(0 if was_silent else DEATH_TIMEOUT_S):
                 raise self._died("it did not start") from exc
+            if was_silent:
+                raise QmpConnectError(
+                    f"no QMP greeting within {self._start_timeout_s:g} s of its start: is this a QEMU?",
+                    address=self.name,
+                ) from exc
             raise
         finally:
             if self._session is None:

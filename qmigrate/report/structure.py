@@ -224,6 +224,8 @@ class _Writer:
                 return size(word & ~0xFF), "each page at its place"
             case MappedBlock(block=block, header=header):
                 said = f"{clean(block.name)}  {size(block.used_length)}"
+                if record.is_left_out:
+                    return said, "left out, as it is shared"
                 return said, f"bitmap at {header.bitmap_offset:#x}, pages at {header.pages_offset:#x} of the file"
             case MappedBitmap(block=name, bits=bits):
                 return f"{clean(name)}  {plural(bits.bit_count(), 'page')} with contents", ""

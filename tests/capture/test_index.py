@@ -18,12 +18,13 @@ from qmigrate.capture.migration import Migration
 from qmigrate.capture.saved import read_saved
 from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import RefusedError, StreamError, UnsupportedError
-from qmigrate.format.command import DiscardRange, PostcopyRamDiscard
+from qmigrate.format.command import DiscardRange, PostcopyListen, PostcopyRamDiscard, PostcopyRun
 from qmigrate.format.entry import Entry
 from qmigrate.format.feed import Feed
 from qmigrate.format.mapped_ram import MappedPages
 from qmigrate.format.ram import Pages
 from qmigrate.format.ram_section import RamSection
+from qmigrate.format.vmdesc import parse_description
 from qmigrate.format.walk import walk
 from tests import streams
 from tests.joining import joined, pages_of
@@ -317,6 +318,43 @@ def test_a_package_is_taken_apart(tmp_path: Path) -> None:
     path.write_bytes(streams.postcopy())
     with saved(path) as read:
         assert (read.devices, read.description, read.behind) == (streams.devices(), b"", b"")
+
+
+@pytest.mark.parametrize("in_package", [True, False])
+def test_sections_that_cannot_be_told_apart_are_kept_all_the_same(in_package: bool, tmp_path: Path) -> None:
+    """Right behind RAM, where no header of theirs is read: a guest has put a whole section into a buffer."""
+    inside = (
+        streams.footer(3) + streams.device("false", b"f", section_id=9) + streams.device("a", b"2", section_id=3)[:-5]
+    )
+    sections = streams.device("a", inside, section_id=3) + streams.device("d", b"d", section_id=4)
+    data = streams.postcopy() if in_package else streams.minimal()[: -len(streams.devices_described())]
+    if in_package:
+        end = streams.postcopy().index(streams.devices()) + len(streams.devices())
+        between = data[end : data.index(streams.command(PostcopyRun()), end)]
+        old = streams.package(
+            streams.command(PostcopyListen()), streams.devices(), between, streams.command(PostcopyRun())
+        )
+        new = streams.package(streams.command(PostcopyListen()), sections, between, streams.command(PostcopyRun()))
+        assert old in data
+        data = data.replace(old, new)
+    else:
+        data = data.replace(streams.devices(), sections)
+    path = tmp_path / "stream.mig"
+    path.write_bytes(data)
+    with saved(path) as read:
+        assert read.devices == sections
+
+
+@pytest.mark.parametrize("state", [b"running", b"paused"])
+def test_a_schema_tells_whether_the_guest_ran(state: bytes, tmp_path: Path) -> None:
+    """A postcopy stream does not describe its devices; what is served is the same with a schema and without."""
+    ran = streams.device("globalstate", len(state).to_bytes(4) + state.ljust(100, b"\0"), section_id=5)
+    fields = [streams.field("size", "uint32", 4), streams.field("runstate", "buffer", 100)]
+    known = parse_description(streams.description(streams.described("globalstate", *fields))[5:])
+    path = tmp_path / "stream.mig"
+    path.write_bytes(streams.minimal()[: -len(streams.devices_described())].replace(streams.devices(), ran))
+    with Migration(path, description=known) as migration, read_saved(migration) as read:
+        assert (read.devices, read.was_running) == (ran, state == b"running")
 
 
 def test_configuration_loses_what_is_so_only_of_a_file(tmp_path: Path) -> None:

@@ -3,7 +3,8 @@
 import lzma
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import permutations
 from pathlib import Path
 from typing import Final
@@ -12,6 +13,7 @@ from uuid import UUID
 import pytest
 
 from qmigrate.analysis.check import check
+from qmigrate.analysis.diff import read_side
 from qmigrate.analysis.extract import extract
 from qmigrate.analysis.summary import oddities
 from qmigrate.capture.migration import Migration
@@ -25,7 +27,15 @@ from qmigrate.format.command import (
     RecvBitmap,
 )
 from qmigrate.format.feed import Feed
-from qmigrate.format.multifd import PagePacket
+from qmigrate.format.multifd import (
+    DeviceStateHeader,
+    DeviceStatePacket,
+    InitialPacket,
+    PageHeader,
+    PagePacket,
+    encode_packet,
+    pack_offsets,
+)
 from qmigrate.format.multifd_channel import ChannelEntry
 from qmigrate.format.walk import walk
 from tests import streams
@@ -309,6 +319,147 @@ def test_connections_of_a_postcopy_that_was_cut_twice_may_be_given_in_any_order(
         (error,) = migration.errors
     assert isinstance(error, TruncatedError)
     assert error.trail[0] == "main, resumed"
+
+
+# -- the order of pages between channels
+
+
+UNORDERED: Final = (
+    "Copies of pages came over two channels with no SYNC between, {} of pc.ram, as of QEMU 5.2 and 7.2 now and then: "
+    "extract says whether any page is in doubt."
+)
+IN_DOUBT: Final = (
+    "Pages came over two channels with no SYNC between, and not the same, {} of pc.ram: nothing says which copy is the "
+    "later."
+)
+
+
+def sent(*pages: tuple[int, bytes], sync: bool = False) -> bytes:
+    """A packet with these pages of pc.ram, those that are all zeros as such."""
+    normal = [(start, contents) for start, contents in pages if any(contents)]
+    zero = [start for start, contents in pages if not any(contents)]
+    header = PageHeader(
+        flags=int(sync),
+        pages_alloc=128,
+        normal_pages=len(normal),
+        next_packet_size=streams.PAGE * len(normal),
+        packet_num=0,
+        zero_pages=len(zero),
+        name=b"pc.ram".ljust(256, b"\0"),
+        offsets=pack_offsets([*(start for start, _ in normal), *zero], page_size=streams.PAGE),
+    )
+    return encode_packet(PagePacket(header, streams.PAGE), b"".join(contents for _, contents in normal))
+
+
+def of_two(folder: Path, *epochs: Sequence[bytes]) -> Migration:
+    """A migration over main and two channels: in each epoch the packets of both, and records of main, if any."""
+    parts = [streams.ram_part(*epoch[2:]) for epoch in epochs]
+    main = [streams.header(), streams.configuration("pc"), streams.ram_start({"pc.ram": 0x8000}), *parts]
+    main += [streams.ram_end(), streams.devices(), streams.eof()]
+    sync = sent(sync=True)
+    channels = [
+        InitialPacket(channel_id=number).build() + sync + b"".join(epoch[number] + sync for epoch in epochs) + sync
+        for number in range(2)
+    ]
+    one, *others = written(folder, main=b"".join(main), one=channels[0], two=channels[1])
+    return Migration(one, channels=others)
+
+
+A, B, ZERO = b"a" * streams.PAGE, b"b" * streams.PAGE, bytes(streams.PAGE)
+
+
+@pytest.mark.parametrize(("first", "second"), [(A, B), (A, ZERO), (ZERO, A)])
+def test_of_a_page_in_two_epochs_the_later_counts_whichever_channel_had_it(
+    first: bytes, second: bytes, tmp_path: Path
+) -> None:
+    early, late, other = sent((0x3000, first)), sent((0x3000, second)), sent((0x5000, A))
+    for epochs in ([(early, other), (other, late)], [(other, early), (late, other)], [(early, b""), (b"", late)]):
+        with of_two(tmp_path, *epochs) as migration:
+            assert not any("SYNC" in sentence for sentence in oddities(migration.contents))
+            assert check(migration).identical
+            assert extracted(migration, tmp_path / "ram")["pc.ram"][0x3000:0x4000] == second
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "copies", "in_doubt"),
+    [
+        (sent((0x3000, A)), sent((0x3000, B)), 1, 1),
+        (sent((0x3000, A)), sent((0x3000, ZERO)), 1, 1),
+        (sent((0x3000, ZERO)), sent((0x3000, A)), 1, 1),
+        (sent((0x1000, A), (0x2000, A), (0x5000, A)), sent((0x2000, B), (0x4000, B), (0x1000, ZERO)), 2, 2),
+        (sent((0x3000, A)), sent((0x3000, A)), 1, 0),  # as 5.2 and 7.2 do
+        (sent((0x1000, A)) + sent((0x2000, A)), sent((0x1000, A)) + sent((0x2000, B)), 2, 1),
+        (sent((0x3000, A)), sent((0x3000, B)) + sent((0x3000, A)), 2, 1),
+    ],
+)
+def test_of_a_page_over_two_channels_in_one_epoch_it_is_said_that_no_order_is_known(
+    one: bytes, two: bytes, copies: int, in_doubt: int, tmp_path: Path
+) -> None:
+    with of_two(tmp_path, (one, two)) as migration:
+        checked = check(migration)
+        assert (checked.valid, checked.identical) == (True, True)
+        assert UNORDERED.format(copies) in oddities(migration.contents)
+        found = extract(migration, tmp_path / "ram").gathering.contents
+    expected = [IN_DOUBT.format(in_doubt)] if in_doubt else []
+    assert (found.complete, [str(error) for error in found.errors]) == (not in_doubt, expected)
+    with of_two(tmp_path, (one, two)) as a, of_two(tmp_path, (one, two)) as b, ExitStack() as stack:
+        sides = [read_side(each, "one", stack) for each in (a, b)]
+        assert [[str(error) for error in side.contents.errors] for side in sides] == [expected] * 2
+
+
+def test_a_page_that_comes_again_after_a_sync_is_in_doubt_no_more(tmp_path: Path) -> None:
+    """The guest has written to it between both copies, so it is sent again: a whole migration leaves nothing open."""
+    doubtful = [sent((0x3000, A), (0x4000, A)), sent((0x3000, B), (0x4000, B))]
+    again = [sent((0x3000, ZERO)), b""]
+    main = [b"", b"", streams.zero(0x4000, block="pc.ram")]
+    with of_two(tmp_path, doubtful, again) as migration:
+        (error,) = extract(migration, tmp_path / "ram").gathering.contents.errors
+    assert str(error) == IN_DOUBT.format(1)
+    for rest in ([again, main], [main, again], [again[::-1], main]):
+        with of_two(tmp_path, doubtful, *rest) as migration:
+            assert extract(migration, tmp_path / "ram").gathering.contents.errors == []
+
+
+@pytest.mark.parametrize("channel", [0, 1])
+def test_of_a_page_on_main_and_on_a_channel_in_one_epoch_no_order_is_known_either(channel: int, tmp_path: Path) -> None:
+    """Until 8.2 zero pages travel on main."""
+    packets = [b"", b""]
+    packets[channel] = sent((0x3000, A))
+    zeros = streams.zero(0x2000, 4, block="pc.ram")
+    with of_two(tmp_path, [*packets, zeros]) as migration:
+        assert UNORDERED.format(1) in oddities(migration.contents)
+    with of_two(tmp_path, [b"", b"", zeros], packets, [b"", b"", zeros]) as migration:
+        assert not any("SYNC" in sentence for sentence in oddities(migration.contents))
+        assert extracted(migration, tmp_path / "ram")["pc.ram"] == bytes(0x8000)
+
+
+def test_device_state_on_channels_is_counted_and_kept(tmp_path: Path) -> None:
+    """As vfio sends it since 10.0: pieces over any channel."""
+
+    def state(data: bytes, *, instance_id: int = 0) -> bytes:
+        name = b"0000:00:05.0/vfio".ljust(256, b"\0")
+        header = DeviceStateHeader(name=name, instance_id=instance_id, next_packet_size=len(data))
+        return encode_packet(DeviceStatePacket(header, data))
+
+    pieces = state(b"x" * 500), state(b"y" * 3, instance_id=1)
+    with of_two(tmp_path, [pieces[0] + sent((0x3000, A)), b"".join(pieces)], [b"", pieces[0]]) as migration:
+        checked = check(migration)
+        assert (checked.valid, checked.identical) == (True, True)
+        assert checked.opaque["page contents"] == streams.PAGE
+        assert checked.opaque["undecoded sections"] >= 3 * 500 + 3
+        said = [sentence for sentence in oddities(migration.contents) if "vfio" in sentence]
+        assert extracted(migration, tmp_path / "ram")["pc.ram"][0x3000:0x4000] == A
+    assert said == [
+        f"{length} bytes of the state of 0000:00:05.0/vfio/{number} came over multifd channels (10.0 and later): they "
+        "are not decoded."
+        for number, length in ((0, 1500), (1, 3))
+    ]
+
+
+def test_of_a_page_twice_over_one_channel_the_later_counts(tmp_path: Path) -> None:
+    with of_two(tmp_path, (sent((0x3000, A)) + sent((0x3000, B)), sent((0x4000, A)))) as migration:
+        assert not any("SYNC" in sentence for sentence in oddities(migration.contents))
+        assert extracted(migration, tmp_path / "ram")["pc.ram"][0x3000:0x5000] == B + A
 
 
 def test_a_multifd_channel_alone_says_what_is_missing() -> None:

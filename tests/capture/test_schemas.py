@@ -3,7 +3,10 @@
 import json
 import os
 import pickle
+import resource
 import stat
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -153,6 +156,57 @@ def test_any_byte_of_it_may_be_damaged(data: st.DataObject, tmp_path_factory: py
     path.write_bytes(whole)
     for schema in cache.schemas():  # only what it says of itself may have changed
         assert (schema.id, schema.text, schema.sections) == (SCHEMA.id, SCHEMA.text, SCHEMA.sections)
+
+
+def test_the_same_one_made_many_times_at_once_is_whole(cache: SchemaCache) -> None:
+    """By threads, which have one process number, as processes of two containers may have."""
+    begin = threading.Barrier(4)
+
+    def add(_: int) -> None:
+        begin.wait(timeout=30)
+        for _ in range(50):
+            cache.add(SCHEMA)
+            assert cache.schemas() == [SCHEMA]
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(add, range(4)))
+    assert [path.name for path in cache.folder.iterdir()] == [f"{SCHEMA.id}.schema"]
+
+
+def test_where_a_schema_has_no_room_its_name_is_told_and_nothing_is_left(cache: SchemaCache) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=rf"File too large: '{cache.folder}/{SCHEMA.id}\.schema'"):
+            cache.add(SCHEMA)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(cache.folder.iterdir()) == []
+
+
+def test_where_the_folder_should_be_is_something_else(tmp_path: Path) -> None:
+    for name in ("file", "dangling"):
+        cache = SchemaCache(tmp_path / name)
+        if name == "file":
+            cache.folder.touch()
+        else:
+            cache.folder.symlink_to(tmp_path / "nowhere")
+        with pytest.raises(NotADirectoryError, match=f"Not a directory: '{cache.folder}'"):
+            cache.add(SCHEMA)
+        assert cache.schemas() == []
+
+
+def test_a_folder_that_cannot_be_read_is_told_and_the_stream_is_read_without(tmp_path: Path) -> None:
+    folder = tmp_path / "schemas"
+    folder.symlink_to(folder)  # as root reads whatever it has no right to
+    told: list[Damaged] = []
+    cache = SchemaCache(folder, told.append)
+    with qmigrate.open(postcopy(tmp_path), description=cache) as migration:
+        assert migration.complete
+        assert not migration.devices
+    assert set(told) == {Damaged(folder, "Too many levels of symbolic links")}
+    with pytest.raises(OSError, match="Too many levels of symbolic links"):
+        cache.schemas()
 
 
 def test_what_is_no_file_of_ours_is_left_alone(cache: SchemaCache, tmp_path: Path) -> None:

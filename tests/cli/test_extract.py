@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 from qmigrate.cli.main import main
+from qmigrate.format.ram import RamBlock
 from tests import streams
+from tests.streams import PAGE
 
 Output = pytest.CaptureFixture[str]
 
@@ -91,3 +93,18 @@ def test_a_hostile_name_stays_in_the_folder(stream: Path, tmp_path: Path, capsys
     assert r"  ../../[bold]\x1b[31m  ..%2F..%2F%5Bbold%5D%1B%5B31m.raw  " in capsys.readouterr().out
     assert len(list(folder.iterdir())) == 2
     assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_ram_that_was_left_out_is_named(tmp_path: Path, capsys: Output) -> None:
+    blocks = [
+        RamBlock(name="shared", used_length=4 * PAGE, page_size=None, address=0),
+        RamBlock(name="rom", used_length=PAGE, page_size=None, address=1 << 32),
+    ]
+    head = streams.header() + streams.configuration(capabilities=["x-ignore-shared"])
+    pages = streams.ram_end(streams.page(0, block="rom"))
+    stream = tmp_path / "a.mig"
+    stream.write_bytes(head + streams.ram_start(blocks) + pages + streams.devices() + streams.eof())
+    assert main(["extract", str(stream), "--raw", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == (
+        f"qmigrate: {stream}: x-ignore-shared: RAM that was shared is not in it, so all is zero here of shared\n"
+    )

@@ -2,7 +2,12 @@
 
 import json
 import os
+import signal
+import subprocess
+import sys
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -131,6 +136,8 @@ def test_what_no_schema_can_be_made_of_is_told(postcopy: str, precopy: str, tmp_
         (["make"], "make takes STREAMs, or -- and a command line"),
         (["make", "--"], "make takes STREAMs, or -- and a command line"),
         (["make", "x.mig", "--", "qemu"], "make takes STREAMs, or -- and a command line"),
+        (["make", "qemu", "-m", "8"], "unrecognized arguments: -m 8 (a QEMU's command line stands behind --)"),
+        (["list", "-m", "8"], "unrecognized arguments: -m 8\n"),
         (["list", "--", "qemu"], "only make takes a command line"),
         (["make", "--timeout", "0", "x.mig"], "argument --timeout: '0' is no number of seconds"),
         ([], "the following arguments are required: ACTION"),
@@ -154,6 +161,54 @@ def test_a_qemu_that_is_not_there_is_one_line(capsys: Output) -> None:
     err = capsys.readouterr().err
     assert err.count("\n") == 1
     assert err.startswith("qmigrate: no-such-qemu: it did not start: ")
+
+
+def test_a_command_line_without_a_program_is_refused(capsys: Output) -> None:
+    assert main(["schema", "make", "--", "", "-m", "8"]) == 2
+    assert capsys.readouterr().err == "qmigrate: the command line names no program\n"
+
+
+def test_a_program_where_a_stream_should_be_is_told_where_it_belongs(tmp_path: Path, capsys: Output) -> None:
+    program = tmp_path / "qemu"
+    program.write_bytes(b"#!/bin/sh\nexit 0\n")
+    program.chmod(0o755)
+    assert main(["schema", "make", str(program)]) == 2
+    assert capsys.readouterr().err == (
+        f"qmigrate: {program}: no migration stream but a program: a QEMU's command line stands behind --\n"
+    )
+
+
+def test_a_folder_for_the_socket_whose_path_is_too_long_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    deep = tmp_path / ("x" * 100)
+    deep.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(deep))
+    assert main(["schema", "make", "--", "qemu-system-x86_64"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"qmigrate: {deep}/")
+    assert err.endswith("/socket is too long for the path of a socket: set TMPDIR to a shorter one\n")
+    assert list(deep.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_whatever_ends_it_neither_a_qemu_nor_a_folder_is_left(tmp_path: Path, number: signal.Signals) -> None:
+    """The program never says a word of QMP."""
+    program, started, temporary = tmp_path / "qemu", tmp_path / "started", tmp_path / "temporary"
+    program.write_text(f"#!/bin/sh\necho $$ > {started}.part; mv {started}.part {started}; exec sleep 1000\n")
+    program.chmod(0o755)
+    temporary.mkdir()
+    command = [sys.executable, "-m", "qmigrate", "schema", "make", "--", str(program)]
+    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE) as process:
+        deadline = time.monotonic() + 30
+        while not started.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        process.send_signal(number)
+        assert (process.wait(timeout=30), process.stderr and process.stderr.read()) == (130, b"")
+    assert list(temporary.iterdir()) == []
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(started.read_text()), 0)
 
 
 def test_its_actions_are_completed_and_in_the_manual() -> None:

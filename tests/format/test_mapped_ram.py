@@ -31,8 +31,8 @@ REST: Final = streams.ram_part() + streams.ram_end() + streams.devices() + strea
 BLOCKS: Final[dict[str, list[bytes | None]]] = {"pc.ram": PAGES, "rom": [b"r" * PAGE] * 65, "none": [None] * 3}
 
 
-def stream(**options: int) -> bytes:
-    return HEAD + streams.mapped_ram_start(BLOCKS, begin=START, **options) + REST
+def stream(*, base: int = 0) -> bytes:
+    return HEAD + streams.mapped_ram_start(BLOCKS, begin=START, base=base) + REST
 
 
 def changed(at: int, word: int, size: int = 8) -> bytes:
@@ -253,3 +253,90 @@ def test_a_file_is_read_as_bytes_in_memory_are(tmp_path: Any) -> None:
     path.write_bytes(stream())
     with Migration(path) as migration:
         assert migration.contents.complete
+
+
+def test_of_a_file_whose_bitmaps_were_not_written_yet_it_is_not_said_that_its_pages_were_zero() -> None:
+    """As QEMU leaves it when the migration is cancelled: pages at their places, bitmaps of zeros, no END."""
+    data = bytearray(HEAD + streams.mapped_ram_start(BLOCKS, begin=START))
+    data[HEADER + 28 : HEADER + 36] = bytes(8)
+    checked = check(InMemory(bytes(data)))
+    contents = checked.gathering.contents
+    assert (checked.valid, checked.identical, contents.stale) == (False, True, 3 * PAGE)
+    said = oddities(contents)
+    assert not [sentence for sentence in said if "zero in the end" in sentence]
+    assert (
+        f"{3 * PAGE} bytes stand in the places of pages that no bitmap names: the bitmaps are written when RAM ends, "
+        "so which of these are good is not known."
+    ) in said
+
+
+def test_only_pages_that_are_not_zero_are_counted_among_those_without_contents() -> None:
+    data = bytearray(stream())
+    data[HEADER + 28 : HEADER + 36] = bytes(8)  # a, zero, b, c, zero: none of them named
+    assert check(InMemory(bytes(data))).gathering.contents.stale == 3 * PAGE
+
+
+# -- with x-ignore-shared, as 11.1 writes it
+
+
+SHARED_HEAD: Final = streams.header() + streams.configuration("q", capabilities=["x-ignore-shared", "mapped-ram"])
+
+
+def shared_stream(*left_out: str, base: int = 0) -> bytes:
+    begin = len(SHARED_HEAD)
+    start = streams.mapped_ram_start(BLOCKS, begin=begin, base=base, addresses=True, left_out=left_out)
+    return SHARED_HEAD + start + REST
+
+
+@pytest.mark.parametrize("left_out", [["pc.ram"], ["rom"], ["none"], ["pc.ram", "none"], list(BLOCKS)])
+@pytest.mark.parametrize("base", [0, 0x5000])
+def test_a_block_that_is_left_out_has_neither_bitmap_nor_pages(left_out: list[str], base: int, tmp_path: Any) -> None:
+    data = shared_stream(*left_out, base=base)
+    checked = check(InMemory(data))
+    contents = checked.gathering.contents
+    assert (checked.valid, checked.identical, contents.errors) == (True, True, [])
+    assert contents.base == (base if len(left_out) < len(BLOCKS) else None)
+    assert (
+        f"The block list has addresses: x-ignore-shared leaves shared RAM out, and none of {', '.join(left_out)} is in "
+        "the stream."
+    ) in oddities(contents)
+    extracted = extract(InMemory(data), tmp_path)
+    for name, pages in BLOCKS.items():
+        expected = b"".join(page or bytes(PAGE) for page in pages) if name not in left_out else bytes(len(pages) * PAGE)
+        assert (tmp_path / extracted.files[name]).read_bytes() == expected
+
+
+@pytest.mark.parametrize("step", [1, 4099])
+def test_any_split_of_the_bytes_leaves_the_same_out(step: int) -> None:
+    whole, pieces = (
+        [describe_record(entry) for entry in coalesce(kept(entries(shared_stream("pc.ram"), size)))]
+        for size in (None, step)
+    )
+    assert pieces == whole
+
+
+def test_offsets_of_zero_are_refused_where_nothing_can_be_left_out() -> None:
+    data = HEAD + streams.mapped_ram_start(BLOCKS, begin=START, left_out=["pc.ram"]) + REST
+    _, fault = until_fault(data)
+    assert str(fault) == (
+        f"{HEADER + 12:#x}: ram: block list: the bitmap stands at 0x0, expected {HEADER + 28:#x}, "
+        "right behind its header"
+    )
+
+
+@pytest.mark.parametrize(
+    ("header", "error", "text"),
+    [
+        ({"version": 2}, UnsupportedError, "mapped-ram version 2, expected 1"),
+        ({"page_size": 3}, StreamError, "page size is 0x3, expected a power of two from 0x100 to 0x10000"),
+        ({"pages_offset": 0x100000}, StreamError, "the bitmap stands at 0x0, expected"),
+    ],
+)
+def test_a_wrong_header_of_a_block_that_is_left_out_is_refused(
+    header: dict[str, int], error: type[StreamError], text: str
+) -> None:
+    good = MappedRamHeader(version=1, page_size=PAGE, bitmap_offset=0, pages_offset=0)
+    data = shared_stream("pc.ram").replace(good.build(), dataclasses.replace(good, **header).build())
+    _, fault = until_fault(data)
+    assert isinstance(fault, error)
+    assert text in str(fault)

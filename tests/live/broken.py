@@ -26,13 +26,15 @@ class Cutter:
     Before that nothing is ever cut: it would lose the guest.  The destination's RESUME is not enough: a source of
     11.1 that has not come from postcopy-device to postcopy-active yet goes back to running the guest.
 
-    ``after_last`` is awaited when the last cut is made.
+    ``after_last`` is awaited when the last cut is made.  ``guest_is_held``: the destination never tells that its guest
+    runs; then so many bytes have to be enough for it to have loaded what it needs.
     """
 
     after_bytes: Sequence[int]
     after_last: Callable[[], Coroutine[Any, Any, None]] | None = None
     relay: Relay | None = None
     cuts: int = 0
+    guest_is_held: bool = False
     _last: asyncio.Task[None] | None = None
     _base: int | None = None
     _took_over: bool = False
@@ -47,7 +49,7 @@ class Cutter:
         else:
             return
         both = {self._statuses.get(side) for side in Side}
-        if self._took_over and both == {"postcopy-active"}:
+        if (self._took_over or self.guest_is_held) and both == {"postcopy-active"}:
             self._base = self._passed if self._base is None else self._base
         else:
             self._base = None

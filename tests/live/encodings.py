@@ -1,6 +1,6 @@
 """A recording whose RAM travelled over several channels, or encoded, held to the QEMU that loaded it."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from qmigrate.analysis.check import check
@@ -12,10 +12,13 @@ from tests.live.recording import Recording
 from tests.live.same import assert_same_ram, loses_writes
 
 
-async def assert_read_as_loaded(recording: Recording, folder: Path) -> Joined:
+async def assert_read_as_loaded(
+    recording: Recording, folder: Path, *, without: Collection[str] = (), source_keeps: bool = True
+) -> Joined:
     """Each channel is read to its end and written again the same; all joined is what the destination has in its RAM.
 
-    The destination was kept stopped.  What the source has is the same, where it does not lose writes.
+    The destination was kept stopped.  What the source has is the same, where it does not lose writes; or if not
+    ``source_keeps``, as it gives back what it has sent.  ``without``: blocks that are not in the stream.
     """
     raw = [path.read_bytes() for path in recording.channels]
     assert all(again(each) == each for each in raw)
@@ -31,10 +34,10 @@ async def assert_read_as_loaded(recording: Recording, folder: Path) -> Joined:
     assert_joined_the_same(recording, found, folder / "joined")
     extracted = in_files(found.blocks, gathering, folder / "ram")
     assert recording.destination is not None
-    compared = await assert_same_ram(recording.destination, extracted, folder / "memory")
-    assert set(compared.seen) == {"pc.ram", "pc.bios"}
-    if not loses_writes(recording.qemu, recording.kind):
-        await assert_same_ram(recording.source, extracted, folder / "memory")
+    compared = await assert_same_ram(recording.destination, extracted, folder / "memory", without=without)
+    assert set(compared.seen) == {"pc.ram", "pc.bios"} - set(without)
+    if source_keeps and not loses_writes(recording.qemu, recording.kind):
+        await assert_same_ram(recording.source, extracted, folder / "memory", without=without)
     return found
 
 
@@ -45,6 +48,10 @@ def assert_joined_the_same(recording: Recording, plain: Joined, folder: Path) ->
         extracted = extract(migration, folder)
     assert (checked.valid, checked.identical) == (True, True)
     assert len(checked.gathering.contents.channels) == (len(recording.channels) + 1 if recording.channels else 0)
+    # Over two channels a page comes twice in an epoch of 5.2 and 7.2 alone; nothing is in doubt even so.
+    unordered = sum(block.unordered for block in checked.gathering.contents.blocks.values())
+    assert not unordered or recording.qemu.number < (9,)
+    assert extracted.gathering.contents.errors == []
     for block, file in extracted.files.items():
         assert (folder / file).read_bytes() == plain.blocks[block], block
 

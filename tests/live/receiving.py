@@ -189,19 +189,21 @@ def _assert_same(ours: bytes, theirs: bytes, block: str, start: int) -> None:
 
 @contextmanager
 def huge_pages(count: int) -> Iterator[None]:
-    """So many of 2 MiB are free; skips where they can't be had."""
+    """So many more of 2 MiB than there were, given back at the end; skips where they can't be had."""
     setting = Path("/proc/sys/vm/nr_hugepages")
     try:
         before = int(setting.read_text())
         setting.write_text(f"{before + count}")
     except OSError:
         pytest.skip("no huge pages: nr_hugepages can't be set")
+    had = int(setting.read_text()) - before
     try:
-        if int(setting.read_text()) < before + count:
+        if had < count:
             pytest.skip(f"no {count} huge pages")
         yield
     finally:
-        setting.write_text(f"{before}")
+        # Not `before`: another run beside this one may have taken some since.
+        setting.write_text(f"{max(0, int(setting.read_text()) - had)}")
 
 
 @asynccontextmanager

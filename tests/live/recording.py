@@ -158,6 +158,21 @@ def into_file(options: str = "") -> Callable[[Machine, Path], Awaitable[Path]]:
     return course
 
 
+def slowly(uri: str, *, passes: int) -> Callable[[Machine, Path], Awaitable[Path]]:
+    """To this URI, STREAM in it the file; so slowly that it can't converge, until so many passes went by."""
+
+    async def course(source: Machine, folder: Path) -> Path:
+        stream = folder / "stream.mig"
+        await migration.set_parameters(source.session, {"max-bandwidth": SLOW, "downtime-limit": 1})
+        await migration.start(source.session, uri.replace("STREAM", str(stream)))
+        await _wait_for_syncs(source, passes + 1)
+        await migration.set_parameters(source.session, {"downtime-limit": 30_000, "max-bandwidth": FAST})
+        await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
+        return stream
+
+    return course
+
+
 # Next to no RAM: what is odd about these is elsewhere.
 SMALL: Final = Guest("walker", memory_mib=8, zero_share=0.99, walked_share=0.005, pages_per_tick=64)
 NO_FOOTERS: Final = "-global migration.send-section-footer=off"
@@ -249,6 +264,16 @@ ODD: Final[Mapping[str, Kind]] = {
         since=(9,),
         course=into_file(),
         kept=("10.0", "11.1"),
+    ),
+    "pc-mapped-shared": Kind(
+        "mapped-ram with x-ignore-shared: a block that is left out has neither bitmap nor pages",
+        guest=SMALL,
+        machine="pc,memory-backend=ram0",
+        devices=extra("-object memory-backend-file,id=ram0,size=8M,mem-path=FOLDER/ram.img,share=on"),
+        capabilities={"mapped-ram": True, "x-ignore-shared": True},
+        since=(11,),  # 10.0 fails to write it
+        course=into_file(),
+        kept=("11.1",),
     ),
     "pc-cancelled": Kind("cancelled while RAM was sent", guest=WALKER, course=cancel),
     "arm-board": Kind("pages of 1 KiB, which nothing announces", machine="none", target="aarch64", kept=("7.2",)),

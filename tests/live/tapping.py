@@ -2,7 +2,7 @@
 
 import asyncio
 import sys
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -35,11 +35,16 @@ async def tapped(folder: Path, forward: str) -> AsyncGenerator[tuple[str, Path]]
 
 async def assert_recording_holds_what_the_source_has(recording: Path, source: Machine | None, folder: Path) -> None:
     """All channels joined: the same again when rebuilt, and RAM is that of the stopped source."""
+    await assert_recording_holds_what_they_have(recording, [] if source is None else [source], folder)
+
+
+async def assert_recording_holds_what_they_have(recording: Path, machines: Sequence[Machine], folder: Path) -> None:
+    """All channels joined: the same again when rebuilt, and RAM is that of each of these stopped machines."""
     with Migration(recording) as migration:
         checked = check(migration)
         assert [str(error) for error in checked.gathering.contents.errors] == []
         assert (checked.valid, checked.identical) == (True, True)
         extracted = extract(migration, folder / "ram")
-    if source is not None:
-        compared = await assert_same_ram(source, extracted, folder / "memory")
+    for machine in machines:
+        compared = await assert_same_ram(machine, extracted, folder / "memory")
         assert {"pc.ram", "pc.bios"} <= compared.seen.keys()

@@ -3,8 +3,8 @@
 What each shows is asserted in detail of the recorded ones: tests/test_odd.py.
 """
 
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncGenerator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -21,14 +21,14 @@ from qmigrate.qmp import migration as qmp_migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
 from tests.live.loading import loaded
+from tests.live.receiving import huge_pages
 from tests.live.recording import ODD, Recording, into_file, recorded
 from tests.live.same import assert_same_ram
 from tests.live.versions import Qemu
 
 pytestmark = pytest.mark.live
 
-HUGE_PAGES: Final = Path("/proc/sys/vm/nr_hugepages")
-NEEDED: Final = 8  # of 2 MiB: a source and a destination of 8 MiB
+HUGE_PAGES: Final = 8  # of 2 MiB: a source and a destination of 8 MiB
 SAID: Final = {
     "pc-no-footers": ["Sections have no footers"],
     "pc-no-configuration": ["There is no CONFIGURATION section"],
@@ -49,30 +49,14 @@ SAID: Final = {
     ],
     "pc-shared": ["The block list has addresses: x-ignore-shared leaves shared RAM out, and none of ram0 is"],
     "pc-mapped": ["Each page has its place in the file (mapped-ram)"],
+    "pc-mapped-shared": [
+        "The block list has addresses: x-ignore-shared leaves shared RAM out, and none of ram0 is",
+        "Each page has its place in the file (mapped-ram)",
+    ],
     "pc-cancelled": ["The stream ends while RAM is sent: the migration was cancelled, or it failed."],
     "arm-board": ["The target's pages have 1 KiB, which the stream does not announce"],
     "arm-virt": ["2 RAM blocks have the same length, 64 MiB: virt.flash0, virt.flash1."],
 }
-
-
-@contextmanager
-def huge_pages(name: str) -> Iterator[None]:
-    """So many as two machines need, if this kind needs them; skips where there are none to be had."""
-    if "huge" not in name:
-        yield
-        return
-    try:
-        before = int(HUGE_PAGES.read_text())
-        if before < NEEDED:
-            HUGE_PAGES.write_text(f"{NEEDED}")
-    except OSError:
-        pytest.skip("no huge pages: nr_hugepages can't be set")
-    try:
-        if int(HUGE_PAGES.read_text()) < NEEDED:
-            pytest.skip(f"no {NEEDED} huge pages")
-        yield
-    finally:
-        HUGE_PAGES.write_text(f"{before}")
 
 
 @pytest_asyncio.fixture(
@@ -81,7 +65,7 @@ def huge_pages(name: str) -> Iterator[None]:
 async def odd(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncGenerator[tuple[str, Recording]]:
     qemu: Qemu
     qemu, name = request.param
-    with huge_pages(name):
+    with huge_pages(HUGE_PAGES) if "huge" in name else nullcontext():
         async with recorded(qemu, name, tmp_path) as recording:
             yield name, recording
 

@@ -1,5 +1,6 @@
 """Schemas that real QEMUs make for real packages: each field is as the description of a precopy has it."""
 
+import resource
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -87,3 +88,16 @@ async def test_a_qemu_that_can_not_is_told_in_its_own_words(qemu: Qemu) -> None:
         await make_schema([*machine, *f"{drive} -device nvme,serial=1,drive=drive".split()])
     with pytest.raises(SchemaError, match="this stream has no description of its devices"):
         await make_schema([*machine, "-machine", "pc,suppress-vmdesc=on"])
+
+
+@pytest.mark.parametrize("qemu", PACKAGED[-1:], ids=lambda qemu: qemu.name)
+async def test_where_the_stream_has_no_room_that_is_said(qemu: Qemu) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, hard))
+    try:
+        with pytest.raises(
+            SchemaError, match=r"qmigrate-schema-\w+: what QEMU sends can't be kept there: File too large"
+        ):
+            await make_schema([str(qemu.path), "-accel", "tcg", "-m", "8", "-nodefaults"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -14,6 +14,8 @@ from typing import Final
 
 import pytest
 
+from qmigrate.capture.migration import Migration
+from qmigrate.capture.schemas import SchemaCache, cache_folder, read_schema
 from qmigrate.endpoint.destination import Workload
 from qmigrate.errors import RefusedError
 from qmigrate.events import StatusChanged, Troubled
@@ -355,6 +357,32 @@ async def test_who_asks_to_save_while_it_is_being_saved_is_refused(
         assert (await receiver.result()).exit_code == 0
     assert elsewhere.exists()
     assert not (tmp_path / "again.mig").exists()
+
+
+@pytest.mark.parametrize("has_schema", [False, True])
+async def test_sections_that_cannot_be_told_apart_are_saved_with_a_schema_and_without(
+    has_schema: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guest has put a whole section, a PING, and a footer of the section around them into a buffer."""
+    planted = streams.footer(3) + streams.device("false", b"f", section_id=9) + streams.command(Ping(token=99))
+    inside = planted + streams.device("a", b"2", section_id=3)[:-5]
+    sections = streams.device("a", inside, section_id=3) + streams.device("d", b"d", section_id=4)
+    monkeypatch.setenv("QMIGRATE_CACHE", str(tmp_path / "cache"))
+    if has_schema:
+        described = [
+            streams.described(name, streams.field("x", "buffer", size)) for name, size in (("a", len(inside)), ("d", 1))
+        ]
+        head = streams.header() + streams.configuration() + streams.ram_start() + streams.ram()
+        (tmp_path / "precopy.mig").write_bytes(head + sections + streams.eof() + streams.description(*described))
+        with Migration(tmp_path / "precopy.mig") as migration:
+            SchemaCache(cache_folder()).add(read_schema(migration, made_from="precopy.mig"))
+    package = streams.package(streams.command(PostcopyListen()), sections, streams.command(PostcopyRun()))
+    saved = tmp_path / "saved.mig"
+    async with receiving(tmp_path, save=saved, touch_in_package=True) as receiver, source_of(receiver) as source:
+        source.send(advised(), EVERYTHING, package, END)
+        assert await source.until_shut() == 0
+        assert (await receiver.result()).exit_code == 0
+    assert saved.read_bytes().endswith(sections + streams.eof() + b"\6" + bytes(4))
 
 
 @contextmanager
