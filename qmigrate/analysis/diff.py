@@ -130,6 +130,7 @@ def read_side(migration: Migration, name: str, stack: ExitStack, *, ram: bool = 
             try:
                 side.spool.take(entry, contents.blocks)
             except StreamError as exc:  # in what a page's data decodes to: the others are good
+                exc.input = contents.input_of(entry.channel)
                 if len(faults) < _MOST_FAULTS:
                     faults.append(exc)
         if isinstance(entry.record, Undecoded) and not entry.channel:

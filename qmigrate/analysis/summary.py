@@ -157,7 +157,8 @@ def payload(command: Command) -> dict[str, Plain]:
 
 def describe_error(error: StreamError) -> dict[str, Any]:
     """Where, inside what, and what."""
-    return {"offset": error.offset, "trail": list(error.trail), "message": error.message}
+    described: dict[str, Any] = {"offset": error.offset, "trail": list(error.trail), "message": error.message}
+    return described if error.input is None else {"input": error.input, **described}
 
 
 def oddities(contents: Contents) -> list[str]:

@@ -42,6 +42,7 @@ from qmigrate.format.walk import walk
 
 __all__ = ["Connection", "Pieces", "RecordedChannel", "RecordedStream", "Recording"]
 
+STOPPED: Final = "the recording stopped before the migration ended"
 _WINDOW: Final = 1 << 14
 _PIECE: Final = 1 << 16
 _MOST_BEFORE_BLOCKS: Final = 1 << 26  # bytes of main in which its block list is looked for
@@ -206,6 +207,12 @@ class Recording:
                 "the recording has no end: the tap was killed, or still runs", offset=self.position
             )
         return self
+
+    @property
+    def faults(self) -> list[StreamError]:
+        """Why it may lack something: it stopped, it is damaged, or it has no end."""
+        stopped = [] if self.stopped is None else [StreamError(f"{STOPPED}: {self.stopped.reason}")]
+        return stopped if self.fault is None else [*stopped, self.fault]
 
     def _bytes(self, offset: int, count: int) -> bytes:
         """So many bytes at ``offset`` of the file, or as many as there are."""

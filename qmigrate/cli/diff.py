@@ -52,7 +52,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             default=[],
             help=f"a further connection of {name}: multifd, preempt, or main resumed; may be repeated, in any order",
         )
+        channels.add_argument(
+            f"--{name.lower()}-return-path",
+            metavar="FILE",
+            action="append",
+            default=[],
+            help=f"what came back over one of {name}'s; may be repeated",
+        )
+    for name in ("--channel", "--return-path"):  # as the other commands have them: whose would it be?
+        parser.add_argument(name, action=_Whose, help=argparse.SUPPRESS)
     add_reading(parser)
+
+
+class _Whose(argparse.Action):
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        _namespace: argparse.Namespace,
+        _values: object,
+        option_string: str | None = None,
+    ) -> None:
+        plain = (option_string or "").removeprefix("--")
+        parser.error(f"--{plain}: of which of the two? --a-{plain} or --b-{plain}")
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
@@ -62,9 +83,13 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         args.usage_error("standard input can be one of the two only")
     with ExitStack() as stack, answering():
         sides: list[Side] = []
-        for file, channels in ((args.a, args.a_channel), (args.b, args.b_channel)):
+        for file, channels, return_paths in (
+            (args.a, args.a_channel, args.a_return_path),
+            (args.b, args.b_channel, args.b_return_path),
+        ):
+            own = argparse.Namespace(**vars(args) | {"channel": channels, "return_path": return_paths})
             try:
-                sides.append(_read(args, file, channels, out, stack))
+                sides.append(_read(own, file, out, stack))
             except FAILURES as failure:
                 return failed(failure, input_name(file), out)
         found = diff(*sides, ignore=args.ignore)
@@ -81,11 +106,10 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     return max(0 if found.same else 1, _tell(found))
 
 
-def _read(args: argparse.Namespace, file: str, channels: list[str], out: TextIO, stack: ExitStack) -> "Side":
+def _read(args: argparse.Namespace, file: str, out: TextIO, stack: ExitStack) -> "Side":
     from qmigrate.analysis.diff import read_side
 
-    own = argparse.Namespace(**vars(args), files=[file], channel=channels)
-    with open_input(own, file, out) as migration:
+    with open_input(args, file, out) as migration:
         return read_side(migration, migration.source.name, stack, ram=not args.devices_only)
 
 
