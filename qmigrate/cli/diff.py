@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TextIO
 from qmigrate.cli.asked import answering
 from qmigrate.cli.input import add_reading, open_input
 from qmigrate.cli.tell import FAILURES, failed, input_name, tell, tell_faults
+from qmigrate.report.units import plural
 
 if TYPE_CHECKING:
     from qmigrate.analysis.diff import Diff, Side
@@ -39,6 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a field that may differ, and all below it, as dissect --field names it; * and ? stand for any "
         "characters; may be repeated",
+    )
+    parser.add_argument(
+        "--strict", action="store_true", help="say no also where something could not be compared, or only as bytes"
     )
     parser.add_argument("--devices-only", action="store_true", help="leave the contents of RAM out")
     parser.add_argument("--all", action="store_true", help="each field and each range of pages, however many")
@@ -103,7 +107,12 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
         write_diff(found, Paper(out), everything=args.all)
     out.flush()
-    return max(0 if found.same else 1, _tell(found))
+    status = max(0 if found.same else 1, _tell(found))
+    if args.strict and (found.not_compared or found.as_bytes):
+        bytes_only = plural(len(found.as_bytes), "section")
+        tell("--strict", f"{plural(len(found.not_compared), 'thing')} not compared, {bytes_only} only as bytes")
+        status = max(status, 1)
+    return status
 
 
 def _read(args: argparse.Namespace, file: str, out: TextIO, stack: ExitStack) -> "Side":
@@ -118,6 +127,8 @@ def _tell(found: "Diff") -> int:
     worst = 0
     for side in (found.a, found.b):
         worst = max(worst, tell_faults(side.name, side.contents.errors))
-    for name in found.not_compared:
-        tell("not compared", name)
+    for each in found.not_compared:
+        tell("not compared", each.name, each.reason)
+    for pattern in found.ignored_nothing:
+        tell(f"--ignore {pattern!r}", "neither A nor B has such a field")
     return worst

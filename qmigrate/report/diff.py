@@ -48,13 +48,18 @@ def _verdict(found: Diff) -> Text:
     ]
     said = ", ".join(filter(None, parts))
     compared = [f"{plural(found.compared, 'field')} compared"]
+    if found.as_bytes:
+        compared.append(f"{plural(len(found.as_bytes), 'section')} as bytes")
     if found.ignored:
         compared.append(f"{plural(found.ignored, 'difference')} ignored")
     if found.blocks is None:
         compared.append("RAM not compared")
     if not found.complete:
         compared.append("as far as both inputs reach")
-    verdict: tuple[str, str] = (f"differ: {said}", ODD) if said else ("same", GOOD)
+    if found.not_compared:
+        compared.append(f"{plural(len(found.not_compared), 'thing')} not compared")
+    same = ("nothing differs, but not all was compared", ODD) if found.not_compared else ("same", GOOD)
+    verdict: tuple[str, str] = (f"differ: {said}", ODD) if said else same
     return text(verdict, (f"; {', '.join(compared)}", DIM))
 
 
@@ -82,7 +87,7 @@ def _sides(each: StructureDifference) -> Iterator[str]:
         yield f"in {'A' if each.a else 'B'} only"
     elif each.a is None or each.b is None:
         side, value = ("A", each.a) if each.b is None else ("B", each.b)
-        if each.what != "machine":
+        if each.what != "machine" or isinstance(value, str):
             yield f"in {side} only, {_structure_value(each.what, value)}"
         else:
             yield f"{_structure_value(each.what, value)} in {side} only"
