@@ -240,6 +240,10 @@ class Source(Readable):
             raw = open(0 if self._is_stdin else path, "rb", buffering=0, closefd=not self._is_stdin)  # noqa: SIM115 - closed by close(); a Path has no descriptor
         except IsADirectoryError:
             raise NoStreamError("a directory, expected a migration stream") from None
+        except OSError as exc:
+            if exc.filename is None:  # standard input is closed
+                exc.filename = self.name
+            raise
         status = os.fstat(raw.fileno())
         self._file = raw
         is_device = stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)

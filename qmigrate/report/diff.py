@@ -40,10 +40,13 @@ def _side(side: Side) -> Text:
 
 def _verdict(found: Diff) -> Text:
     counted = sum(each.counts for each in found.structure)
+    sections = sum(each.path in found.as_bytes for each in found.fields)
+    fields = len(found.fields) - sections
     pages = sum(block.unequal for block in found.blocks or ())
     parts = [
         plural(counted, "difference of structure", "differences of structure") if counted else "",
-        plural(len(found.fields), "field") if found.fields else "",
+        plural(fields, "field") if fields else "",
+        plural(sections, "section") if sections else "",
         plural(pages, "page") if pages else "",
     ]
     said = ", ".join(filter(None, parts))

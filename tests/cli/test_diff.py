@@ -204,6 +204,14 @@ def test_what_is_not_compared_by_field_is_told_and_strict_says_no(tmp_path: Path
     ]
 
 
+def test_sections_that_differ_are_told_apart_from_fields(tmp_path: Path, capsys: Output) -> None:
+    paths = [tmp_path / name for name in "ab"]
+    paths[0].write_bytes(streams.postcopy())
+    paths[1].write_bytes(streams.postcopy().replace(b"serial\0\1", b"serial\0\7"))
+    assert main(["diff", *map(str, paths)]) == 1
+    assert "\ndiffer: 1 section; 0 fields compared, 2 sections as bytes\n" in capsys.readouterr().out
+
+
 def test_a_pattern_that_names_nothing_is_told(a: str, b: str, capsys: Output) -> None:
     assert main(["diff", "--json", "--ignore", "timre.flag", "--ignore", "timer", a, b]) == 1
     captured = capsys.readouterr()

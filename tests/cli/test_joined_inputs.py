@@ -226,6 +226,15 @@ def test_one_of_them_may_be_standard_input(which: str, multifd: list[str]) -> No
     assert (twice.returncode, twice.stderr) == (2, b"qmigrate: standard input: is given twice\n")
 
 
+@pytest.mark.parametrize("words", [["check", "-"], ["diff", "main", "-"], ["diff", "-", "main"]])
+def test_standard_input_that_is_closed_is_named(words: list[str], multifd: list[str]) -> None:
+    assert Path(multifd[0]).exists()
+    shell = ["/bin/sh", "-c", 'exec "$@" <&-', "sh", sys.executable, "-m", "qmigrate", *words]
+    ran = subprocess.run(shell, capture_output=True, timeout=60, check=False)
+    assert (ran.returncode, ran.stdout) == (2, b"")
+    assert ran.stderr == b"qmigrate: standard input: Bad file descriptor\n"
+
+
 @pytest.mark.parametrize("option", ["--channel", "--return-path"])
 def test_files_of_one_migration_go_with_one_file_and_without_jobs(option: str, capsys: Output) -> None:
     """They were left out in silence where answers come a line each."""
