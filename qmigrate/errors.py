@@ -83,6 +83,7 @@ class StreamErrors(StreamError):
     def __init__(self, errors: Sequence[StreamError]) -> None:
         self.errors = list(errors)
         super().__init__(errors[0].message, offset=errors[0].offset, trail=errors[0].trail)
+        self.input = errors[0].input
 
 
 class NoStreamError(QmigrateError):

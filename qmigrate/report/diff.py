@@ -40,7 +40,8 @@ def _side(side: Side) -> Text:
 
 def _verdict(found: Diff) -> Text:
     counted = sum(each.counts for each in found.structure)
-    sections = sum(each.path in found.as_bytes for each in found.fields)
+    as_bytes = set(found.as_bytes)
+    sections = sum(each.path in as_bytes for each in found.fields)
     fields = len(found.fields) - sections
     pages = sum(block.unequal for block in found.blocks or ())
     parts = [

@@ -166,6 +166,17 @@ def test_a_fault_in_main_names_it_where_another_file_came_first(name: str, multi
     assert capsys.readouterr().err.startswith("qmigrate: cut: 0x")
 
 
+@pytest.mark.parametrize("view", [[], ["--json"], ["--ndjson"], ["--structure"], ["--ram"], ["--device", "timer"]])
+def test_a_fault_in_each_of_two_files_is_told_with_it(view: list[str], multifd: list[str], capsys: Output) -> None:
+    main_file, *others = multifd
+    for each in others:
+        Path(each).write_bytes(Path(each).read_bytes()[:-1])
+    given = [word for each in others for word in ("--channel", each)]
+    assert main(["dissect", *view, *given, main_file]) == 1
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(": 0x")[0] for line in said] == ["qmigrate: one", "qmigrate: two"]
+
+
 @pytest.mark.parametrize("name", COMMANDS)
 def test_what_a_page_decodes_to_is_a_fault_of_its_file(name: str, folder: Path, capsys: Output) -> None:
     for kept, packed in (("main", ".mig"), ("one", ".01-forward"), ("two", ".02-forward")):
