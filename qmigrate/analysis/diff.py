@@ -21,8 +21,9 @@ from qmigrate.analysis.summary import describe_error, missing_pages, target_page
 from qmigrate.capture.migration import Block, Contents, Migration, Section
 from qmigrate.errors import StreamError
 from qmigrate.format.command import Command
-from qmigrate.format.device import VmState, decode_whole, encode_state
+from qmigrate.format.device import decode_whole, encode_state
 from qmigrate.format.stream import ConfigurationUuid, EndOfFile, Footer, SectionHeader, SectionPart, SectionType
+from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description, StructDescription
 from qmigrate.format.walk import Entry, Trailing, Undecoded, VmDescription
 
