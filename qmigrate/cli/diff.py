@@ -85,6 +85,9 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     if args.a == args.b == "-":
         args.usage_error("standard input can be one of the two only")
+    others = (args.a_channel, args.a_return_path, args.b_channel, args.b_return_path)
+    if [args.a, args.b, *(each for files in others for each in files)].count("-") > 1:
+        args.usage_error("standard input can be one of the files only")
     with ExitStack() as stack, answering():
         sides: list[Side] = []
         for file, channels, return_paths in (

@@ -222,7 +222,7 @@ def test_a_pattern_that_names_nothing_is_told(a: str, b: str, capsys: Output) ->
 @pytest.mark.parametrize("which", [0, 1])
 def test_an_input_that_is_cut_anywhere_is_never_0(which: int, a: str, tmp_path: Path, capsys: Output) -> None:
     whole, cut = streams.minimal(), tmp_path / "cut"
-    for length in (*range(60), *range(60, len(whole), 769), *range(len(whole) - 60, len(whole))):
+    for length in (*range(0, 60, 4), *range(60, len(whole), 4001), *range(len(whole) - 60, len(whole), 3)):
         cut.write_bytes(whole[:length])
         files = [a, str(cut)] if which else [str(cut), a]
         assert main(["diff", *files]) == (2 if length < 8 else 1), length
@@ -263,6 +263,8 @@ def test_nobody_who_reads_on_is_no_traceback(a: str, b: str) -> None:
 def test_both_can_not_be_standard_input(capsys: Output) -> None:
     assert main(["diff", "-", "-"]) == 2
     assert capsys.readouterr().err.endswith("qmigrate diff: error: standard input can be one of the two only\n")
+    assert main(["diff", "a", "-", "--a-channel", "-"]) == 2
+    assert capsys.readouterr().err.endswith("qmigrate diff: error: standard input can be one of the files only\n")
 
 
 def test_nothing_is_left_in_the_folder_for_temporary_files(a: str, b: str, tmp_path: Path) -> None:
@@ -270,6 +272,14 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(a: str, b: str, tmp_p
     folder.mkdir()
     assert run(a, b, TMPDIR=str(folder)).returncode == 1
     assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_no_other_one_in_silence(a: str, tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    ran = run(a, a, TMPDIR=str(none))
+    assert (ran.returncode, ran.stdout) == (2, b"")
+    said = "No such file or directory: RAM of both inputs is put there (TMPDIR names another folder)"
+    assert ran.stderr.decode() == f"qmigrate: {none}: {said}\n"
 
 
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no /dev/full")
