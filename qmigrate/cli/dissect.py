@@ -81,6 +81,8 @@ def _live(args: argparse.Namespace, out: TextIO) -> int:
 
     if len(args.files) != 1 or args.files == ["-"]:
         args.usage_error("--live follows one recording, which is a file")
+    if args.channel or args.return_path:
+        args.usage_error("--live follows a recording, which has all connections in it")
     if args.json or args.jobs or args.structure or args.ram or args.device or args.field or args.report:
         args.usage_error("--live goes with --ndjson, or alone")
     return follow(args, out)

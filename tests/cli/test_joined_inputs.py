@@ -253,6 +253,7 @@ def test_files_of_one_migration_go_with_one_file_and_without_jobs(option: str, c
         (["check", "--json", "main", "two"], "--channel and --return-path belong to one migration: give one FILE"),
         (["dissect", "--json", "main", "two"], "--channel and --return-path belong to one migration: give one FILE"),
         (["extract", "--raw", "ram", "main", "two"], "--channel and --return-path belong to one migration: give one"),
+        (["dissect", "--live", "main"], "--live follows a recording, which has all connections in it"),
         (["check", "--json", "--jobs", "2", "main"], "--jobs reads files one by one: it goes without --channel and"),
         (["dissect", "--json", "--jobs", "2", "main"], "--jobs reads files one by one: it goes without --channel"),
     ):
