@@ -36,6 +36,10 @@ __all__ = [
 ]
 
 
+def _of(name: str | None) -> list[str]:
+    return [] if name is None else [name]
+
+
 class QmigrateError(Exception):
     """The root: whoever catches this catches all that qmigrate raises on purpose."""
 
@@ -44,8 +48,11 @@ class StreamError(QmigrateError):
     """The bytes of a stream are wrong.
 
     ``offset`` counts bytes from the start of the stream, ``trail`` names what the fault lies in, outermost
-    first (section, block, field), ``message`` says what was found and what could have been.
+    first (section, block, field), ``message`` says what was found and what could have been.  ``input`` names the
+    file that the stream is in, where it is one of several of its migration.
     """
+
+    input: str | None = None
 
     def __init__(self, message: str, *, offset: int | None = None, trail: Sequence[str] = ()) -> None:
         self.message = message
@@ -55,7 +62,7 @@ class StreamError(QmigrateError):
 
     def __str__(self) -> str:
         place = [] if self.offset is None else [f"{self.offset:#x}"]
-        return ": ".join([*place, *self.trail, self.message])
+        return ": ".join([*_of(self.input), *place, *self.trail, self.message])
 
 
 class TruncatedError(StreamError):
@@ -76,10 +83,16 @@ class StreamErrors(StreamError):
     def __init__(self, errors: Sequence[StreamError]) -> None:
         self.errors = list(errors)
         super().__init__(errors[0].message, offset=errors[0].offset, trail=errors[0].trail)
+        self.input = errors[0].input
 
 
 class NoStreamError(QmigrateError):
-    """There is no migration stream in this input."""
+    """There is no migration stream in this input.  ``input`` names it where it is one of several."""
+
+    input: str | None = None
+
+    def __str__(self) -> str:
+        return ": ".join([*_of(self.input), super().__str__()])
 
 
 class RefusedError(QmigrateError):

@@ -56,8 +56,9 @@ class Checked:
 
     @property
     def valid(self) -> bool:
-        """The grammar reached its end, and nothing stands behind it."""
-        return self.gathering.contents.complete and not self.gathering.contents.trailing
+        """The grammar reached its end, and nothing stands behind it; a recording's file is whole."""
+        contents = self.gathering.contents
+        return contents.complete and not contents.errors and not contents.trailing
 
     @property
     def undecoded(self) -> int:

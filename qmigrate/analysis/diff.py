@@ -10,21 +10,36 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any, Final
+from hashlib import sha256
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 from qmigrate.analysis.devices import plain
-from qmigrate.analysis.diff_fields import ABSENT, Ignored, Unequal, unequal_fields, unequal_subsections
+from qmigrate.analysis.diff_fields import ABSENT, Ignored, Unequal, field_paths, unequal_fields, unequal_subsections
 from qmigrate.analysis.diff_ram import BlockPages, Spool, unequal_pages
 from qmigrate.analysis.summary import describe_error, missing_pages, target_page_bits
-from qmigrate.capture.migration import Contents, Migration, Section
+from qmigrate.capture.migration import Block, Contents, Migration, Section
 from qmigrate.errors import StreamError
+from qmigrate.format.command import Command
 from qmigrate.format.device import decode_whole, encode_state
-from qmigrate.format.stream import SectionType
+from qmigrate.format.stream import ConfigurationUuid, EndOfFile, Footer, SectionHeader, SectionPart, SectionType
 from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description, StructDescription
-from qmigrate.format.walk import Undecoded
+from qmigrate.format.walk import Entry, Trailing, Undecoded, VmDescription
 
-__all__ = ["Diff", "FieldDifference", "Side", "StructureDifference", "describe_diff", "diff", "read_side"]
+if TYPE_CHECKING:
+    from hashlib import _Hash
+
+__all__ = [
+    "Diff",
+    "FieldDifference",
+    "NotCompared",
+    "Side",
+    "StructureDifference",
+    "describe_diff",
+    "diff",
+    "read_side",
+]
 
 _SHOWN_BYTES: Final = 16
 _MOST_FAULTS: Final = 20
@@ -58,6 +73,14 @@ class FieldDifference:
     lengths: tuple[int, int] | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class NotCompared:
+    """Something of which it can't be said whether it is the same: its name, and why."""
+
+    name: str
+    reason: str
+
+
 @dataclass(slots=True)
 class Side:
     """One of the two: what its stream holds, its RAM, and the bytes of the sections that were not decoded."""
@@ -69,6 +92,8 @@ class Side:
     """By the section's place in ``contents.sections``: where its bytes stand in the stream, and they."""
     spans: list[bytes] = field(default_factory=list)
     """What could not even be told apart as sections."""
+    live: "dict[str, _Hash]" = field(default_factory=dict)
+    """Of live sections other than ram: a hash of all their records."""
 
     @property
     def complete(self) -> bool:
@@ -83,10 +108,18 @@ class Side:
         else:
             self.spans.append(data)
 
+    def left_out(self, block: Block) -> bool:
+        """Is its RAM not in the stream, because both ends share it?"""
+        shared = any(each.address is not None for each in self.contents.blocks.values())
+        return shared and self.complete and not block.seen.count
+
 
 @dataclass(slots=True)
 class Diff:
-    """The answer.  ``compared`` counts fields; ``not_compared`` names sections of which nothing can be said."""
+    """The answer.  ``compared`` counts fields, ``as_bytes`` names the sections that were compared only so.
+
+    ``ignored_nothing``: what was to be ignored, and names nothing that either side has.
+    """
 
     a: Side
     b: Side
@@ -94,7 +127,9 @@ class Diff:
     fields: list[FieldDifference] = field(default_factory=list)
     ignored: int = 0
     compared: int = 0
-    not_compared: list[str] = field(default_factory=list)
+    as_bytes: list[str] = field(default_factory=list)
+    not_compared: list[NotCompared] = field(default_factory=list)
+    ignored_nothing: list[str] = field(default_factory=list)
     blocks: list[BlockPages] | None = None
     """None where RAM was not asked for."""
 
@@ -126,11 +161,14 @@ def read_side(migration: Migration, name: str, stack: ExitStack, *, ram: bool = 
     contents = gathering.contents
     side = Side(name, contents, Spool(stack) if ram else None)
     faults: list[StreamError] = []
+    live = _Live(side)
     for entry in gathering:
+        live.take(entry)
         if side.spool is not None:
             try:
                 side.spool.take(entry, contents.blocks)
             except StreamError as exc:  # in what a page's data decodes to: the others are good
+                exc.input = contents.input_of(entry.channel)
                 if len(faults) < _MOST_FAULTS:
                     faults.append(exc)
         if isinstance(entry.record, Undecoded) and not entry.channel:
@@ -145,19 +183,60 @@ def read_side(migration: Migration, name: str, stack: ExitStack, *, ram: bool = 
     return side
 
 
+class _Live:
+    """Takes live sections other than ram: a hash of their records, whatever they are."""
+
+    def __init__(self, side: Side) -> None:
+        self._side = side
+        self._open: _Hash | None = None
+
+    def take(self, entry: Entry) -> None:
+        match entry.record:
+            case SectionHeader() | SectionPart():
+                section = self._side.contents.sections[-1]
+                is_live = section.kind != SectionType.FULL and section.name != "ram"
+                self._open = self._side.live.setdefault(section.key, sha256()) if is_live else None
+            case Footer() | EndOfFile() | VmDescription() | Trailing() | Command():
+                self._open = None
+            case _ if self._open is not None:
+                self._open.update(entry.view)
+
+
 # -- comparing
 
 
 def diff(a: Side, b: Side, *, ignore: Iterable[str] = ()) -> Diff:
     """What differs between both sides, but for what ``ignore`` names of devices: globs of DEVICE.FIELD."""
     found = Diff(a, b)
+    ignored = Ignored(ignore)
     _decode_by_the_other(a, b.contents.description)
     _decode_by_the_other(b, a.contents.description)
     found.structure += _machine(a, b)
-    _devices(found, Ignored(ignore))
+    _devices(found, ignored)
     if a.spool is not None and b.spool is not None:
-        found.blocks = list(_ram(a, b))
+        found.blocks = list(_ram(found))
+    _behind_the_end(found)
+    found.ignored_nothing = list(_nothing(found, ignored))
     return found
+
+
+def _behind_the_end(found: Diff) -> None:
+    for letter, side in (("A", found.a), ("B", found.b)):
+        if side.contents.trailing:
+            reason = f"{side.contents.trailing} bytes there are no part of it"
+            found.not_compared.append(NotCompared(f"behind the end of {letter}'s stream", reason))
+
+
+def _nothing(found: Diff, ignored: Ignored) -> Iterator[str]:
+    """Patterns that match no difference, and nothing else that either side has."""
+    for pattern in ignored.unused():
+        if not any(
+            ignored.would_match(pattern, section, path)
+            for side in (found.a, found.b)
+            for section in side.contents.sections
+            for path in (section.key, *(() if section.state is None else field_paths(section.key, section.state)))
+        ):
+            yield pattern
 
 
 def _decode_by_the_other(side: Side, description: Description | None) -> None:
@@ -184,14 +263,25 @@ def _machine(a: Side, b: Side) -> Iterator[StructureDifference]:
         yield StructureDifference("machine", "machine type", one.machine_type, other.machine_type)
     for name in sorted({*one.capabilities} ^ {*other.capabilities}):
         yield StructureDifference("capability", name, name in one.capabilities, name in other.capabilities, False)
+    ours, theirs = _uuid(a), _uuid(b)
+    if ours != theirs:  # only with validate-uuid it is sent at all
+        yield StructureDifference("machine", "UUID", ours, theirs, ours is not None and theirs is not None)
     size, its = 1 << target_page_bits(one), 1 << target_page_bits(other)
     if one.blocks and other.blocks and size != its:
         yield StructureDifference("machine", "target page size", size, its)
     if (one.blocks and other.blocks) or (a.complete and b.complete):
         for name in dict.fromkeys((*one.blocks, *other.blocks)):
-            ours, theirs = (each.blocks[name].length if name in each.blocks else None for each in (one, other))
-            if ours != theirs:
-                yield StructureDifference("block", name, ours, theirs)
+            length, another = (each.blocks[name].length if name in each.blocks else None for each in (one, other))
+            if length != another:
+                yield StructureDifference("block", name, length, another)
+
+
+def _uuid(side: Side) -> str | None:
+    configuration = side.contents.configuration
+    for subsection in () if configuration is None else configuration.subsections:
+        if isinstance(subsection.body, ConfigurationUuid):
+            return str(UUID(bytes=subsection.body.uuid))
+    return None
 
 
 def _reached(*sides: Side) -> bool:
@@ -207,29 +297,47 @@ def _devices(found: Diff, ignored: Ignored) -> None:
         if key in theirs:
             _device(found, ignored, index, theirs[key])
         elif b.complete:
-            _lone(found, ignored, a.contents.sections[index], "a")
+            _lone(found, ignored, a.contents.sections[index], "a", b)
     for key, index in theirs.items():
         if key not in ours and a.complete:
-            _lone(found, ignored, b.contents.sections[index], "b")
-    if a.spans != b.spans and found.complete:
+            _lone(found, ignored, b.contents.sections[index], "b", a)
+    _spans(found)
+
+
+_SPANS: Final = "sections that can't be told apart"
+
+
+def _spans(found: Diff) -> None:
+    """They are held to each other where both have them.  What is decoded of one side may be in those of the other."""
+    a, b = found.a, found.b
+    if a.spans == b.spans:
+        found.as_bytes += [_SPANS] if a.spans else []
+    elif found.complete and a.spans and b.spans:
         length, its = (sum(map(len, side.spans)) for side in (a, b))
-        found.structure.append(StructureDifference("undecoded", "sections that can't be told apart", length, its))
+        found.structure.append(StructureDifference("undecoded", _SPANS, length, its))
+    else:
+        found.not_compared.append(NotCompared(_SPANS, f"only {'A' if a.spans else 'B'} has them so"))
 
 
 def _sections(side: Side) -> dict[tuple[str, int, bool], int]:
-    """The devices and live sections that are whole: name/instance, which of that name it is, is it live; its place."""
+    """Whole devices, and live sections: name/instance, which of that name it is, is it live; and its place."""
     seen: Counter[str] = Counter()
     places: dict[tuple[str, int, bool], int] = {}
     for index, section in enumerate(side.contents.sections):
         if section.kind == SectionType.FULL and section.whole:
             places[section.key, seen[section.key], False] = index
             seen[section.key] += 1
-        elif section.kind == SectionType.START and section.name != "ram":
+        elif section.kind == SectionType.START:
             places[section.key, 0, True] = index
     return places
 
 
-def _lone(found: Diff, ignored: Ignored, section: Section, side: str) -> None:
+def _lone(found: Diff, ignored: Ignored, section: Section, side: str, lacks: Side) -> None:
+    if lacks.spans:
+        if not ignored.matches(section, section.key):
+            reason = f"it may be among the sections of {'B' if side == 'a' else 'A'} that can't be told apart"
+            found.not_compared.append(NotCompared(section.key, reason))
+        return
     what = "device" if section.kind == SectionType.FULL else "live section"
     a, b = (section.version_id, None) if side == "a" else (None, section.version_id)
     _structure(found, ignored, section, StructureDifference(what, section.key, a, b))
@@ -248,7 +356,8 @@ def _device(found: Diff, ignored: Ignored, one: int, other: int) -> None:
     if a.version_id != b.version_id:
         _structure(found, ignored, a, StructureDifference("device", a.key, a.version_id, b.version_id))
     if a.kind == SectionType.START:
-        found.not_compared.append(a.key)
+        if a.name != "ram":
+            _live_section(found, ignored, a)
         return
     if a.state is None or b.state is None:
         _bytes_of_device(found, ignored, a, _bytes(found.a, one), _bytes(found.b, other))
@@ -258,6 +367,16 @@ def _device(found: Diff, ignored: Ignored, one: int, other: int) -> None:
     for each in unequal_fields(a.key, a.state, b.state):
         _take(found, ignored, a, each)
     found.compared += sum(1 for _ in a.state.leaves())
+
+
+def _live_section(found: Diff, ignored: Ignored, a: Section) -> None:
+    """What travels in passes may be the same though its records are not."""
+    ours, theirs = (side.live[a.key].digest() for side in (found.a, found.b))
+    if ours == theirs:
+        found.as_bytes.append(a.key)
+    elif not ignored.matches(a, a.key):
+        reason = "its records are not the same, which may be how it travelled"
+        found.not_compared.append(NotCompared(a.key, reason))
 
 
 def _bytes(side: Side, index: int) -> bytes | None:
@@ -271,9 +390,9 @@ def _bytes(side: Side, index: int) -> bytes | None:
 def _bytes_of_device(found: Diff, ignored: Ignored, a: Section, ours: bytes | None, theirs: bytes | None) -> None:
     """At least one side can't be decoded: its bytes are compared."""
     if ours is None or theirs is None:
-        found.not_compared.append(a.key)
+        found.not_compared.append(NotCompared(a.key, "its bytes were not kept"))
         return
-    found.compared += 1
+    found.as_bytes.append(a.key)
     if ours != theirs:
         _take(found, ignored, a, Unequal(a.key, ours, theirs))
 
@@ -299,13 +418,19 @@ def first_difference(a: bytes, b: bytes) -> int:
     return next((at for at, (one, other) in pairs if one != other), min(len(a), len(b)))
 
 
-def _ram(a: Side, b: Side) -> Iterator[BlockPages]:
+def _ram(found: Diff) -> Iterator[BlockPages]:
+    a, b = found.a, found.b
     assert a.spool is not None
     assert b.spool is not None
     page_size = min(a.contents.page_size, b.contents.page_size)
     for name in a.contents.blocks:
         if name in b.contents.blocks and a.spool.has(name) and b.spool.has(name):
             one, other = ((side.contents.blocks[name], side.contents.page_size) for side in (a, b))
+            lacks = [letter for letter, side, block in (("A", a, one[0]), ("B", b, other[0])) if side.left_out(block)]
+            if lacks:
+                reason = f"its RAM is not in {' and '.join(lacks)}: x-ignore-shared leaves it out"
+                found.not_compared.append(NotCompared(name, reason))
+                continue
             yield unequal_pages(a.spool, b.spool, one, other, page_size, complete=(a.complete, b.complete))
 
 
@@ -326,8 +451,10 @@ def describe_diff(found: Diff) -> dict[str, Any]:
         ],
         "fields_compared": found.compared,
         "fields": [_describe_field(each) for each in found.fields],
+        "compared_as_bytes": found.as_bytes,
         "ignored": found.ignored,
-        "not_compared": found.not_compared,
+        "ignored_nothing": found.ignored_nothing,
+        "not_compared": [{"name": each.name, "reason": each.reason} for each in found.not_compared],
     }
     if found.blocks is not None:
         described["ram_blocks"] = [_describe_block(block) for block in found.blocks]

@@ -9,7 +9,7 @@ from qmigrate.capture.migration import Section
 from qmigrate.format._record import Record
 from qmigrate.format.vm_state import Field, Subsection, VmState
 
-__all__ = ["ABSENT", "Ignored", "Unequal", "unequal_fields", "unequal_subsections"]
+__all__ = ["ABSENT", "Ignored", "Unequal", "field_paths", "unequal_fields", "unequal_subsections"]
 
 
 class _Absent:
@@ -90,6 +90,32 @@ def _is_layout(value: Any) -> bool:
     return isinstance(value, Record) or hasattr(value, "_fields") or hasattr(value, "__dataclass_fields__")
 
 
+def field_paths(path: str, state: VmState) -> Iterator[str]:
+    """The path of each field, of each element, and of all that they lie in."""
+    for name, part in parts(state).items():
+        here = f"{path}.{name}"
+        yield here
+        if isinstance(part, Subsection):
+            yield from field_paths(here, part.state)
+        else:
+            yield from _paths_of_value(here, _value(part))
+
+
+def _paths_of_value(path: str, value: Any) -> Iterator[str]:
+    if isinstance(value, VmState):
+        yield from field_paths(path, value)
+    elif _is_list(value):
+        for index, element in enumerate(value):
+            here = f"{path}[{index}]"
+            yield here
+            yield from _paths_of_value(here, element)
+    elif _is_layout(value):
+        for name in members(value):
+            here = f"{path}.{name}"
+            yield here
+            yield from _paths_of_value(here, getattr(value, name))
+
+
 def unequal_subsections(path: str, a: VmState, b: VmState) -> Iterator[tuple[str, int | None, int | None]]:
     """Each subsection that only one side has, or has in another version: its path, and the versions."""
     ours, theirs = dict(_subsections(path, a)), dict(_subsections(path, b))
@@ -129,16 +155,24 @@ class Ignored:
     """
 
     def __init__(self, patterns: Iterable[str]) -> None:
-        alternatives = "|".join(map(_expression, patterns))
-        self._pattern = re.compile(rf"(?:{alternatives})(?:[./\[].*)?", re.DOTALL) if alternatives else None
+        self._patterns = {each: re.compile(rf"{_expression(each)}(?:[./\[].*)?", re.DOTALL) for each in patterns}
+        self._used: set[str] = set()
 
     def matches(self, section: Section, path: str) -> bool:
         """``path`` begins with the section's key."""
-        if self._pattern is None:
-            return False
+        found = [pattern for pattern in self._patterns if self.would_match(pattern, section, path)]
+        self._used.update(found)
+        return bool(found)
+
+    def would_match(self, pattern: str, section: Section, path: str) -> bool:
+        """Does this one?  It is not taken for used."""
         rest = path.removeprefix(section.key)
         names = dict.fromkeys((section.key, section.name, *short_names(section)))
-        return any(self._pattern.fullmatch(f"{name}{rest}") for name in names)
+        return any(self._patterns[pattern].fullmatch(f"{name}{rest}") for name in names)
+
+    def unused(self) -> list[str]:
+        """The patterns that have matched nothing so far."""
+        return [pattern for pattern in self._patterns if pattern not in self._used]
 
 
 def _expression(pattern: str) -> str:

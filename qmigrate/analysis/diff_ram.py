@@ -29,7 +29,8 @@ class Spool(RamWriter):
     """RAM as a stream leaves it, in a file for each block: without a name, in ``$TMPDIR``, gone with ``stack``."""
 
     def __init__(self, stack: ExitStack) -> None:
-        self.place = tempfile.gettempdir()
+        # Where the named folder can't be used, tempfile would take another one in silence, which may be small.
+        self.place = os.environ.get("TMPDIR") or tempfile.gettempdir()
         super().__init__(Path(self.place), stack)
 
     def take(self, entry: Entry, blocks: dict[str, Block]) -> None:

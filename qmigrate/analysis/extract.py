@@ -51,6 +51,7 @@ def extract(migration: Migration, directory: str | os.PathLike[str]) -> Extracte
             try:
                 writer.take(entry, gathering.contents.blocks)
             except StreamError as exc:  # in what a page's data decodes to: the others are good
+                exc.input = gathering.contents.input_of(entry.channel)
                 faults.append(exc)
         writer.finish()
     faults += map(StreamError, writer.doubts())

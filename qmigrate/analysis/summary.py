@@ -147,7 +147,8 @@ def describe_command(place: CommandPlace) -> dict[str, Any]:
 
 def describe_error(error: StreamError) -> dict[str, Any]:
     """Where, inside what, and what."""
-    return {"offset": error.offset, "trail": list(error.trail), "message": error.message}
+    described: dict[str, Any] = {"offset": error.offset, "trail": list(error.trail), "message": error.message}
+    return described if error.input is None else {"input": error.input, **described}
 
 
 def oddities(contents: Contents) -> list[str]:

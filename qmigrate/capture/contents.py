@@ -149,6 +149,10 @@ class Contents:
     complete: bool = False
     errors: list[StreamError] = field(default_factory=list)
 
+    def input_of(self, channel: int) -> str | None:
+        """The file, or connection of a recording, that has this channel; None where there is but one stream."""
+        return self.channels[channel].input if self.channels else None
+
     @property
     def devices(self) -> Mapping[str, VmState]:
         """The decoded state of each device, by ``name/instance``."""

@@ -59,9 +59,16 @@ def _merged(ranges: list[tuple[int, int]]) -> Iterator[tuple[int, int]]:
 class Gathering:
     """Pass the entries on and gather what they hold in ``contents``, also when a fault ends them."""
 
-    def __init__(self, entries: Iterator[Entry], channels: Sequence[ChannelContents] = ()) -> None:
+    def __init__(
+        self,
+        entries: Iterator[Entry],
+        channels: Sequence[ChannelContents] = (),
+        container: Sequence[StreamError] = (),
+    ) -> None:
+        """``container``: what is known to be wrong with the file that the streams lie in."""
         self.contents = Contents(channels=list(channels))
         self._entries = entries
+        self._container = container
         self._channel = 0
         self._open: Section | None = None
         self._headers: dict[int, SectionHeader] = {}
@@ -90,11 +97,12 @@ class Gathering:
         except StreamError as exc:
             errors = exc.errors if isinstance(exc, StreamErrors) else [exc]
             # A traceback would hold the reader and its window, in a circle that is freed late.
-            contents.errors += [error.with_traceback(None) for error in errors]
+            contents.errors += [*(error.with_traceback(None) for error in errors), *self._container]
             return
         self._close(contents.length)
         self._count_lost()
         contents.complete = True
+        contents.errors += self._container
 
     def _take_of(self, entry: Entry, channel: ChannelContents) -> None:
         """An entry of one of several channels."""

@@ -67,7 +67,9 @@ def classified(readables: Iterable[tuple[Readable, bool | None]]) -> list[Part]:
         raise NoStreamError(f"no main channel among {names}")
     for part in found:
         if part.channel.kind in (ChannelKind.UNKNOWN, ChannelKind.TLS) and not part.channel.is_silent:
-            raise NoStreamError(f"{part.readable.name} is no channel of a migration: {part.channel.reason}")
+            exc = NoStreamError(f"no channel of a migration: {part.channel.reason}")
+            exc.input = part.readable.name
+            raise exc
     _refuse_strangers([part for part in found if part.channel.kind is ChannelKind.MULTIFD])
     return [*mains, *(part for part in found if part not in mains)]
 
@@ -100,9 +102,11 @@ def recorded_parts(recording: Recording) -> list[Part]:
 
 
 def _classify(readable: Readable) -> Channel:
-    if not readable.can_rewind:
-        raise NoStreamError(f"{readable.name} is a pipe: the channels of a migration are told by looking at files")
-    return readable.classify()
+    try:
+        return readable.classify()
+    except (NoStreamError, StreamError) as exc:
+        exc.input = readable.name
+        raise
 
 
 class Joining:
@@ -145,6 +149,7 @@ class Joining:
             feed = Feed()
             for message in self._guarded(part, read_return_path(feed), feed):
                 yield Entry(message.offset, message.length, message.message, memoryview(message.raw), 0, number)
+        self._faults += self._unknown()
         if len(self._faults) == 1:
             raise self._faults[0]
         if self._faults:
@@ -166,6 +171,13 @@ class Joining:
         for entry in self._guarded(part, step, feed):
             yield Entry(entry.offset, entry.length, entry.record, entry.view, 0, number)
 
+    def _unknown(self) -> Iterator[StreamError]:
+        """Connections of a recording that carried something, and nobody knows what: pages may be among it."""
+        for _, part in self._parts:
+            channel = part.channel
+            if channel.kind in (ChannelKind.UNKNOWN, ChannelKind.TLS) and not channel.is_silent:
+                yield _named(StreamError(f"what was sent can't be told: {channel.reason}", offset=0), part)
+
     def _guarded(self, part: Part, step: Generator[T | None], feed: Feed) -> Iterator[T]:
         """What ``step`` yields, fed from the part; a fault is kept for the end."""
         reader = part.readable.open_reader()
@@ -175,6 +187,9 @@ class Joining:
                     part.readable.fill(feed, reader)
                 else:
                     yield item
+        except NoStreamError as exc:
+            exc.input = part.readable.name
+            raise
         except StreamError as exc:
             goes_on = isinstance(exc, TruncatedError) and self._may_go_on(part)
             (self._cuts if goes_on else self._faults).append(_named(exc, part))
@@ -206,7 +221,7 @@ class _Multifd:
                 return
         if self.fault is None:
             message = "the stream ends here, main waits for another SYNC"
-            self.fault = TruncatedError(message, offset=self._end, trail=(self.part.name,))
+            self.fault = _named(TruncatedError(message, offset=self._end, trail=(self.part.name,)), self.part)
 
     def rest(self) -> Iterator[Entry]:
         """What is left when main has ended: until 8.2 there may be a packet, with nothing in it."""
@@ -214,7 +229,7 @@ class _Multifd:
             is_sync = self._count(entry)
             if self.fault is None and (is_sync or (isinstance(entry.record, PagePacket) and entry.record.runs)):
                 message = "a packet behind the last SYNC that main waits for"
-                self.fault = StreamError(message, offset=entry.offset, trail=(self.part.name,))
+                self.fault = _named(StreamError(message, offset=entry.offset, trail=(self.part.name,)), self.part)
             yield entry
 
     def _count(self, entry: Entry) -> bool:
@@ -267,8 +282,9 @@ def _missing(channels: Sequence[_Multifd]) -> Iterator[StreamError]:
 
 
 def _named(fault: StreamError, part: Part) -> StreamError:
-    """The same fault, with the channel that it is in, where that is not main."""
-    if part.channel.kind is ChannelKind.MAIN or fault.trail[:1] == (part.name,):
-        return fault
-    trail = fault.trail[1:] if fault.trail[:1] in (("multifd",), ("return path",)) else fault.trail
-    return type(fault)(fault.message, offset=fault.offset, trail=(part.name, *trail))
+    """The same fault, with the input, and the channel that it is in, where that is not main."""
+    if part.channel.kind is not ChannelKind.MAIN and fault.trail[:1] != (part.name,):
+        trail = fault.trail[1:] if fault.trail[:1] in (("multifd",), ("return path",)) else fault.trail
+        fault = type(fault)(fault.message, offset=fault.offset, trail=(part.name, *trail))
+    fault.input = part.readable.name
+    return fault

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from qmigrate.capture.contents import KINDS, Block, ChannelContents, CommandPlace, Contents, Section
 from qmigrate.capture.gathering import Gathering
 from qmigrate.capture.open import Source
-from qmigrate.errors import StreamError
+from qmigrate.errors import NoStreamError, StreamError
 from qmigrate.format.tail import Chooser
 from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description
@@ -52,8 +52,9 @@ class Migration:
         self.source = Source(path)
         self._others: list[tuple[Source, bool | None]] = []
         try:
-            self._others += [(Source(each), True) for each in channels]
-            self._others += [(Source(each), False) for each in return_paths]
+            for paths, is_forward in ((channels, True), (return_paths, False)):
+                for each in paths:
+                    self._others.append((_opened(each), is_forward))
         except BaseException:
             self.close()
             raise
@@ -86,14 +87,31 @@ class Migration:
 
     @cached_property
     def parts(self) -> "list[Part]":
-        """The channels, main first; none where there is but one stream.  Raises ``NoStreamError``."""
+        """The channels, main first; none where there is but one stream.
+
+        Raises ``NoStreamError`` where the inputs are no channels of one migration; ``StreamError`` where one of them
+        can't be read.
+        """
         if self.source.recording is None and not self._others:
             return []
         from qmigrate.capture.joining import classified, recorded_parts  # most migrations are one stream
 
+        if self._others:
+            _refuse_odd_sets(self.sources)
         if self.source.recording is not None:
             return recorded_parts(self.source.recording)
         return classified([(self.source, None), *self._others])
+
+    @property
+    def strays(self) -> "list[Part]":
+        """Inputs given as return paths that are something else by their bytes, and are read as that."""
+        given = self.parts if self._others else []
+        return [part for part in given if part.is_forward is False and part.channel.kind.value != "return path"]
+
+    @property
+    def recording_faults(self) -> list[StreamError]:
+        """What is wrong with the file of a recording, apart from the streams in it."""
+        return [] if self.source.recording is None else self.source.recording.faults
 
     def entries(self) -> Iterator[Entry]:
         """Each record with its place, from the start; of a pipe only once.
@@ -120,7 +138,7 @@ class Migration:
             )
             for part in self.parts
         ]
-        return Gathering(self.entries(), channels)
+        return Gathering(self.entries(), channels, self.recording_faults)
 
     @cached_property
     def contents(self) -> Contents:
@@ -162,5 +180,31 @@ class Migration:
 
     @property
     def errors(self) -> list[StreamError]:
-        """What is wrong with the stream: empty when ``complete``."""
+        """What is wrong with the stream: empty when ``complete``, but for what is wrong with a recording's file."""
         return self.contents.errors
+
+
+def _opened(path: str | os.PathLike[str]) -> Source:
+    """One of several inputs: what is wrong with it is told with its name."""
+    try:
+        return Source(path)
+    except NoStreamError as exc:
+        exc.input = os.fsdecode(path)
+        raise
+
+
+def _refuse_odd_sets(sources: Sequence[Source]) -> None:
+    """A file that is given twice would count twice; a recording has all channels of its own migration."""
+    seen: set[tuple[int, int]] = set()
+    for source in sources:
+        message = ""
+        if source.recording is not None:
+            message = "a recording of qmigrate tap, which has all connections in it: no other file goes with it"
+        elif source.identity is not None and source.identity in seen:
+            message = "is given twice"
+        if message:
+            exc = NoStreamError(message)
+            exc.input = source.name
+            raise exc
+        if source.identity is not None:
+            seen.add(source.identity)

@@ -98,13 +98,22 @@ class _Pipe(io.RawIOBase):
 
     def __init__(self, raw: io.FileIO) -> None:
         self._raw = raw
-        self._head = b""
+        self._head = bytearray()
 
     def peek(self, count: int) -> bytes:
         """The first ``count`` bytes, or fewer where the pipe ends."""
         while len(self._head) < count and (got := self._wait_for(part := bytearray(count - len(self._head)))):
             self._head += part[:got]
-        return self._head
+        return bytes(self._head[:count])
+
+    def look(self, position: int, buffer: Any) -> int:
+        """The bytes at ``position``, at most one piece behind what was looked at before; they are read all the same."""
+        if position == len(self._head):
+            part = bytearray(len(buffer))
+            self._head += part[: self._wait_for(part)]
+        found = self._head[position : position + len(buffer)]
+        buffer[: len(found)] = found
+        return len(found)
 
     def readable(self) -> bool:
         return True
@@ -114,12 +123,28 @@ class _Pipe(io.RawIOBase):
             return self._wait_for(buffer)
         count = min(len(buffer), len(self._head))
         buffer[:count] = self._head[:count]
-        self._head = self._head[count:]
+        del self._head[:count]
         return count
 
     def _wait_for(self, buffer: Any) -> int:
         while (count := self._raw.readinto(buffer)) is None:  # it was made non-blocking
             select.select([self._raw], [], [])
+        return count
+
+
+class _Look(io.RawIOBase):
+    """A pipe's first bytes, from the first on; they are read again afterwards."""
+
+    def __init__(self, pipe: _Pipe) -> None:
+        self._pipe = pipe
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        count = self._pipe.look(self._position, buffer)
+        self._position += count
         return count
 
 
@@ -147,6 +172,10 @@ class Readable(ABC):
     @abstractmethod
     def open_reader(self) -> Reader:
         """Read from the start."""
+
+    def _open_to_look(self) -> Reader:
+        """Read from the start, as often as one likes, before any of it is read."""
+        return self.open_reader()
 
     @property
     @abstractmethod
@@ -177,7 +206,7 @@ class Readable(ABC):
         from qmigrate.format.channel import classify  # most inputs are the only one of their migration
 
         feed = Feed(window=_HEAD)
-        answer, reader = classify(feed, blocks=blocks), self.open_reader()
+        answer, reader = classify(feed, blocks=blocks), self._open_to_look()
         while True:
             try:
                 next(answer)
@@ -211,19 +240,35 @@ class Source(Readable):
             raw = open(0 if self._is_stdin else path, "rb", buffering=0, closefd=not self._is_stdin)  # noqa: SIM115 - closed by close(); a Path has no descriptor
         except IsADirectoryError:
             raise NoStreamError("a directory, expected a migration stream") from None
+        except OSError as exc:
+            if exc.filename is None:  # standard input is closed
+                exc.filename = self.name
+            raise
         status = os.fstat(raw.fileno())
         self._file = raw
+        is_device = stat.S_ISCHR(status.st_mode) or stat.S_ISBLK(status.st_mode)
+        self.identity = None if is_device else (status.st_dev, status.st_ino)
+        """By which two inputs are known to be one; None of a device, /dev/null above all."""
         self.size = status.st_size if stat.S_ISREG(status.st_mode) else None
         """Of a regular file, in bytes, as it is stored; else None."""
         self.can_rewind = raw.seekable() and stat.S_ISREG(status.st_mode)
         self._start = raw.tell() if self.can_rewind else 0
         self._used = False
+        self._pipe: _Pipe | None = None
         self._latest: _File | None = None
-        self.recording = self._recording()
+        self.recording: Recording | None = None
         """Where it is one of ``qmigrate tap``: main is what is read here, forward; all the rest is in it."""
+        try:
+            self.recording = self._recording()
+        except BaseException:
+            self.close()
+            raise
 
     def _recording(self) -> "Recording | None":
-        if not self.can_rewind or os.pread(self._file.fileno(), _LONGEST_MAGIC, 0) != _RECORDING:
+        try:
+            if not self.can_rewind or os.pread(self._file.fileno(), _LONGEST_MAGIC, 0) != _RECORDING:
+                return None
+        except OSError:  # it is told when it is read
             return None
         from qmigrate.capture.recording import Recording  # few inputs are one
 
@@ -266,16 +311,27 @@ class Source(Readable):
         if self._used and not self.can_rewind:
             raise NoStreamError("a pipe can be read only once")
         self._used = True
+        return self._open()
+
+    def _open_to_look(self) -> Reader:
+        if self.can_rewind:
+            return self.open_reader()
+        if self._used:
+            raise NoStreamError("a pipe can be looked at only before it is read")
+        return self._open(to_look=True)
+
+    def _open(self, *, to_look: bool = False) -> Reader:
         try:
             if self.can_rewind:
                 file: Reader
                 file = self._latest = _File(self._file.fileno(), self._start)
                 head = os.pread(self._file.fileno(), _LONGEST_MAGIC, self._start)
             else:
-                file = pipe = _Pipe(self._file)
+                pipe = self._pipe = self._pipe or _Pipe(self._file)
                 head = pipe.peek(_LONGEST_MAGIC)
+                file = _Look(pipe) if to_look else pipe
         except OSError as exc:
-            raise _unreadable(exc, 0) from exc
+            raise NoStreamError(f"it can't be read: {exc.strerror or exc}") from exc
         if head == _RECORDING:
             raise NoStreamError("a recording of qmigrate tap can't be read from a pipe: give its file")
         for magic, opener in _COMPRESSIONS:

@@ -42,6 +42,7 @@ from qmigrate.format.walk import walk
 
 __all__ = ["Connection", "Pieces", "RecordedChannel", "RecordedStream", "Recording"]
 
+_STOPPED: Final = "the recording stopped before the migration ended"
 _WINDOW: Final = 1 << 14
 _PIECE: Final = 1 << 16
 _MOST_BEFORE_BLOCKS: Final = 1 << 26  # bytes of main in which its block list is looked for
@@ -112,6 +113,7 @@ class Recording:
         """What is wrong with the file: nothing behind it was read."""
         self.position = RecordingHeader.size or 0
         """How far it was read."""
+        self._lost: list[StreamError] = []
         self._known_size = 0
         self._window = b""
         self._window_at = 0
@@ -207,6 +209,12 @@ class Recording:
             )
         return self
 
+    @property
+    def faults(self) -> list[StreamError]:
+        """Why it may lack something: it stopped, it is damaged, it lacks what was passed on, or it has no end."""
+        stopped = [] if self.stopped is None else [StreamError(f"{_STOPPED}: {self.stopped.reason}")]
+        return [*stopped, *self._lost, *([] if self.fault is None else [self.fault])]
+
     def _bytes(self, offset: int, count: int) -> bytes:
         """So many bytes at ``offset`` of the file, or as many as there are."""
         at = offset - self._window_at
@@ -286,8 +294,22 @@ class Recording:
         connection = self.connections[frame.connection]
         if isinstance(frame.body, Closed):
             connection.closed, connection.closed_ns = frame.body, frame.monotonic_ns
+            self._lost += self._lost_of(connection, frame.body, frame.offset - HEADER.size)
         else:
             connection.pieces(frame.direction).add(frame.offset, frame.length)
+
+    @staticmethod
+    def _lost_of(connection: Connection, closed: Closed, offset: int) -> Iterator[StreamError]:
+        """Nothing is passed on that is not recorded before; the other way round a peer may have been gone."""
+        for way, passed, pieces in (
+            ("forward", closed.forward_bytes, connection.forward),
+            ("back", closed.return_bytes, connection.back),
+        ):
+            if passed > pieces.length:
+                message = (
+                    f"of connection {connection.number}: {passed} bytes were passed on {way}, {pieces.length} are here"
+                )
+                yield StreamError(message, offset=offset, trail=("frame", FrameKind.CLOSED.name))
 
     @staticmethod
     def _out_of_place(frame: Frame, why: str) -> StreamError:

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, TextIO
 
 from qmigrate.cli.files import Headings, answer_lines, each_file, in_lines
-from qmigrate.cli.input import add_input, open_input, reading_options
+from qmigrate.cli.input import add_input, open_input, reading_options, refuse_joining
 from qmigrate.cli.tell import tell, tell_faults
 from qmigrate.report.units import plural
 
@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from qmigrate.analysis.check import check, check_file, describe_check
 
+    refuse_joining(args)
     if in_lines(args):
         answer = partial(check_file, **reading_options(args))
         return answer_lines(args, out, answer, severity=partial(_severity, args.strict))

@@ -6,7 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from qmigrate.cli.files import Headings, answer_lines, each_file, in_lines
-from qmigrate.cli.input import add_input, open_input, reading_options
+from qmigrate.cli.input import add_input, open_input, reading_options, refuse_joining
 from qmigrate.cli.tell import tell, tell_faults
 from qmigrate.errors import NoStreamError
 
@@ -53,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:
+    refuse_joining(args)
     if args.live:
         return _live(args, out)
     if args.report is not None and (len(args.files) > 1 or args.jobs or _view_of(args) is not _story):
@@ -80,6 +81,8 @@ def _live(args: argparse.Namespace, out: TextIO) -> int:
 
     if len(args.files) != 1 or args.files == ["-"]:
         args.usage_error("--live follows one recording, which is a file")
+    if args.channel or args.return_path:
+        args.usage_error("--live follows a recording, which has all connections in it")
     if args.json or args.jobs or args.structure or args.ram or args.device or args.field or args.report:
         args.usage_error("--live goes with --ndjson, or alone")
     return follow(args, out)
@@ -120,7 +123,8 @@ def _structure(_args: argparse.Namespace, migration: "Migration", headings: Head
 
     headings.begin(migration.source.name)
     write_structure(migration.entries(), Paper(out))
-    return 0
+    out.flush()
+    return tell_faults(migration.source.name, migration.recording_faults)
 
 
 def _ram(args: argparse.Namespace, migration: "Migration", headings: Headings, out: TextIO) -> int:

@@ -4,7 +4,7 @@ import argparse
 from typing import TextIO
 
 from qmigrate.cli.files import Headings, each_file
-from qmigrate.cli.input import add_input, open_input
+from qmigrate.cli.input import add_input, open_input, refuse_joining
 from qmigrate.cli.tell import FAILURES, tell, tell_faults
 
 __all__ = ["add_arguments", "run"]
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
     from qmigrate.analysis.summary import left_out_blocks
     from qmigrate.report.json import write_json, write_json_line
 
+    refuse_joining(args)
     several = len(args.files) > 1
     folders = folder_names(args.files) if several else {args.files[0]: ""}
     headings = Headings(args, out)

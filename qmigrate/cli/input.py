@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from qmigrate.capture.schemas import Damaged, SchemaCache
     from qmigrate.format.vmdesc import Description
 
-__all__ = ["add_input", "add_reading", "open_input", "reading_options", "tell_damaged"]
+__all__ = ["add_input", "add_reading", "open_input", "reading_options", "refuse_joining", "tell_damaged"]
 
 
 def add_input(parser: argparse.ArgumentParser, *, jobs: bool = True, devices: bool = True) -> None:
@@ -99,14 +99,32 @@ def open_input(args: argparse.Namespace, file: str, out: TextIO, *, streams: boo
     """
     from qmigrate.cli.progress import WatchedMigration
 
-    channels, return_paths = getattr(args, "channel", []), getattr(args, "return_path", [])
-    if (channels or return_paths) and len(args.files) > 1:
-        args.usage_error("--channel and --return-path belong to one migration: give one FILE")
+    channels, return_paths = args.channel, args.return_path
     shows = not args.quiet and sys.stderr is not None and sys.stderr.isatty() and not (streams and out.isatty())
     options = {"channels": channels, "return_paths": return_paths, **reading_options(args)}
     migration = WatchedMigration(file, shows=shows, tells=args.verbose, **options)
+    try:
+        _tell_strays(migration)
+    except BaseException:
+        migration.close()
+        raise
     answer_with(migration.where)
     return migration
+
+
+def refuse_joining(args: argparse.Namespace) -> None:
+    """Where files are read one by one: those of one migration are joined only where there is one FILE."""
+    if args.channel or args.return_path:
+        if len(args.files) > 1:
+            args.usage_error("--channel and --return-path belong to one migration: give one FILE")
+        if getattr(args, "jobs", None) is not None:
+            args.usage_error("--jobs reads files one by one: it goes without --channel and --return-path")
+
+
+def _tell_strays(migration: "Migration") -> None:
+    """What was given as a return path and is none.  It is read as what its bytes are, as all are."""
+    for part in migration.strays:
+        tell(part.readable.name, f"is no return path, and read as {part.name}: {part.channel.reason}")
 
 
 def reading_options(args: argparse.Namespace) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, TextIO
 
-from qmigrate.cli.tell import tell, tell_faults
+from qmigrate.cli.tell import tell_faults
 from qmigrate.errors import NoStreamError, StreamError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def write_recorded(args: argparse.Namespace, migration: "Migration", recording: 
             paper.line()
             write_story(contents, f"{migration.source.name}: its channels, joined", paper)
     out.flush()
-    return max(tell_faults(migration.source.name, contents.errors), _tell_recording(migration.source.name, story))
+    return tell_faults(migration.source.name, contents.errors)
 
 
 def write_moments(recording: "Recording", out: TextIO, *, file: str | None) -> int:
@@ -113,15 +113,8 @@ def _joined(migration: "Migration") -> "Contents":
     try:
         return migration.contents
     except NoStreamError as exc:
-        return Contents(errors=[StreamError(str(exc))])
+        return Contents(errors=[StreamError(str(exc)), *migration.recording_faults])
 
 
 def _tell_recording(name: str, story: "RecordingStory") -> int:
-    recording, status = story.recording, 0
-    if recording.stopped is not None:
-        tell(name, f"the recording stopped before the migration ended: {recording.stopped.reason}")
-        status = 1
-    if recording.fault is not None:
-        tell(name, str(recording.fault))
-        status = 1
-    return status
+    return tell_faults(name, story.recording.faults)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Final, TextIO
 
-from qmigrate.errors import NoStreamError, QmigrateError, StreamError
+from qmigrate.errors import NoStreamError, QmigrateError, StreamError, StreamErrors
 from qmigrate.report.names import clean
 
 __all__ = ["FAILURES", "add_telling", "failed", "input_name", "tell", "tell_cost", "tell_faults"]
@@ -42,9 +42,14 @@ def tell_faults(name: str, errors: Iterable[StreamError]) -> int:
     """Each fault of the stream in the input ``name``; the exit code that they make."""
     status = 0
     for error in errors:
-        tell(name, str(error))
+        tell(*_named(name, error))
         status = BAD_STREAM
     return status
+
+
+def _named(name: str, failure: NoStreamError | StreamError) -> tuple[str, ...]:
+    """Of one of several inputs it says itself which one."""
+    return (str(failure),) if failure.input is not None else (name, str(failure))
 
 
 def failed(failure: BaseException, name: str, out: TextIO) -> int:
@@ -56,10 +61,12 @@ def failed(failure: BaseException, name: str, out: TextIO) -> int:
     out.flush()  # what was good is given, and stands before what is said of the rest
     match failure:
         case NoStreamError():
-            tell(name, str(failure))
+            tell(*_named(name, failure))
             return NOTHING_DONE
+        case StreamErrors():
+            return tell_faults(name, failure.errors)
         case StreamError():
-            tell(name, str(failure))
+            tell(*_named(name, failure))
             return BAD_STREAM
         case RecursionError():
             tell(name, "nested too deep to be shown")

@@ -40,21 +40,30 @@ def _side(side: Side) -> Text:
 
 def _verdict(found: Diff) -> Text:
     counted = sum(each.counts for each in found.structure)
+    as_bytes = set(found.as_bytes)
+    sections = sum(each.path in as_bytes for each in found.fields)
+    fields = len(found.fields) - sections
     pages = sum(block.unequal for block in found.blocks or ())
     parts = [
         plural(counted, "difference of structure", "differences of structure") if counted else "",
-        plural(len(found.fields), "field") if found.fields else "",
+        plural(fields, "field") if fields else "",
+        plural(sections, "section") if sections else "",
         plural(pages, "page") if pages else "",
     ]
     said = ", ".join(filter(None, parts))
     compared = [f"{plural(found.compared, 'field')} compared"]
+    if found.as_bytes:
+        compared.append(f"{plural(len(found.as_bytes), 'section')} as bytes")
     if found.ignored:
         compared.append(f"{plural(found.ignored, 'difference')} ignored")
     if found.blocks is None:
         compared.append("RAM not compared")
     if not found.complete:
         compared.append("as far as both inputs reach")
-    verdict: tuple[str, str] = (f"differ: {said}", ODD) if said else ("same", GOOD)
+    if found.not_compared:
+        compared.append(f"{plural(len(found.not_compared), 'thing')} not compared")
+    same = ("nothing differs, but not all was compared", ODD) if found.not_compared else ("same", GOOD)
+    verdict: tuple[str, str] = (f"differ: {said}", ODD) if said else same
     return text(verdict, (f"; {', '.join(compared)}", DIM))
 
 
@@ -82,7 +91,7 @@ def _sides(each: StructureDifference) -> Iterator[str]:
         yield f"in {'A' if each.a else 'B'} only"
     elif each.a is None or each.b is None:
         side, value = ("A", each.a) if each.b is None else ("B", each.b)
-        if each.what != "machine":
+        if each.what != "machine" or isinstance(value, str):
             yield f"in {side} only, {_structure_value(each.what, value)}"
         else:
             yield f"{_structure_value(each.what, value)} in {side} only"

@@ -48,7 +48,7 @@ def _verdict(story: RecordingStory) -> Text:
     recording = story.recording
     if recording.stopped is not None:
         said = text((f"a recording that stopped: {clean(recording.stopped.reason)}", BAD))
-    elif recording.fault is None:
+    elif not recording.faults:
         said = text(("a recording, complete", GOOD))
     elif isinstance(recording.fault, TruncatedError):
         said = text(("a recording without an end", ODD))

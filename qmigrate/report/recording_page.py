@@ -76,8 +76,7 @@ def _header(story: RecordingStory, name: str) -> str:
     when = datetime.fromtimestamp(story.recording.header.time_ns // 1_000_000_000 % (1 << 37), UTC)
     said = f'<p class="over">{escaped(when.strftime("%Y-%m-%d %H:%M:%S UTC"))}</p><h1>{escaped(name)}</h1>'
     recording = story.recording
-    wrong = [] if recording.stopped is None else [f"The recording stopped: {recording.stopped.reason}."]
-    wrong += [] if recording.fault is None else [str(recording.fault)]
+    wrong = [str(fault) for fault in recording.faults]
     kind = "failed" if wrong else "completed"
     body = "".join(f"<p>{escaped(each)}</p>" for each in wrong)
     return f'<header class="outcome {kind}">{said}{body}</header>'

@@ -18,6 +18,7 @@ from qmigrate.analysis.diff import Diff, describe_diff, diff, read_side
 from qmigrate.analysis.diff_fields import ABSENT
 from qmigrate.analysis.diff_ram import SpoolError
 from qmigrate.format.command import PostcopyListen, PostcopyRun
+from qmigrate.format.stream import SectionType, SubsectionHeader
 from tests import streams
 from tests.streams import PAGE, TIMER_FIELDS, described, description, device, field, struct_of
 from tests.walking import CORPUS, InMemory, corpus
@@ -291,7 +292,7 @@ def test_a_side_without_a_description_is_decoded_by_that_of_the_other() -> None:
 
 def test_sections_that_nobody_decodes_are_compared_byte_by_byte() -> None:
     found = compared(postcopy(timer(1)), postcopy(timer(1)))
-    assert (found.same, found.compared) == (True, 1)
+    assert (found.same, found.compared, found.as_bytes) == (True, 0, ["timer/0"])
     (each,) = compared(postcopy(timer(1)), postcopy(timer(2))).fields
     assert (each.path, each.offset, each.lengths) == ("timer/0", 7, (17, 17))
 
@@ -300,6 +301,136 @@ def test_an_undecoded_section_is_held_to_the_bytes_of_a_decoded_one() -> None:
     odd = device("timer", bytes(3), section_id=0, version_id=2)
     (each,) = compared(stream(timer(1), known=TIMER), postcopy(odd)).fields
     assert (each.path, each.lengths) == ("timer/0", (17, 3))
+
+
+# -- what can't be compared
+
+
+# a ends at its first footer, or goes on to the second one: format/test_tail.py
+TWO_READINGS = (
+    device("a", b"1", section_id=3)
+    + device("c", b"2", section_id=9)
+    + device("a", b"3", section_id=3)
+    + device("d", b"d", section_id=4)
+)
+
+
+def test_sections_that_are_no_ones_field_are_said_to_be_compared_as_bytes() -> None:
+    described = describe_diff(compared(postcopy(timer(1)), postcopy(timer(1))))
+    assert (described["same"], described["compared_as_bytes"]) == (True, ["timer/0"])
+    decoded = describe_diff(compared(stream(timer(1), known=TIMER), postcopy(timer(1))))
+    assert (decoded["same"], decoded["compared_as_bytes"], decoded["fields_compared"]) == (True, [], 3)
+
+
+def live(records: bytes, name: str = "dirty-bitmap", kind: SectionType = SectionType.START) -> bytes:
+    opened = streams.section(kind, name, section_id=9) if kind is SectionType.START else b"\3\0\0\0\x09"
+    return opened + records + streams.footer(9)
+
+
+def with_live(*sections: bytes) -> bytes:
+    return HEAD + b"".join(sections) + streams.ram_start() + streams.ram() + timer(1) + streams.eof() + TIMER
+
+
+BITMAP = bytes.fromhex("1c 02 6e30 03 626d31 00010000 01 01")
+BITMAP_END = bytes.fromhex("24 03 626d31 01")
+
+
+def test_live_sections_are_the_same_where_their_records_are() -> None:
+    one = with_live(live(BITMAP))
+    found = compared(one, one)
+    assert (found.same, found.as_bytes, found.not_compared) == (True, ["dirty-bitmap/0"], [])
+
+
+def test_live_sections_that_travelled_otherwise_are_not_said_to_be_the_same() -> None:
+    one, other = (with_live(live(BITMAP.replace(b"bm1", name))) for name in (b"bm1", b"bm2"))
+    found = compared(one, other)
+    assert found.same  # as far as it can be told
+    (each,) = found.not_compared
+    assert (each.name, each.reason) == ("dirty-bitmap/0", "its records are not the same, which may be how it travelled")
+    assert compared(one, other, ignore=("dirty-bitmap",)).not_compared == []
+    (lone,) = compared(one, with_live()).structure
+    assert (lone.what, lone.name, lone.a, lone.b) == ("live section", "dirty-bitmap/0", 1, None)
+
+
+def test_ram_that_is_left_out_is_not_said_to_be_the_same() -> None:
+    """x-ignore-shared: it is in a file that both ends share."""
+    shared = corpus("odd/pc-shared-7.2")
+    found = compared(shared, shared)
+    (each,) = found.not_compared
+    assert (each.name, each.reason) == ("ram0", "its RAM is not in A and B: x-ignore-shared leaves it out")
+    assert "ram0" not in [block.name for block in found.blocks or []]
+    assert len(found.blocks or []) == len(found.a.contents.blocks) - 1
+    assert compared(shared, shared, ram=False).not_compared == []
+
+
+def test_bytes_behind_the_end_are_not_said_to_be_the_same() -> None:
+    found = compared(streams.minimal(), streams.minimal() + b"more")
+    (each,) = found.not_compared
+    assert (each.name, each.reason) == ("behind the end of B's stream", "4 bytes there are no part of it")
+
+
+def test_of_sections_that_cannot_be_told_apart_nothing_is_said_to_be_missing() -> None:
+    """The span of the one may well hold what the other has."""
+    unclear = postcopy(TWO_READINGS)
+    assert InMemory(unclear).contents.undecoded
+    found = compared(unclear, unclear)
+    assert (found.same, found.as_bytes) == (True, ["d/0", "sections that can't be told apart"])
+    clear = postcopy(device("a", b"1", section_id=3), device("c", b"2", section_id=9), device("d", b"d", section_id=4))
+    for pair in ((clear, unclear), (unclear, clear)):
+        found = compared(*pair)
+        assert found.structure == []
+        assert {"a/0", "c/0", "sections that can't be told apart"} == {each.name for each in found.not_compared}
+    (each,) = compared(unclear, postcopy(TWO_READINGS.replace(b"2", b"7"))).structure
+    assert (each.what, each.counts) == ("undecoded", True)
+
+
+# -- the machine
+
+
+def test_machines_of_other_uuids_differ_where_both_tell_theirs() -> None:
+    def of(uuid: bytes) -> bytes:
+        told = SubsectionHeader(name="configuration/uuid", version=1).build() + uuid if uuid else b""
+        return HEAD + told + streams.ram_start() + streams.ram() + streams.devices() + streams.eof() + known
+
+    known = streams.devices_described()
+    (each,) = compared(of(bytes(16)), of(bytes(15) + b"\1")).structure
+    assert (each.what, each.name, each.a) == ("machine", "UUID", "00000000-0000-0000-0000-000000000000")
+    assert each.counts
+    found = compared(of(bytes(16)), of(b""))
+    assert [(each.b, each.counts) for each in found.structure] == [(None, False)]  # only how it travelled
+    assert found.same
+
+
+def test_another_instance_of_ram_is_told() -> None:
+    """No destination would take it."""
+    other = streams.minimal().replace(b"\3ram\0\0\0\0", b"\3ram\0\0\0\1", 1)
+    assert [(each.what, each.name) for each in compared(streams.minimal(), other).structure] == [
+        ("live section", "ram/0"),
+        ("live section", "ram/1"),
+    ]
+
+
+# -- patterns that name nothing
+
+
+@pytest.mark.parametrize(
+    ("pattern", "is_something"),
+    [
+        ("timer", True),
+        ("timer.flag", True),  # the same on both sides
+        ("serial.lines[1].irq", True),
+        ("serial.lines", True),
+        ("*.fifo[15]", True),
+        ("serial.fifo[16]", False),
+        ("timer.flags", False),
+        ("tim", False),
+        ("time?.flag", True),
+        ("", False),
+    ],
+)
+def test_what_is_to_be_ignored_and_is_nowhere_is_told(pattern: str, is_something: bool) -> None:
+    found = compared(streams.minimal(), streams.minimal(), ignore=(pattern, "*.cpu_ticks_offset"))
+    assert found.ignored_nothing == ([] if is_something else [pattern])
 
 
 # -- damaged

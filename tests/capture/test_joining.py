@@ -194,7 +194,7 @@ def test_a_channel_that_is_cut_is_named_and_the_others_are_read(files: list[Path
         contents = migration.contents
     (error,) = contents.errors
     name = contents.channels[1].name
-    assert str(error).startswith(f"{size - 100:#x}: {name}: the stream ends here")
+    assert str(error).startswith(f"{channels[0]}: {size - 100:#x}: {name}: the stream ends here")
     assert not contents.complete
     assert contents.devices
     assert contents.channels[2].length == channels[1].stat().st_size
@@ -246,7 +246,7 @@ def test_what_is_no_set_of_channels_is_refused(tmp_path: Path) -> None:
     )
     for first, others, message in (
         (main, [again], f"two main channels: {main} and {again}"),
-        (main, [text], f"{text} is no channel of a migration: it begins with 68 65 6c 6c 6f 20 77 6f, as no"),
+        (main, [text], f"{text}: no channel of a migration: it begins with 68 65 6c 6c 6f 20 77 6f, as no"),
         (empty, [], "no migration stream: 0 bytes are there"),
         (empty, [text], rf"no main channel among {empty} \(unknown\), {text} \(unknown\)"),
     ):

@@ -432,3 +432,20 @@ def test_a_mapped_file_that_somebody_cuts_stops_the_recording_and_nothing_else(t
         os.truncate(tmpfs / "a.tap", 0)
         pushed(recorder, bytes(50_000))
         assert [exc.strerror for exc in heard] == ["Bad address"]
+
+
+def test_what_was_passed_on_and_is_not_here_is_told(path: Path) -> None:
+    """A whole frame is missing; what stands behind it is read all the same."""
+    with Recording(path) as recording:
+        frames = list(recording.advance())
+        assert recording.finish().faults == []
+    lost = next(frame for frame in frames if frame.kind is FrameKind.DATA and frame.connection == 0)
+    data = path.read_bytes()
+    path.write_bytes(data[: lost.offset - HEADER.size] + data[lost.offset + lost.length :])
+    with Recording(path) as recording:
+        recording.read()
+    assert (recording.ended, recording.fault, len(recording.connections)) == (True, None, 3)
+    (fault,) = recording.faults
+    size = len(streams.postcopy())
+    assert fault.message == f"of connection 0: {size} bytes were passed on forward, {size - lost.length} are here"
+    assert fault.trail == ("frame", "CLOSED")

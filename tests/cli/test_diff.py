@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -180,9 +181,90 @@ def test_pages_that_are_encoded_are_compared_as_they_are_decoded(name: str, caps
     assert "\nsame; " in capsys.readouterr().out
 
 
+def test_what_is_not_compared_by_field_is_told_and_strict_says_no(tmp_path: Path, capsys: Output) -> None:
+    path = tmp_path / "a.mig"
+    path.write_bytes(streams.postcopy())
+    assert main(["diff", str(path), str(path)]) == 0
+    assert "\nsame; 0 fields compared, 2 sections as bytes\n" in capsys.readouterr().out
+    assert main(["diff", "--strict", str(path), str(path)]) == 1
+    assert capsys.readouterr().err == "qmigrate: --strict: 0 things not compared, 2 sections only as bytes\n"
+    path.write_bytes(streams.minimal() + b"more")
+    assert main(["diff", str(path), str(path)]) == 0
+    captured = capsys.readouterr()
+    assert "\nnothing differs, but not all was compared; 12 fields compared, 2 things not compared\n" in captured.out
+    assert captured.err == "".join(
+        f"qmigrate: not compared: behind the end of {side}'s stream: 4 bytes there are no part of it\n" for side in "AB"
+    )
+    assert main(["diff", "--json", "--strict", str(path), str(path)]) == 1
+    answer = json.loads(capsys.readouterr().out)
+    jsonschema.validate(answer, SCHEMA)
+    assert [each["name"] for each in answer["not_compared"]] == [
+        "behind the end of A's stream",
+        "behind the end of B's stream",
+    ]
+
+
+def test_sections_that_differ_are_told_apart_from_fields(tmp_path: Path, capsys: Output) -> None:
+    paths = [tmp_path / name for name in "ab"]
+    paths[0].write_bytes(streams.postcopy())
+    paths[1].write_bytes(streams.postcopy().replace(b"serial\0\1", b"serial\0\7"))
+    assert main(["diff", *map(str, paths)]) == 1
+    assert "\ndiffer: 1 section; 0 fields compared, 2 sections as bytes\n" in capsys.readouterr().out
+
+
+def test_a_pattern_that_names_nothing_is_told(a: str, b: str, capsys: Output) -> None:
+    assert main(["diff", "--json", "--ignore", "timre.flag", "--ignore", "timer", a, b]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == "qmigrate: --ignore 'timre.flag': neither A nor B has such a field\n"
+    assert json.loads(captured.out)["ignored_nothing"] == ["timre.flag"]
+
+
+@pytest.mark.parametrize("which", [0, 1])
+def test_an_input_that_is_cut_anywhere_is_never_0(which: int, a: str, tmp_path: Path, capsys: Output) -> None:
+    whole, cut = streams.minimal(), tmp_path / "cut"
+    for length in (*range(0, 60, 4), *range(60, len(whole), 4001), *range(len(whole) - 60, len(whole), 3)):
+        cut.write_bytes(whole[:length])
+        files = [a, str(cut)] if which else [str(cut), a]
+        assert main(["diff", *files]) == (2 if length < 8 else 1), length
+        assert capsys.readouterr().err.startswith(f"qmigrate: {cut}: ")
+
+
+def test_ctrl_c_is_130_and_leaves_nothing(a: str, tmp_path: Path) -> None:
+    pipe, folder = tmp_path / "pipe", tmp_path / "temporary"
+    folder.mkdir()
+    os.mkfifo(pipe)
+    command = [sys.executable, "-m", "qmigrate", "diff", a, str(pipe)]
+    environment = os.environ | {"TMPDIR": str(folder)}
+    with (
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment) as ran,
+        pipe.open("wb") as writer,  # it is open on the other side: A is read, and B has begun
+    ):
+        writer.write(streams.minimal()[:0x2000])
+        writer.flush()
+        ran.send_signal(signal.SIGINT)
+        out, err = ran.communicate(timeout=30)
+    assert (ran.returncode, out, err) == (130, b"", b"")
+    assert list(folder.iterdir()) == []
+
+
+def test_nobody_who_reads_on_is_no_traceback(a: str, b: str) -> None:
+    ran = subprocess.run(
+        [f"exec {sys.executable} -m qmigrate diff --all '{a}' '{b}' | true; exit ${{PIPESTATUS[0]}}"],
+        shell=True,
+        executable="/bin/bash",
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert ran.returncode in (1, 141)  # all of it may have been in the pipe already
+    assert (ran.stdout, ran.stderr) == (b"", b"")
+
+
 def test_both_can_not_be_standard_input(capsys: Output) -> None:
     assert main(["diff", "-", "-"]) == 2
     assert capsys.readouterr().err.endswith("qmigrate diff: error: standard input can be one of the two only\n")
+    assert main(["diff", "a", "-", "--a-channel", "-"]) == 2
+    assert capsys.readouterr().err.endswith("qmigrate diff: error: standard input can be one of the files only\n")
 
 
 def test_nothing_is_left_in_the_folder_for_temporary_files(a: str, b: str, tmp_path: Path) -> None:
@@ -190,6 +272,14 @@ def test_nothing_is_left_in_the_folder_for_temporary_files(a: str, b: str, tmp_p
     folder.mkdir()
     assert run(a, b, TMPDIR=str(folder)).returncode == 1
     assert list(folder.iterdir()) == []
+
+
+def test_a_folder_that_is_not_there_is_no_other_one_in_silence(a: str, tmp_path: Path) -> None:
+    none = tmp_path / "none"
+    ran = run(a, a, TMPDIR=str(none))
+    assert (ran.returncode, ran.stdout) == (2, b"")
+    said = "No such file or directory: RAM of both inputs is put there (TMPDIR names another folder)"
+    assert ran.stderr.decode() == f"qmigrate: {none}: {said}\n"
 
 
 @pytest.mark.skipif(not os.access("/dev/full", os.W_OK), reason="no /dev/full")

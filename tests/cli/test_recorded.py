@@ -48,7 +48,7 @@ def recording(tmp_path: Path) -> str:
         recorder.data(0, RETURN, encode_message(Pong(token=1)) + request(0x3000) + request(0x4000))
         recorder.data(1, FORWARD, zero_page(0x3000))
         for number in (1, 0):
-            recorder.closed(number, forward_bytes=1, return_bytes=2, error="Connection reset by peer")
+            recorder.closed(number, forward_bytes=1, return_bytes=0, error="Connection reset by peer")
         opened(recorder, 2)
         recorder.data(2, FORWARD, encode_command(RecvBitmap(block="pc.ram")) + encode_command(PostcopyResume()))
         recorder.data(2, RETURN, encode_message(ResumeAck(value=ResumeAckValue.RESUME_ACK_VALUE)))

@@ -31,12 +31,12 @@ _NEAR: Final = (-1, 0, 1)
 def units() -> Iterator[Unit]:
     """Each stream changed, and cut."""
     for name in STREAMS:
-        yield Unit(f"damaged {name}", _in_processes(functools.partial(_changed, name), MUTATIONS))
-        yield Unit(f"damaged {name} in whole", _in_processes(functools.partial(_changed_whole, name), WHOLE))
-        yield Unit(f"damaged {name} by cuts", _in_processes(functools.partial(_cut, name), CUTS))
+        yield Unit(f"damaged {name}", in_processes(functools.partial(_changed, name), MUTATIONS))
+        yield Unit(f"damaged {name} in whole", in_processes(functools.partial(_changed_whole, name), WHOLE))
+        yield Unit(f"damaged {name} by cuts", in_processes(functools.partial(_cut, name), CUTS))
 
 
-def _in_processes(work: Callable[[str, int], str], count: int) -> Callable[[random.Random, Path], Awaitable[str]]:
+def in_processes(work: Callable[[str, int], str], count: int) -> Callable[[random.Random, Path], Awaitable[str]]:
     async def run(chance: random.Random, _: Path) -> str:
         loop, seeds = asyncio.get_running_loop(), [f"{chance.getrandbits(32)}" for _ in range(WORKERS)]
         with ProcessPoolExecutor(WORKERS, mp_context=get_context("spawn"), initializer=_begin) as pool:
