@@ -407,12 +407,9 @@ class RecordedStream(Readable):
     def announced_blocks(self) -> set[str] | None:
         """The names in the block list of a main channel; None where it can't be read."""
         feed = Feed()
-        reader = self.open_reader()
         try:
-            for entry in walk(feed):
-                if entry is None:
-                    self.fill(feed, reader)
-                elif isinstance(entry.record, BlockList):
+            for entry in self.fed(walk(feed), feed):
+                if isinstance(entry.record, BlockList):
                     return {block.name for block in entry.record.blocks}
                 if feed.offset > _MOST_BEFORE_BLOCKS:
                     break

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable
 from typing import Final, TextIO
 
-from qmigrate.errors import NoStreamError, QmigrateError, StreamError
+from qmigrate.errors import NoStreamError, QmigrateError, StreamError, StreamErrors
 from qmigrate.report.names import clean
 
 __all__ = ["FAILURES", "add_telling", "failed", "input_name", "tell", "tell_cost", "tell_faults"]
@@ -58,9 +58,10 @@ def failed(failure: BaseException, name: str, out: TextIO) -> int:
         case NoStreamError():
             tell(name, str(failure))
             return NOTHING_DONE
+        case StreamErrors():
+            return tell_faults(name, failure.errors)
         case StreamError():
-            tell(name, str(failure))
-            return BAD_STREAM
+            return tell_faults(name, [failure])
         case RecursionError():
             tell(name, "nested too deep to be shown")
             return BAD_STREAM
