@@ -17,7 +17,9 @@
 A class stands for something that a caller would do differently, no more.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 __all__ = [
     "NoStreamError",
@@ -33,7 +35,19 @@ __all__ = [
     "StreamErrors",
     "TruncatedError",
     "UnsupportedError",
+    "about_file",
 ]
+
+
+@contextmanager
+def about_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An ``OSError`` inside that names no file (one of reading or writing) is about this one, and says so."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None:
+            exc.filename = os.fspath(path)
+        raise
 
 
 class QmigrateError(Exception):

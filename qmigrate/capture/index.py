@@ -350,6 +350,11 @@ class PageIndex(PlacedPages):
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Into a spill file.  Raises ``OSError``, which names the folder that it is in."""
     while len(data):
-        count = os.pwrite(descriptor, data, offset)
+        try:
+            count = os.pwrite(descriptor, data, offset)
+        except OSError as exc:
+            exc.filename = tempfile.gettempdir()
+            raise
         data, offset = data[count:], offset + count

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self, TypeVar
 
 from qmigrate.capture.places import Places
-from qmigrate.errors import NoStreamError, StreamError, StreamErrors, TruncatedError
+from qmigrate.errors import NoStreamError, StreamError, StreamErrors, TruncatedError, about_file
 from qmigrate.format.feed import Feed
 from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
@@ -287,7 +287,8 @@ class Readable(ABC):
 class Source(Readable):
     """An input and the bytes in it.  It closes what it opened: a path; not standard input.
 
-    Raises ``OSError`` where the input can't be opened, ``NoStreamError`` where it is a directory.
+    Raises ``OSError`` where the input can't be opened or read, which names it; ``NoStreamError`` where it is a
+    directory, or a recording whose header is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -305,12 +306,20 @@ class Source(Readable):
         self._start = raw.tell() if self.can_rewind else 0
         self._used = False
         self._latest: _File | None = None
-        self.recording = self._recording()
+        self.recording: Recording | None = None
         """Where it is one of ``qmigrate tap``: main is what is read here, forward; all the rest is in it."""
+        try:
+            self.recording = self._recording()
+        except BaseException:
+            self.close()
+            raise
 
     def _recording(self) -> "Recording | None":
-        if not self.can_rewind or os.pread(self._file.fileno(), _LONGEST_MAGIC, 0) != _RECORDING:
+        if not self.can_rewind:
             return None
+        with about_file(self.name):
+            if os.pread(self._file.fileno(), _LONGEST_MAGIC, 0) != _RECORDING:
+                return None
         from qmigrate.capture.recording import Recording  # few inputs are one
 
         return Recording(f"/proc/self/fd/{self._file.fileno()}", name=self.name).read()

@@ -34,7 +34,7 @@ from qmigrate.capture.frames import (
 )
 from qmigrate.capture.open import Readable, Reader
 from qmigrate.capture.places import Places
-from qmigrate.errors import NoStreamError, StreamError, TruncatedError
+from qmigrate.errors import NoStreamError, StreamError, TruncatedError, about_file
 from qmigrate.format.channel import Channel, ChannelKind, by_order
 from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList
@@ -148,14 +148,16 @@ class Recording:
     def is_written(self) -> bool:
         """Is a tap still at it?  It holds a lock as long as it lives."""
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with about_file(self.name):
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return False
 
     def _read_header(self) -> RecordingHeader:
-        data = os.pread(self._descriptor, HEADER.size, 0)
+        with about_file(self.name):
+            data = os.pread(self._descriptor, HEADER.size, 0)
         if data[:8] != MAGIC:
             raise NoStreamError("no recording of qmigrate tap: it does not begin with its magic")
         if len(data) < HEADER.size:
@@ -211,7 +213,8 @@ class Recording:
         """So many bytes at ``offset`` of the file, or as many as there are."""
         at = offset - self._window_at
         if at < 0 or at + count > len(self._window):
-            self._window = os.pread(self._descriptor, max(count, _WINDOW), offset)
+            with about_file(self.name):
+                self._window = os.pread(self._descriptor, max(count, _WINDOW), offset)
             self._window_at, at = offset, 0
         return self._window[at : at + count]
 
@@ -303,7 +306,8 @@ class Recording:
         """Bytes of the file at ``offset``, into a buffer that wants at least one.  Raises ``StreamError`` where
         they are gone.
         """
-        count = os.preadv(self._descriptor, [buffer], offset)
+        with about_file(self.name):
+            count = os.preadv(self._descriptor, [buffer], offset)
         if not count:
             raise StreamError("the recording became shorter while it was read", offset=offset)
         return count

@@ -18,7 +18,7 @@ from typing import Any, Final, TypeAlias
 
 from qmigrate.capture import cache
 from qmigrate.capture.migration import Migration
-from qmigrate.errors import QmigrateError, StreamError
+from qmigrate.errors import QmigrateError, StreamError, about_file
 from qmigrate.format.entry import VmDescription
 from qmigrate.format.stream import SectionType
 from qmigrate.format.tail import Tail
@@ -125,7 +125,7 @@ class SchemaCache:
         temporary.unlink(missing_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with about_file(path), os.fdopen(descriptor, "wb") as file:
                 file.write(_head(schema) + b"\n" + schema.text)
             temporary.replace(path)
         finally:

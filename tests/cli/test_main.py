@@ -107,6 +107,34 @@ def test_a_file_that_may_not_be_read_is_one_line(stream: Path, capsys: Output) -
     assert capsys.readouterr() == ("", f"qmigrate: {stream}: Permission denied\n")
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["dissect", "FILE"],
+        ["dissect", "--live", "FILE"],
+        ["check", "FILE"],
+        ["check", "--channel", "FILE", "STREAM"],
+        ["check", "--return-path", "FILE", "STREAM"],
+        ["extract", "--raw", "FOLDER", "FILE"],
+        ["diff", "FILE", "STREAM"],
+        ["diff", "STREAM", "FILE"],
+        ["schema", "make", "FILE"],
+        ["send", "--no-kept-index", "FILE", "unix:/nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_can_not_be_read_is_named(command: list[str], stream: Path, tmp_path: Path, capsys: Output) -> None:
+    unreadable = "/proc/self/mem"  # opens well, and nothing is at its start
+    given = {"FILE": unreadable, "STREAM": str(stream), "FOLDER": str(tmp_path / "out")}
+    assert main([given.get(word, word) for word in command]) == 2
+    assert capsys.readouterr() == ("", f"qmigrate: {unreadable}: Input/output error\n")
+
+
+def test_a_channel_that_can_not_be_read_is_named_where_it_is_sent(stream: Path, capsys: Output) -> None:
+    assert main(["send", "--no-kept-index", "--channel", "/proc/self/mem", str(stream), "unix:/nowhere"]) == 2
+    assert capsys.readouterr() == ("", f"qmigrate: {stream}: /proc/self/mem: Input/output error\n")
+
+
 def test_a_directory_is_one_line(tmp_path: Path, capsys: Output) -> None:
     assert main(["dissect", str(tmp_path)]) == 2
     assert capsys.readouterr() == ("", f"qmigrate: {tmp_path}: a directory, expected a migration stream\n")
