@@ -20,6 +20,7 @@ A class stands for something that a caller would do differently, no more.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Final
 
 __all__ = [
     "NoStreamError",
@@ -36,6 +37,7 @@ __all__ = [
     "TruncatedError",
     "UnsupportedError",
     "about_file",
+    "counted",
 ]
 
 
@@ -48,6 +50,17 @@ def about_file(path: str | os.PathLike[str]) -> Iterator[None]:
         if exc.filename is None:
             exc.filename = os.fspath(path)
         raise
+
+
+def counted(number: int, nouns: str, verb: str = "") -> str:
+    """``1 byte``, ``2 bytes``; with a verb of the plural ``1 byte is``, ``2 bytes are``."""
+    one = number == 1
+    if not verb:
+        return f"{number} {nouns.removesuffix('s') if one else nouns}"
+    return f"{counted(number, nouns)} {_OF_ONE.get(verb, verb + 's') if one else verb}"
+
+
+_OF_ONE: Final = {"are": "is", "have": "has"}
 
 
 class QmigrateError(Exception):

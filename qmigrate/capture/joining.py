@@ -101,8 +101,11 @@ def recorded_parts(recording: Recording) -> list[Part]:
 
 def _classify(readable: Readable) -> Channel:
     if not readable.can_rewind:
-        raise NoStreamError(f"{readable.name} is a pipe: the channels of a migration are told by looking at files")
-    return readable.classify()
+        raise NoStreamError(f"{readable.name} is no file: the channels of a migration are told by looking at files")
+    try:
+        return readable.classify()
+    except StreamError as exc:
+        raise NoStreamError(f"{readable.name}: {exc.message}") from exc
 
 
 class Joining:

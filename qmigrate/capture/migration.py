@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Self
 from qmigrate.capture.contents import KINDS, Block, ChannelContents, CommandPlace, Contents, Section
 from qmigrate.capture.gathering import Gathering
 from qmigrate.capture.open import Source
-from qmigrate.errors import StreamError
+from qmigrate.errors import NoStreamError, StreamError
 from qmigrate.format.device import VmState
 from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     from qmigrate.capture.joining import Part
 
 __all__ = ["KINDS", "Block", "ChannelContents", "CommandPlace", "Contents", "Gathering", "Migration", "Section"]
+
+
+def _other(path: str | os.PathLike[str]) -> Source:
+    """One of several inputs.  What is wrong with it is told with its name."""
+    try:
+        return Source(path)
+    except NoStreamError as exc:
+        raise NoStreamError(f"{os.fspath(path)}: {exc}") from exc
 
 
 class Migration:
@@ -52,8 +60,8 @@ class Migration:
         self.source = Source(path)
         self._others: list[tuple[Source, bool | None]] = []
         try:
-            self._others += [(Source(each), True) for each in channels]
-            self._others += [(Source(each), False) for each in return_paths]
+            self._others += [(_other(each), True) for each in channels]
+            self._others += [(_other(each), False) for each in return_paths]
         except BaseException:
             self.close()
             raise

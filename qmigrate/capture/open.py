@@ -113,8 +113,8 @@ class _Pipe(io.RawIOBase):
         self._head = b""
 
     def peek(self, count: int) -> bytes:
-        """The first ``count`` bytes, or fewer where the pipe ends."""
-        while len(self._head) < count and (got := self._wait_for(part := bytearray(count - len(self._head)))):
+        """The first ``count`` bytes and what came with them, or fewer where the pipe ends."""
+        while len(self._head) < count and (got := self._wait_for(part := bytearray(_HEAD))):
             self._head += part[:got]
         return self._head
 
@@ -202,7 +202,15 @@ class Readable(ABC):
         Raises what ``walk`` does, and what ``fed`` does.
         """
         feed = Feed()
-        return self.fed(walk(feed, description=description, page_size=page_size, limits=limits), feed)
+        try:
+            yield from self.fed(walk(feed, description=description, page_size=page_size, limits=limits), feed)
+        except NoStreamError as exc:
+            from qmigrate.capture.other import no_stream  # most inputs are streams
+
+            better = no_stream(feed)
+            if better is None:
+                raise
+            raise better from exc
 
     def fed(self, steps: Iterable[T | None], feed: Feed) -> Iterator[T]:
         """What ``steps`` yield, which parse what is in ``feed``; it is filled from the start of the input.
@@ -359,7 +367,7 @@ class Source(Readable):
         if self.recording is not None:
             return self.recording.main().open_reader()
         if self._used and not self.can_rewind:
-            raise NoStreamError("a pipe can be read only once")
+            raise NoStreamError("no regular file, so it can be read only once")
         self._used = True
         try:
             if self.can_rewind:
@@ -371,7 +379,7 @@ class Source(Readable):
                 head = pipe.peek(_LONGEST_MAGIC)
         except OSError as exc:
             raise _unreadable(exc, 0) from exc
-        if head == _RECORDING:
+        if head.startswith(_RECORDING):
             raise NoStreamError("a recording of qmigrate tap can't be read from a pipe: give its file")
         for magic, opener in _COMPRESSIONS:
             if head.startswith(magic):

@@ -34,7 +34,7 @@ from qmigrate.capture.frames import (
 )
 from qmigrate.capture.open import Readable, Reader
 from qmigrate.capture.places import Places
-from qmigrate.errors import NoStreamError, StreamError, TruncatedError, about_file
+from qmigrate.errors import NoStreamError, StreamError, TruncatedError, about_file, counted
 from qmigrate.format.channel import Channel, ChannelKind, by_order
 from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList
@@ -161,7 +161,7 @@ class Recording:
         if data[:8] != MAGIC:
             raise NoStreamError("no recording of qmigrate tap: it does not begin with its magic")
         if len(data) < HEADER.size:
-            raise NoStreamError(f"a recording whose header has {len(data)} bytes, expected {HEADER.size}")
+            raise NoStreamError(f"a recording whose header has {counted(len(data), 'bytes')}, expected {HEADER.size}")
         header = RecordingHeader.read(data)
         if header.version != VERSION:
             raise NoStreamError(f"a recording of version {header.version}, expected {VERSION}")
@@ -198,11 +198,11 @@ class Recording:
         if not self.ended and not any(self._bytes(self.position, 4)):
             left = 0  # what was set aside, or the rest of a frame without its mark: as good as nothing
         if self.fault is None and left > 0:
-            where = f"{left} bytes of a frame that was not whole when the tap was killed; they were not passed on"
+            cut = f"{counted(left, 'bytes')} of a frame that was not whole when the tap was killed"
             if self.ended:
-                self.fault = StreamError(f"{left} bytes follow END", offset=self.position)
+                self.fault = StreamError(f"{counted(left, 'bytes', 'follow')} END", offset=self.position)
             else:
-                self.fault = TruncatedError(where, offset=self.position)
+                self.fault = TruncatedError(f"{cut}; they were not passed on", offset=self.position)
         elif self.fault is None and not self.ended:
             self.fault = TruncatedError(
                 "the recording has no end: the tap was killed, or still runs", offset=self.position

@@ -39,6 +39,11 @@ COMMANDS: Final = (
     "send",
     "restore",
 )
+DESCRIPTION: Final = (
+    "Opens up QEMU live migration: takes migration streams apart byte by byte, checks and compares them (dissect, "
+    "check, extract, diff, schema), records migrations on their way (tap), drives those of running QEMUs (migrate, "
+    "start-postcopy, pause, recover, cancel, status), and stands in for either end (receive, send, restore)."
+)
 INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell reports it
 BROKEN_PIPE: Final = 141  # 128 + SIGPIPE: what a tool that does not catch it ends with
 
@@ -101,7 +106,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands; where ``only`` names one, of that alone, which is sooner there."""
     parser = _Parser(
         prog="qmigrate",
-        description="Opens up QEMU live migration: dissects migration streams byte by byte.",
+        description=DESCRIPTION,
         allow_abbrev=False,
     )
     parser.add_argument(

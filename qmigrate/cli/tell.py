@@ -15,6 +15,8 @@ __all__ = ["FAILURES", "add_telling", "failed", "input_name", "tell", "tell_cost
 BAD_STREAM: Final = 1
 NOTHING_DONE: Final = 2
 
+_NAMELESS: Final = "'' (an empty name)"
+
 FAILURES: Final = (QmigrateError, OSError, RecursionError, MemoryError)
 """What a user's input may end in; anything else is our fault, and shows a traceback."""
 
@@ -69,7 +71,9 @@ def failed(failure: BaseException, name: str, out: TextIO) -> int:
             tell(name, "not enough memory")
             return NOTHING_DONE
         case OSError(filename=opened):
-            tell(name if isinstance(opened, int) else os.fsdecode(opened), failure.strerror or str(failure))
+            tell(
+                name if isinstance(opened, int) else os.fsdecode(opened) or _NAMELESS, failure.strerror or str(failure)
+            )
             return NOTHING_DONE
         case _:
             tell(str(failure))
@@ -89,4 +93,4 @@ def tell_cost(began: float) -> None:
 
 def input_name(file: str) -> str:
     """FILE as it is spoken of."""
-    return "standard input" if file == "-" else file
+    return "standard input" if file == "-" else file or _NAMELESS

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
+from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError, counted
 from qmigrate.format.candidates import Item
 from qmigrate.format.closing import ClosingFinder, find_description, find_ends
 from qmigrate.format.command import Packaged, PageSizes, PostcopyAdvise, read_command
@@ -190,7 +190,9 @@ class Walker:
         try:
             header, length = yield from self.feed.record(FileHeader)
         except TruncatedError as exc:
-            raise NoStreamError(f"no migration stream: {len(self.feed)} bytes are there, its header has 8") from exc
+            raise NoStreamError(
+                f"no migration stream: {counted(len(self.feed), 'bytes', 'are')} there, its header has 8"
+            ) from exc
         if header.magic == MULTIFD_MAGIC:
             raise NoStreamError("a multifd channel; its migration is read with its main channel (--channel)")
         if header.magic != MAGIC:
@@ -237,7 +239,7 @@ class Walker:
     def _package(self, command: Packaged) -> Step:
         if command.length > self.limits.package:
             raise UnsupportedError(
-                f"a package of {command.length} bytes, the limit is {self.limits.package} (--max-package)",
+                f"a package of {counted(command.length, 'bytes')}, the limit is {self.limits.package} (--max-package)",
                 offset=self.feed.offset - 4,
                 trail=(command.name,),
             )
@@ -254,7 +256,7 @@ class Walker:
         tail = self._read_tail(bytes(data), base, package=True)
         yield from self._items(tail.items, bytes(data), base, 1)
         raise TruncatedError(
-            f"the stream ends here, {missing} of {command.length} bytes too soon",
+            f"the stream ends here, {missing} of {counted(command.length, 'bytes')} too soon",
             offset=self.feed.offset,
             trail=(command.name,),
         )
@@ -465,7 +467,7 @@ class Walker:
             offset = self.feed.offset
             if header.length > self.limits.device_state:
                 raise UnsupportedError(
-                    f"a description of {header.length} bytes, the limit is {self.limits.device_state} "
+                    f"a description of {counted(header.length, 'bytes')}, the limit is {self.limits.device_state} "
                     "(--max-device-state)",
                     offset=offset - 4,
                     trail=("description",),
