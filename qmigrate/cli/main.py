@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 from qmigrate import __version__
 from qmigrate.cli.completion import SHELLS, PrintCompletion
-from qmigrate.cli.tell import FAILURES, NOTHING_DONE, add_telling, failed, input_name, tell, tell_cost
+from qmigrate.cli.tell import FAILURES, NOTHING_DONE, Stopped, add_telling, failed, input_name, tell, tell_cost
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -87,6 +87,9 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         _give_up_stdout()
         return INTERRUPTED
+    except Stopped as stopped:
+        _give_up_stdout()
+        return 128 + stopped.number
     except OSError as exc:
         _give_up_stdout()
         tell("standard output", exc.strerror or str(exc))

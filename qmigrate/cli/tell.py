@@ -10,7 +10,7 @@ from typing import Final, TextIO
 from qmigrate.errors import NoStreamError, QmigrateError, StreamError, StreamErrors
 from qmigrate.report.names import clean
 
-__all__ = ["FAILURES", "add_telling", "failed", "input_name", "tell", "tell_cost", "tell_faults"]
+__all__ = ["FAILURES", "Stopped", "add_telling", "failed", "input_name", "tell", "tell_cost", "tell_faults"]
 
 BAD_STREAM: Final = 1
 NOTHING_DONE: Final = 2
@@ -19,6 +19,14 @@ _NAMELESS: Final = "'' (an empty name)"
 
 FAILURES: Final = (QmigrateError, OSError, RecursionError, MemoryError)
 """What a user's input may end in; anything else is our fault, and shows a traceback."""
+
+
+class Stopped(BaseException):
+    """A signal ends the command, which removes what is half written."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
 
 
 def add_telling(parser: argparse.ArgumentParser) -> None:
