@@ -355,6 +355,7 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         try:
             count = os.pwrite(descriptor, data, offset)
         except OSError as exc:
-            exc.filename = tempfile.gettempdir()
+            own_name = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 - one that is gone: the folder is not
+            exc.filename = own_name.rpartition("/")[0]
             raise
         data, offset = data[count:], offset + count
