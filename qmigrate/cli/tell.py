@@ -1,6 +1,7 @@
 """What is said on standard error: one line each."""
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -19,6 +20,22 @@ _NAMELESS: Final = "'' (an empty name)"
 
 FAILURES: Final = (QmigrateError, OSError, RecursionError, MemoryError)
 """What a user's input may end in; anything else is our fault, and shows a traceback."""
+
+
+_OF_A_WRITE: Final = (
+    None,
+    errno.EAGAIN,
+    errno.EBADF,
+    errno.ECONNRESET,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EINVAL,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.ENXIO,
+    errno.EPIPE,
+)
+"""What a write may fail with; else it is a limit of files or processes, or no folder for what is temporary."""
 
 
 class Stopped(BaseException):
@@ -61,8 +78,8 @@ def failed(failure: BaseException, name: str, out: TextIO) -> int:
     """Tell what one of ``FAILURES`` means for the input ``name``; the exit code.  Raises it again where it is
     about ``out`` itself.
     """
-    if isinstance(failure, BrokenPipeError) or (isinstance(failure, OSError) and failure.filename is None):
-        raise failure  # a write: whatever is opened has a name
+    if isinstance(failure, OSError) and failure.filename is None and failure.errno in _OF_A_WRITE:
+        raise failure  # to ``out``: whatever else is opened, read or written has a name
     out.flush()  # what was good is given, and stands before what is said of the rest
     match failure:
         case NoStreamError():
@@ -79,9 +96,8 @@ def failed(failure: BaseException, name: str, out: TextIO) -> int:
             tell(name, "not enough memory")
             return NOTHING_DONE
         case OSError(filename=opened):
-            tell(
-                name if isinstance(opened, int) else os.fsdecode(opened) or _NAMELESS, failure.strerror or str(failure)
-            )
+            file = name if opened is None or isinstance(opened, int) else os.fsdecode(opened) or _NAMELESS
+            tell(file, failure.strerror or str(failure))
             return NOTHING_DONE
         case _:
             tell(str(failure))

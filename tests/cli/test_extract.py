@@ -83,6 +83,16 @@ def test_told_to_stop_it_leaves_nothing_half_written(number: signal.Signals, tmp
     assert list(folder.iterdir()) == []
 
 
+def test_an_index_that_can_not_be_written_leaves_nothing_half_written(
+    stream: Path, tmp_path: Path, capsys: Output
+) -> None:
+    folder = tmp_path / "out"
+    (folder / "blocks.json").mkdir(parents=True)
+    assert main(["extract", str(stream), "--raw", str(folder)]) == 2
+    assert capsys.readouterr().err == f"qmigrate: {folder}/blocks.json: Is a directory\n"
+    assert not [each.name for each in folder.iterdir() if each.name.endswith(".part")]
+
+
 def test_a_hostile_name_stays_in_the_folder(stream: Path, tmp_path: Path, capsys: Output) -> None:
     name = "../../[bold]\x1b[31m"
     ram = streams.ram_start({name: streams.PAGE}) + streams.ram_end(streams.zero(0, block=name))

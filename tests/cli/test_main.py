@@ -174,6 +174,27 @@ def test_a_channel_that_is_no_file_is_named(channel: str, stream: Path, tmp_path
     assert capsys.readouterr() == ("", f"qmigrate: {stream}: {said[channel]}\n")
 
 
+@pytest.mark.parametrize("command", ["extract", "diff", "send"])
+def test_that_no_further_file_can_be_opened_is_not_said_of_standard_output(command: str, stream: Path) -> None:
+    arguments = {
+        "extract": ["extract", "--raw", str(stream.with_name("out")), str(stream)],
+        "diff": ["diff", str(stream), str(stream)],
+        "send": ["send", "--no-kept-index", str(stream), "unix:/nowhere"],
+    }
+    code = (  # all is imported before the limit holds
+        "import resource, sys; from qmigrate.cli.main import main; main(sys.argv[1:]); sys.stderr.write('LIMITED\\n'); "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5)); sys.exit(main(sys.argv[1:]))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments[command]], capture_output=True, text=True, timeout=60, check=False
+    )
+    said = ended.stderr.rpartition("LIMITED\n")[2].splitlines()
+    assert ended.returncode == 2
+    assert said[-1].startswith("qmigrate: ")
+    assert "Too many open files" in said[-1]
+    assert "standard output" not in said[-1]
+
+
 def test_a_directory_is_one_line(tmp_path: Path, capsys: Output) -> None:
     assert main(["dissect", str(tmp_path)]) == 2
     assert capsys.readouterr() == ("", f"qmigrate: {tmp_path}: a directory, expected a migration stream\n")
