@@ -83,12 +83,12 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         _give_up_stdout()
         return exit_codes.BROKEN_PIPE
-    except KeyboardInterrupt:
-        _give_up_stdout()
-        return exit_codes.INTERRUPTED
     except Stopped as stopped:
         _give_up_stdout()
         return 128 + stopped.number
+    except KeyboardInterrupt:
+        _give_up_stdout()
+        return exit_codes.INTERRUPTED
     except OSError as exc:
         _give_up_stdout()
         tell("standard output", exc.strerror or str(exc))

@@ -38,8 +38,8 @@ _OF_A_WRITE: Final = (
 """What a write may fail with; else it is a limit of files or processes, or no folder for what is temporary."""
 
 
-class Stopped(BaseException):
-    """A signal ends the command, which removes what is half written."""
+class Stopped(KeyboardInterrupt):
+    """Another signal ends the command as Ctrl-C does: it removes what is half written, and leaves no process behind."""
 
     def __init__(self, number: int) -> None:
         self.number = number
