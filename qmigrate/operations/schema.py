@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.schemas import Schema, read_schema
-from qmigrate.errors import RefusedError
+from qmigrate.errors import QmpError, RefusedError, about_file
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 
@@ -29,8 +29,9 @@ REFUSED: Final = frozenset({"incoming", "daemonize", "preconfig"})
 async def make_schema(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> Schema:
     """The schema of the machine that the command line ``command`` makes.
 
-    Raises ``RefusedError`` where the command line leaves no guest to migrate, ``QmpError`` where QEMU does not start
-    or does not migrate, ``SchemaError`` where its stream has no description.
+    Raises ``RefusedError`` where the command line leaves no guest to migrate, ``OSError`` where there is no room
+    for its stream in $TMPDIR, ``QmpError`` where QEMU does not start or does not migrate, ``SchemaError`` where its stream has no
+    description.
     """
     for word in command[1:]:
         if word.startswith("-") and word.lstrip("-") in REFUSED:
@@ -48,11 +49,15 @@ async def _migrate_into(stream: Path, command: Sequence[str], timeout_s: float) 
     Through a socket: a QEMU that may start no programs (-sandbox) can do that too, and every version can.
     """
     taken = asyncio.Event()
+    faults: list[OSError] = []
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with stream.open("wb") as file:
-            while piece := await reader.read(1 << 20):
-                file.write(piece)
+        try:
+            with about_file(stream.parent), stream.open("wb") as file:
+                while piece := await _read(reader):
+                    file.write(piece)
+        except OSError as exc:
+            faults.append(exc)
         writer.close()
         taken.set()
 
@@ -62,9 +67,24 @@ async def _migrate_into(stream: Path, command: Sequence[str], timeout_s: float) 
         version = _version_of(machine.session.greeting)
         await migration.set_parameters(machine.session, {"max-bandwidth": FAST})
         await migration.start(machine.session, f"unix:{path}")
-        await migration.wait_until(machine.session, "completed", timeout_s=timeout_s)
+        try:
+            await migration.wait_until(machine.session, "completed", timeout_s=timeout_s)
+        except QmpError:
+            if faults:  # so QEMU could not send on
+                raise faults[0] from None
+            raise
         await taken.wait()  # QEMU has closed the connection
+        if faults:
+            raise faults[0]
     return version
+
+
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    """What came; nothing where QEMU is gone, which it is asked about elsewhere."""
+    try:
+        return await reader.read(1 << 20)
+    except ConnectionError:
+        return b""
 
 
 def _version_of(greeting: Mapping[str, Any]) -> str:
