@@ -29,9 +29,9 @@ REFUSED: Final = frozenset({"incoming", "daemonize", "preconfig"})
 async def make_schema(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> Schema:
     """The schema of the machine that the command line ``command`` makes.
 
-    Raises ``RefusedError`` where the command line leaves no guest to migrate, ``OSError`` where there is no room
-    for its stream in $TMPDIR, ``QmpError`` where QEMU does not start or does not migrate, ``SchemaError`` where its stream has no
-    description.
+    Raises ``RefusedError`` where the command line leaves no guest to migrate, ``OSError`` where there is no room for
+    its stream in $TMPDIR, ``QmpError`` where QEMU does not start or does not migrate, ``SchemaError`` where its stream
+    has no description.
     """
     for word in command[1:]:
         if word.startswith("-") and word.lstrip("-") in REFUSED:
