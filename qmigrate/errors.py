@@ -17,7 +17,10 @@
 A class stands for something that a caller would do differently, no more.
 """
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Final
 
 __all__ = [
     "NoStreamError",
@@ -33,11 +36,35 @@ __all__ = [
     "StreamErrors",
     "TruncatedError",
     "UnsupportedError",
+    "about_file",
+    "counted",
 ]
 
 
 def _of(name: str | None) -> list[str]:
     return [] if name is None else [name]
+
+
+@contextmanager
+def about_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """An ``OSError`` inside that names no file (one of reading or writing) is about this one, and says so."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.filename is None:
+            exc.filename = os.fspath(path)
+        raise
+
+
+def counted(number: int, nouns: str, verb: str = "") -> str:
+    """``1 byte``, ``2 bytes``; with a verb of the plural ``1 byte is``, ``2 bytes are``."""
+    one = number == 1
+    if not verb:
+        return f"{number} {nouns.removesuffix('s') if one else nouns}"
+    return f"{counted(number, nouns)} {_OF_ONE.get(verb, verb + 's') if one else verb}"
+
+
+_OF_ONE: Final = {"are": "is", "have": "has"}
 
 
 class QmigrateError(Exception):

@@ -327,7 +327,8 @@ def test_a_second_stream_behind_the_first_is_said(first: str, second: bytes) -> 
 def test_other_bytes_behind_the_stream_are_said(first: str, behind: bytes) -> None:
     data = FIRSTS[first]
     assert sections(data + behind) == sections(data)
-    assert said(data + behind)[-1] == f"{len(behind)} bytes follow the end of the stream."
+    follow = "1 byte follows" if len(behind) == 1 else f"{len(behind)} bytes follow"
+    assert said(data + behind)[-1] == f"{follow} the end of the stream."
 
 
 def test_more_than_may_be_kept_may_follow_a_stream() -> None:

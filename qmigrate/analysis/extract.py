@@ -73,8 +73,14 @@ def _write_index(extracted: Extracted) -> None:
     ]
     path = extracted.directory / "blocks.json"
     temporary = extracted.directory / f".blocks.json.{os.getpid()}.part"
-    temporary.write_text(json.dumps(index, indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(index, indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as exc:
+        exc.filename = str(path)
+        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def describe_extract(extracted: Extracted) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from qmigrate.analysis.devices import plain
 from qmigrate.analysis.file import answer_file
 from qmigrate.analysis.payload import payload
 from qmigrate.capture.migration import Block, ChannelContents, CommandPlace, Contents, Migration, Section
-from qmigrate.errors import StreamError, TruncatedError
+from qmigrate.errors import StreamError, TruncatedError, counted
 from qmigrate.format.command import Packaged, PostcopyAdvise, SwitchoverStart
 from qmigrate.format.stream import MAGIC, VERSION, FileHeader, SectionType
 from qmigrate.format.tail import Chooser
@@ -219,7 +219,7 @@ def _devices(contents: Contents) -> Iterator[str]:
             )
     for key, count in Counter(section.key for section in full).items():
         if count > 1:
-            yield f"{count} sections are called {key}: they are told apart by their order alone."
+            yield f"{counted(count, 'sections', 'are')} called {key}: they are told apart by their order alone."
     if contents.description is not None:
         old = [device for device in contents.description.devices if device.vmsd_name is None]
         for name in dict.fromkeys(f"{device.name}/{device.instance_id}" for device in old):
@@ -232,7 +232,7 @@ def _undecoded(contents: Contents) -> Iterator[str]:
         for section in lost:
             yield f"{section.key} at {section.offset:#x} was not decoded: {section.reason}."
     for offset, length, reason in contents.undecoded:
-        yield f"{length} bytes at {offset:#x} were not decoded: {reason}."
+        yield f"{counted(length, 'bytes')} at {offset:#x} were not decoded: {reason}."
 
 
 def _blocks(contents: Contents) -> Iterator[str]:
@@ -268,11 +268,11 @@ def _mapped(contents: Contents) -> Iterator[str]:
         yield f"The stream's offsets count from {contents.base:#x} before it: it began there in its file."
     if contents.stale and _is_cut_in_ram(contents):
         yield (
-            f"{contents.stale} bytes stand in the places of pages that no bitmap names: the bitmaps are written when "
-            "RAM ends, so which of these are good is not known."
+            f"{counted(contents.stale, 'bytes')} stand in the places of pages that no bitmap names: the bitmaps are "
+            "written when RAM ends, so which of these are good is not known."
         )
     elif contents.stale:
-        yield f"{contents.stale} bytes of pages that were zero in the end are left in their places."
+        yield f"{counted(contents.stale, 'bytes')} of pages that were zero in the end are left in their places."
 
 
 def left_out_blocks(contents: Contents) -> list[str]:
@@ -357,11 +357,11 @@ def _end(contents: Contents) -> Iterator[str]:
     if contents.trailing:
         where = contents.length - contents.trailing
         what = f": another stream begins at {where:#x}" if contents.trailing_head == _STREAM_HEAD else ""
-        yield f"{contents.trailing} bytes follow the end of the stream{what}."
+        yield f"{counted(contents.trailing, 'bytes', 'follow')} the end of the stream{what}."
 
 
 def _size(length: int) -> str:
     for unit, name in ((1 << 30, "GiB"), (_MIB, "MiB"), (1 << 10, "KiB")):
         if length >= unit and not length % unit:
             return f"{length // unit} {name}"
-    return f"{length} bytes"
+    return f"{counted(length, 'bytes')}"

@@ -8,7 +8,7 @@ from qmigrate.capture.contents import KINDS, Block, ChannelContents, CommandPlac
 from qmigrate.capture.epochs import Epochs
 from qmigrate.capture.passes import PassCounter
 from qmigrate.capture.seen import SeenPages
-from qmigrate.errors import NoStreamError, StreamError, StreamErrors
+from qmigrate.errors import NoStreamError, StreamError, StreamErrors, counted
 from qmigrate.format.command import Command, Packaged, PostcopyRamDiscard
 from qmigrate.format.device import Elements, decode_state
 from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
@@ -248,7 +248,7 @@ class Gathering:
             if used == len(data):
                 section.state, section.reason = state, None
             else:
-                section.reason = f"its footer stands after {len(data)} bytes, the description says {used}"
+                section.reason = f"its footer stands after {counted(len(data), 'bytes')}, the description says {used}"
 
     def _command(self, entry: Entry, command: Command) -> None:
         place = CommandPlace(entry.offset, entry.length, command, channel=entry.channel)

@@ -369,6 +369,12 @@ class PageIndex(PlacedPages):
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Into a spill file.  Raises ``OSError``, which names the folder that it is in."""
     while len(data):
-        count = os.pwrite(descriptor, data, offset)
+        try:
+            count = os.pwrite(descriptor, data, offset)
+        except OSError as exc:
+            own_name = os.readlink(f"/proc/self/fd/{descriptor}")  # noqa: PTH115 - one that is gone: the folder is not
+            exc.filename = own_name.rpartition("/")[0]
+            raise
         data, offset = data[count:], offset + count

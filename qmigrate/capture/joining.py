@@ -180,19 +180,15 @@ class Joining:
 
     def _guarded(self, part: Part, step: Generator[T | None], feed: Feed) -> Iterator[T]:
         """What ``step`` yields, fed from the part; a fault is kept for the end."""
-        reader = part.readable.open_reader()
         try:
-            for item in step:
-                if item is None:
-                    part.readable.fill(feed, reader)
-                else:
-                    yield item
+            yield from part.readable.fed(step, feed)
         except NoStreamError as exc:
             exc.input = part.readable.name
             raise
         except StreamError as exc:
-            goes_on = isinstance(exc, TruncatedError) and self._may_go_on(part)
-            (self._cuts if goes_on else self._faults).append(_named(exc, part))
+            for fault in exc.errors if isinstance(exc, StreamErrors) else [exc]:
+                goes_on = isinstance(fault, TruncatedError) and self._may_go_on(part)
+                (self._cuts if goes_on else self._faults).append(_named(fault, part))
 
     def _may_go_on(self, part: Part) -> bool:
         """Is it one of main's connections, of which each but the last was cut?  Files do not tell their order."""

@@ -15,12 +15,12 @@ import stat
 import sys
 import zlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self, TypeVar
 
 from qmigrate.capture.places import Places
-from qmigrate.errors import NoStreamError, StreamError
+from qmigrate.errors import NoStreamError, StreamError, StreamErrors, TruncatedError, about_file
 from qmigrate.format.feed import Feed
 from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Readable", "Reader", "Source"]
 
+T = TypeVar("T")
+
 
 class Reader(Protocol):
     """Gives the bytes of an input in turn; none where it ends."""
@@ -41,7 +43,15 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
-def _zstd(file: BinaryIO) -> tuple[Reader, type[Exception]]:
+class _Packed(Protocol):
+    """What unpacks, of the standard library; ``readinto1()`` gives what one step of it makes."""
+
+    def readinto1(self, buffer: memoryview, /) -> int: ...
+
+    def close(self) -> None: ...
+
+
+def _zstd(file: BinaryIO) -> tuple[_Packed, type[Exception]]:
     try:
         if sys.version_info >= (3, 14):
             from compression import zstd
@@ -52,20 +62,20 @@ def _zstd(file: BinaryIO) -> tuple[Reader, type[Exception]]:
     return zstd.open(file), zstd.ZstdError
 
 
-def _gzip(file: BinaryIO) -> tuple[Reader, type[Exception]]:
+def _gzip(file: BinaryIO) -> tuple[_Packed, type[Exception]]:
     return gzip.GzipFile(fileobj=file), zlib.error
 
 
-def _bz2(file: BinaryIO) -> tuple[Reader, type[Exception]]:
+def _bz2(file: BinaryIO) -> tuple[_Packed, type[Exception]]:
     return bz2.BZ2File(file), OSError
 
 
-def _xz(file: BinaryIO) -> tuple[Reader, type[Exception]]:
+def _xz(file: BinaryIO) -> tuple[_Packed, type[Exception]]:
     return lzma.LZMAFile(file), lzma.LZMAError
 
 
 # The first bytes; who reads it, and what that raises where the rest is damaged, apart from the usual.
-_COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], tuple[Reader, type[Exception]]]], ...]] = (
+_COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], tuple[_Packed, type[Exception]]]], ...]] = (
     (b"\x1f\x8b\x08", _gzip),
     (b"BZh", _bz2),
     (b"\xfd7zXZ\x00", _xz),
@@ -74,7 +84,9 @@ _COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], tuple[Reader, type[Excep
 _RECORDING: Final = b"\x89QTAP\r\n\x1a"
 _LONGEST_MAGIC: Final = 8
 _HEAD: Final = 1 << 16  # bytes that are read to tell what a channel is; few are needed
+_HEAD_PACKED: Final = 1 << 20  # bytes: more than a block of bzip2, whose damage shows at its end
 _READ_ERRORS: Final = (EOFError, OSError, ValueError)
+_UNPACKED_AT_ONCE: Final = 1 << 14  # bytes: what is unpacked in the same step as a fault is lost with it
 
 
 class _File(io.RawIOBase):
@@ -101,8 +113,8 @@ class _Pipe(io.RawIOBase):
         self._head = bytearray()
 
     def peek(self, count: int) -> bytes:
-        """The first ``count`` bytes, or fewer where the pipe ends."""
-        while len(self._head) < count and (got := self._wait_for(part := bytearray(count - len(self._head)))):
+        """The first ``count`` bytes and what came with them, or fewer where the pipe ends."""
+        while len(self._head) < count and (got := self._wait_for(part := bytearray(_HEAD))):
             self._head += part[:got]
         return bytes(self._head[:count])
 
@@ -148,6 +160,31 @@ class _Look(io.RawIOBase):
         return count
 
 
+class _Unpacked:
+    """What a compressed input holds.  A fault in it is raised once all that was good before it has been given."""
+
+    def __init__(self, packed: _Packed, errors: tuple[type[Exception], ...]) -> None:
+        self._packed = packed
+        self._errors = errors
+        self._fault: Exception | None = None
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        if self._fault is not None:
+            raise self._fault
+        count = 0
+        try:
+            while count < len(buffer) and (got := self._packed.readinto1(buffer[count : count + _UNPACKED_AT_ONCE])):
+                count += got
+        except self._errors as exc:
+            if not count:
+                raise
+            self._fault = exc
+        return count
+
+    def close(self) -> None:
+        self._packed.close()
+
+
 class Readable(ABC):
     """The bytes of one stream, wherever they are."""
 
@@ -191,18 +228,56 @@ class Readable(ABC):
     ) -> Iterator[Entry]:
         """Walk the input from its start; a pipe only once.
 
-        Raises what ``walk`` does; ``StreamError`` too where reading fails midway.
+        Raises what ``walk`` does, and what ``fed`` does.
+        """
+        feed = Feed()
+        try:
+            yield from self.fed(walk(feed, description=description, page_size=page_size, limits=limits), feed)
+        except NoStreamError as exc:
+            from qmigrate.capture.other import no_stream  # most inputs are streams
+
+            better = no_stream(feed)
+            if better is None:
+                raise
+            raise better from exc
+
+    def fed(self, steps: Iterable[T | None], feed: Feed) -> Iterator[T]:
+        """What ``steps`` yield, which parse what is in ``feed``; it is filled from the start of the input.
+
+        Where reading fails midway, what was read before is parsed as if it ended there.  Then raises ``StreamError``,
+        ``StreamErrors`` where the stream has a fault of its own besides, as mostly that it ends too soon.  And where a
+        compressed file has a fault, it is read to its end to see whether it was damaged as it was packed.
         """
         reader = self.open_reader()
-        feed = Feed()
-        for entry in walk(feed, description=description, page_size=page_size, limits=limits):
-            if entry is None:
-                self.fill(feed, reader)
-            else:
-                yield entry
+        unread: StreamError | None = None
+        try:
+            for item in steps:
+                if item is not None:
+                    yield item
+                    continue
+                try:
+                    self.fill(feed, reader)
+                except StreamError as exc:
+                    unread = exc
+                    feed.end()
+        except NoStreamError:
+            unread = unread or self._fault_behind(feed, reader, most=_HEAD_PACKED)
+            if unread is None:
+                raise
+        except StreamError as exc:
+            unread = unread or self._fault_behind(feed, reader)
+            if unread is None:
+                raise
+            both = [unread, exc] if isinstance(exc, TruncatedError) else [exc, unread]
+            raise StreamErrors(both) from exc
+        if unread is not None:
+            raise unread
 
     def classify(self, blocks: Collection[str] | None = None) -> "Channel":
-        """Which channel of a migration it is, by its bytes alone; ``blocks``: the names that main has announced."""
+        """Which channel of a migration it is, by its bytes alone; ``blocks``: the names that main has announced.
+
+        Raises ``StreamError`` where not a byte can be read.
+        """
         from qmigrate.format.channel import classify  # most inputs are the only one of their migration
 
         feed = Feed(window=_HEAD)
@@ -213,14 +288,33 @@ class Readable(ABC):
             except StopIteration as end:
                 channel: Channel = end.value
                 return channel
-            self.fill(feed, reader)
+            try:
+                self.fill(feed, reader)
+            except StreamError:
+                if not len(feed):
+                    raise
+                feed.end()  # what came before may tell, and the fault is met again when it is read
+
+    def _fault_behind(self, feed: Feed, reader: Reader, *, most: int | None = None) -> StreamError | None:
+        """What is wrong with a compressed file behind what is in ``feed``; in as many bytes as are unpacked at most."""
+        if self.compression is None or not self.can_rewind:
+            return None
+        scratch = Feed(offset=feed.offset + len(feed))
+        try:
+            while not scratch.ended and (most is None or most > 0):
+                self.fill(scratch, reader)
+                most = None if most is None else most - len(scratch)
+                scratch.skip(len(scratch))
+        except StreamError as exc:
+            return exc
+        return None
 
     def fill(self, feed: Feed, reader: Reader) -> None:
         """Give the feed what comes next, or end it.  Raises ``StreamError`` where reading fails."""
         try:
             count = reader.readinto(feed.space())
         except self.read_errors as exc:
-            raise _unreadable(exc, feed.offset + len(feed)) from exc
+            raise _unreadable(exc, feed.offset + len(feed), self.compression) from exc
         if count:
             feed.received(count)
         else:
@@ -230,7 +324,8 @@ class Readable(ABC):
 class Source(Readable):
     """An input and the bytes in it.  It closes what it opened: a path; not standard input.
 
-    Raises ``OSError`` where the input can't be opened, ``NoStreamError`` where it is a directory.
+    Raises ``OSError`` where the input can't be opened or read, which names it; ``NoStreamError`` where it is a
+    directory, or a recording whose header is damaged.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -270,6 +365,9 @@ class Source(Readable):
                 return None
         except OSError:  # it is told when it is read
             return None
+        with about_file(self.name):
+            if os.pread(self._file.fileno(), _LONGEST_MAGIC, 0) != _RECORDING:
+                return None
         from qmigrate.capture.recording import Recording  # few inputs are one
 
         return Recording(f"/proc/self/fd/{self._file.fileno()}", name=self.name).read()
@@ -309,7 +407,7 @@ class Source(Readable):
         if self.recording is not None:
             return self.recording.main().open_reader()
         if self._used and not self.can_rewind:
-            raise NoStreamError("a pipe can be read only once")
+            raise NoStreamError("no regular file, so it can be read only once")
         self._used = True
         return self._open()
 
@@ -331,19 +429,21 @@ class Source(Readable):
                 head = pipe.peek(_LONGEST_MAGIC)
                 file = _Look(pipe) if to_look else pipe
         except OSError as exc:
-            raise NoStreamError(f"it can't be read: {exc.strerror or exc}") from exc
-        if head == _RECORDING:
+            raise _unreadable(exc, 0) from exc
+        if head.startswith(_RECORDING):
             raise NoStreamError("a recording of qmigrate tap can't be read from a pipe: give its file")
         for magic, opener in _COMPRESSIONS:
             if head.startswith(magic):
-                reader: Reader
-                reader, error = opener(file)
+                packed, error = opener(file)
                 self.compression = opener.__name__.removeprefix("_")
                 self.read_errors = (*_READ_ERRORS, error)
-                return reader
+                return _Unpacked(packed, self.read_errors)
         return file
 
 
-def _unreadable(exc: Exception, offset: int) -> StreamError:
-    reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else str(exc)
+def _unreadable(exc: Exception, offset: int, compression: str | None = None) -> StreamError:
+    if isinstance(exc, OSError) and exc.strerror:  # the system's
+        reason = exc.strerror
+    else:
+        reason = f"{compression}: {exc}" if compression else str(exc)
     return StreamError(f"the input can't be read on: {reason}", offset=offset)

@@ -34,7 +34,7 @@ from qmigrate.capture.frames import (
 )
 from qmigrate.capture.open import Readable, Reader
 from qmigrate.capture.places import Places
-from qmigrate.errors import NoStreamError, StreamError, TruncatedError
+from qmigrate.errors import NoStreamError, StreamError, TruncatedError, about_file, counted
 from qmigrate.format.channel import Channel, ChannelKind, by_order
 from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList
@@ -150,18 +150,20 @@ class Recording:
     def is_written(self) -> bool:
         """Is a tap still at it?  It holds a lock as long as it lives."""
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            with about_file(self.name):
+                fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return True
         fcntl.flock(self._descriptor, fcntl.LOCK_UN)
         return False
 
     def _read_header(self) -> RecordingHeader:
-        data = os.pread(self._descriptor, HEADER.size, 0)
+        with about_file(self.name):
+            data = os.pread(self._descriptor, HEADER.size, 0)
         if data[:8] != MAGIC:
             raise NoStreamError("no recording of qmigrate tap: it does not begin with its magic")
         if len(data) < HEADER.size:
-            raise NoStreamError(f"a recording whose header has {len(data)} bytes, expected {HEADER.size}")
+            raise NoStreamError(f"a recording whose header has {counted(len(data), 'bytes')}, expected {HEADER.size}")
         header = RecordingHeader.read(data)
         if header.version != VERSION:
             raise NoStreamError(f"a recording of version {header.version}, expected {VERSION}")
@@ -198,11 +200,11 @@ class Recording:
         if not self.ended and not any(self._bytes(self.position, 4)):
             left = 0  # what was set aside, or the rest of a frame without its mark: as good as nothing
         if self.fault is None and left > 0:
-            where = f"{left} bytes of a frame that was not whole when the tap was killed; they were not passed on"
+            cut = f"{counted(left, 'bytes')} of a frame that was not whole when the tap was killed"
             if self.ended:
-                self.fault = StreamError(f"{left} bytes follow END", offset=self.position)
+                self.fault = StreamError(f"{counted(left, 'bytes', 'follow')} END", offset=self.position)
             else:
-                self.fault = TruncatedError(where, offset=self.position)
+                self.fault = TruncatedError(f"{cut}; they were not passed on", offset=self.position)
         elif self.fault is None and not self.ended:
             self.fault = TruncatedError(
                 "the recording has no end: the tap was killed, or still runs", offset=self.position
@@ -219,7 +221,8 @@ class Recording:
         """So many bytes at ``offset`` of the file, or as many as there are."""
         at = offset - self._window_at
         if at < 0 or at + count > len(self._window):
-            self._window = os.pread(self._descriptor, max(count, _WINDOW), offset)
+            with about_file(self.name):
+                self._window = os.pread(self._descriptor, max(count, _WINDOW), offset)
             self._window_at, at = offset, 0
         return self._window[at : at + count]
 
@@ -325,7 +328,8 @@ class Recording:
         """Bytes of the file at ``offset``, into a buffer that wants at least one.  Raises ``StreamError`` where
         they are gone.
         """
-        count = os.preadv(self._descriptor, [buffer], offset)
+        with about_file(self.name):
+            count = os.preadv(self._descriptor, [buffer], offset)
         if not count:
             raise StreamError("the recording became shorter while it was read", offset=offset)
         return count
@@ -429,12 +433,9 @@ class RecordedStream(Readable):
     def announced_blocks(self) -> set[str] | None:
         """The names in the block list of a main channel; None where it can't be read."""
         feed = Feed()
-        reader = self.open_reader()
         try:
-            for entry in walk(feed):
-                if entry is None:
-                    self.fill(feed, reader)
-                elif isinstance(entry.record, BlockList):
+            for entry in self.fed(walk(feed), feed):
+                if isinstance(entry.record, BlockList):
                     return {block.name for block in entry.record.blocks}
                 if feed.offset > _MOST_BEFORE_BLOCKS:
                     break

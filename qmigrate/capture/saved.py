@@ -15,7 +15,7 @@ from qmigrate.capture.kind import MOST_FILES
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.places import Channels, Input
 from qmigrate.capture.saved_guest import SavedGuest
-from qmigrate.errors import RefusedError, StreamError, UnsupportedError
+from qmigrate.errors import NoStreamError, RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import Command
 from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, Undecoded, VmDescription
 from qmigrate.format.feed import Feed
@@ -111,21 +111,33 @@ def _without_contents(descriptor: int, start: int, known: Description | Chooser 
     feed, reader = Feed(), _Sparing(descriptor, start)
     walker = Walker(feed, description=known)
     walker.reads_mapped = False
-    for entry in walker.run():
-        if entry is None:
-            try:
-                count = reader.readinto(feed.space())
-            except OSError as exc:
-                raise StreamError(f"the input can't be read on: {exc.strerror}", offset=feed.offset) from exc
-            feed.received(count)
-            if not count:
-                feed.end()
-            continue
-        if isinstance(entry.record, MappedBlock) and not entry.record.is_left_out:
-            header, end = entry.record.header, entry.offset + entry.length
-            pages = start + header.pages_offset - (header.bitmap_offset - end)
-            reader.spare(pages, pages + entry.record.block.used_length)
-        yield entry
+    try:
+        for entry in walker.run():
+            if entry is None:
+                _fill(feed, reader)
+                continue
+            if isinstance(entry.record, MappedBlock) and not entry.record.is_left_out:
+                header, end = entry.record.header, entry.offset + entry.length
+                pages = start + header.pages_offset - (header.bitmap_offset - end)
+                reader.spare(pages, pages + entry.record.block.used_length)
+            yield entry
+    except NoStreamError as exc:
+        from qmigrate.capture.other import no_stream  # most inputs are streams
+
+        better = no_stream(feed)
+        if better is None:
+            raise
+        raise better from exc
+
+
+def _fill(feed: Feed, reader: _Sparing) -> None:
+    try:
+        count = reader.readinto(feed.space())
+    except OSError as exc:
+        raise StreamError(f"the input can't be read on: {exc.strerror}", offset=feed.offset) from exc
+    feed.received(count)
+    if not count:
+        feed.end()
 
 
 def _check(saved: SavedGuest) -> None:

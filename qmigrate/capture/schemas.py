@@ -19,7 +19,7 @@ from typing import Any, Final, TypeAlias
 
 from qmigrate.capture import cache
 from qmigrate.capture.migration import Migration
-from qmigrate.errors import QmigrateError, StreamError
+from qmigrate.errors import QmigrateError, StreamError, about_file
 from qmigrate.format.entry import VmDescription
 from qmigrate.format.stream import SectionType
 from qmigrate.format.tail import Tail
@@ -135,7 +135,7 @@ class SchemaCache:
         descriptor, name = tempfile.mkstemp(_PART, f".{schema.id}.", self.folder)
         temporary = Path(name)
         try:
-            with os.fdopen(descriptor, "wb") as file:
+            with about_file(path), os.fdopen(descriptor, "wb") as file:
                 file.write(_head(schema) + b"\n" + schema.text)
             temporary.replace(path)
         except OSError as exc:

@@ -18,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--raw",
         metavar="DIR",
+        type=_folder,
         required=True,
         help="where a file for each block goes, and blocks.json that maps the names; made if need be; of several "
         "files each gets a directory of its own in it",
@@ -26,6 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--json", action="store_true", help="what was written as JSON; of several files one a line, with its file"
     )
     add_input(parser, jobs=False, devices=False)
+
+
+def _folder(argument: str) -> str:
+    if not argument:  # a variable that is not set: not the current folder
+        raise argparse.ArgumentTypeError("an empty name: expected a directory")
+    return argument
 
 
 def run(args: argparse.Namespace, out: TextIO) -> int:

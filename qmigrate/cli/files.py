@@ -1,21 +1,25 @@
 """Several FILEs: one after the other, or with --json side by side in processes, an answer a line."""
 
 import argparse
+import os
 import signal
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Final, TextIO
 
 from qmigrate.cli.asked import answer_with, answering
 from qmigrate.cli.tell import BAD_STREAM, FAILURES, NOTHING_DONE, failed, input_name, tell
+from qmigrate.errors import RefusedError
 from qmigrate.report.units import plural
 
 if TYPE_CHECKING:
     from concurrent.futures import Future, ProcessPoolExecutor
 
 __all__ = ["Answer", "Headings", "add_jobs", "answer_lines", "each_file", "in_lines"]
+
+_FOR_WHO_STARTED_THEM: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 Answer = Callable[[str], dict[str, Any]]
 """A file's answer: ``{"file": …}`` and its values, or its ``error``.  It can be pickled, and raises nothing."""
@@ -168,7 +172,7 @@ def _from_processes(files: Sequence[str], work: _Work, jobs: int) -> Generator[_
             yield line
     except BaseException:  # Ctrl-C, or nobody reads on
         for process in multiprocessing.active_children():
-            process.terminate()
+            process.kill()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
@@ -190,18 +194,45 @@ def _pool(jobs: int) -> "ProcessPoolExecutor":
     import multiprocessing
     from concurrent.futures import ProcessPoolExecutor
 
+    # A file of the current folder may be called as one of Python's: none of these processes shall import it.
+    os.environ["PYTHONSAFEPATH"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qmigrate.analysis.check"])  # and all that it needs, once for all of them
-    return ProcessPoolExecutor(jobs, mp_context=context)
+    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_who_started_it)
+
+
+def _end_with_who_started_it() -> None:
+    """In each process: were who started it killed, it would wait for work for ever, and hold what both have open."""
+    import multiprocessing
+    import threading
+    from multiprocessing.connection import wait
+
+    starter = multiprocessing.parent_process()
+    assert starter is not None
+
+    def watch() -> None:
+        wait([starter.sentinel])
+        os._exit(1)
+
+    with suppress(RuntimeError):  # there may be no further thread: then it works all the same
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def _submit(pool: "ProcessPoolExecutor", work: _Work, file: str) -> "Future[_Line]":
-    """Start it, and perhaps a process.  Those never see Ctrl-C, nor SIGUSR1: both are for who started them."""
+    """Start it, and perhaps a process.  Those see none of the signals that are for who started them.
+
+    Raises ``RefusedError`` where no process can be started.
+    """
+    from concurrent.futures import BrokenExecutor
     from multiprocessing import resource_tracker
 
     resource_tracker.ensure_running()  # it lets SIGINT through once it runs: that must not happen below
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGUSR1})
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_WHO_STARTED_THEM)
     try:
         return pool.submit(work, file)
+    except BrokenExecutor:
+        raise
+    except (EOFError, ConnectionError, BlockingIOError, RuntimeError) as exc:  # a limit of processes, or of threads
+        raise RefusedError("no further process can be started") from exc
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

@@ -9,13 +9,14 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
 from qmigrate import __version__, exit_codes
 from qmigrate.cli.completion import SHELLS, PrintCompletion
-from qmigrate.cli.tell import FAILURES, NOTHING_DONE, add_telling, failed, input_name, tell, tell_cost
+from qmigrate.cli.tell import FAILURES, NOTHING_DONE, Stopped, add_telling, failed, input_name, tell, tell_cost
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -38,6 +39,11 @@ COMMANDS: Final = (
     "receive",
     "send",
     "restore",
+)
+DESCRIPTION: Final = (
+    "Opens up QEMU live migration: takes migration streams apart byte by byte, checks and compares them (dissect, "
+    "check, extract, diff, schema), records migrations on their way (tap), drives those of running QEMUs (migrate, "
+    "start-postcopy, pause, recover, cancel, status), and stands in for either end (receive, send, restore)."
 )
 
 
@@ -77,6 +83,9 @@ def main(argv: Sequence[str]) -> int:
     except BrokenPipeError:
         _give_up_stdout()
         return exit_codes.BROKEN_PIPE
+    except Stopped as stopped:
+        _give_up_stdout()
+        return 128 + stopped.number
     except KeyboardInterrupt:
         _give_up_stdout()
         return exit_codes.INTERRUPTED
@@ -99,7 +108,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
     """The parser of all commands; where ``only`` names one, of that alone, which is sooner there."""
     parser = _Parser(
         prog="qmigrate",
-        description="Opens up QEMU live migration: dissects migration streams byte by byte.",
+        description=DESCRIPTION,
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -154,6 +163,7 @@ def _give_up_stdout() -> None:
         descriptor = sys.stdout.fileno()
     except (OSError, ValueError):  # not a real file: a test's
         return
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, descriptor)
-    os.close(nowhere)
+    with suppress(OSError):  # no further file can be opened
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, descriptor)
+        os.close(nowhere)

@@ -13,12 +13,15 @@ EXIT_STATUS = (
     ("0", "Done; the answer is yes."),
     ("1", "The answer is no, or the stream is damaged or ends too soon. What was good is given."),
     ("2", "Nothing could be done: wrong usage, not found, not permitted, no stream in it."),
-    ("130", "Interrupted."),
+    ("130", "Interrupted; 143 and 129 by SIGTERM and SIGHUP."),
 )
 EXIT_STATUS_LIVE = "Commands that drive live QEMUs say by 3 to 7 where the guest is: see migrate."
 SIGNALS = (
     ("SIGUSR1", "Reading commands answer on standard error how much is read, and what is being read."),
-    ("SIGINT", "Ends a reading command, and removes files that are half written. For others see migrate."),
+    (
+        "SIGINT, SIGTERM, SIGHUP",
+        "End a reading command, which removes files that are half written. For others see migrate.",
+    ),
 )
 ENVIRONMENT = (
     ("NO_COLOR", "If set, no colours. There are none anyway where standard output is no terminal."),

@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final, TextIO
 
+from qmigrate.cli.asked import answering
 from qmigrate.cli.input import tell_damaged
 from qmigrate.cli.tell import BAD_STREAM, FAILURES, NOTHING_DONE, failed, input_name, tell
 from qmigrate.errors import NoStreamError
@@ -90,7 +91,11 @@ def _seconds(argument: str) -> float:
 def run(args: argparse.Namespace, out: TextIO) -> int:
     from qmigrate.capture.schemas import SchemaCache, cache_folder
 
-    cache = SchemaCache(cache_folder(), tell_damaged)
+    with answering():
+        return _run(args, SchemaCache(cache_folder(), tell_damaged), out)
+
+
+def _run(args: argparse.Namespace, cache: "SchemaCache", out: TextIO) -> int:
     if args.action != "make" and args.command_line:
         args.usage_error("only make takes a command line")
     match args.action:

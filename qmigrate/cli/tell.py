@@ -1,6 +1,7 @@
 """What is said on standard error: one line each."""
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -10,13 +11,39 @@ from typing import Final, TextIO
 from qmigrate.errors import NoStreamError, QmigrateError, StreamError, StreamErrors
 from qmigrate.report.names import clean
 
-__all__ = ["FAILURES", "add_telling", "failed", "input_name", "tell", "tell_cost", "tell_faults"]
+__all__ = ["FAILURES", "Stopped", "add_telling", "failed", "input_name", "tell", "tell_cost", "tell_faults"]
 
 BAD_STREAM: Final = 1
 NOTHING_DONE: Final = 2
 
+_NAMELESS: Final = "'' (an empty name)"
+
 FAILURES: Final = (QmigrateError, OSError, RecursionError, MemoryError)
 """What a user's input may end in; anything else is our fault, and shows a traceback."""
+
+
+_OF_A_WRITE: Final = (
+    None,
+    errno.EAGAIN,
+    errno.EBADF,
+    errno.ECONNRESET,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EINVAL,
+    errno.EIO,
+    errno.ENOSPC,
+    errno.ENXIO,
+    errno.EPIPE,
+)
+"""What a write may fail with; else it is a limit of files or processes, or no folder for what is temporary."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Another signal ends the command as Ctrl-C does: it removes what is half written, and leaves no process behind."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        super().__init__(number)
 
 
 def add_telling(parser: argparse.ArgumentParser) -> None:
@@ -56,8 +83,8 @@ def failed(failure: BaseException, name: str, out: TextIO) -> int:
     """Tell what one of ``FAILURES`` means for the input ``name``; the exit code.  Raises it again where it is
     about ``out`` itself.
     """
-    if isinstance(failure, BrokenPipeError) or (isinstance(failure, OSError) and failure.filename is None):
-        raise failure  # a write: whatever is opened has a name
+    if isinstance(failure, OSError) and failure.filename is None and failure.errno in _OF_A_WRITE:
+        raise failure  # to ``out``: whatever else is opened, read or written has a name
     out.flush()  # what was good is given, and stands before what is said of the rest
     match failure:
         case NoStreamError():
@@ -66,8 +93,7 @@ def failed(failure: BaseException, name: str, out: TextIO) -> int:
         case StreamErrors():
             return tell_faults(name, failure.errors)
         case StreamError():
-            tell(*_named(name, failure))
-            return BAD_STREAM
+            return tell_faults(name, [failure])
         case RecursionError():
             tell(name, "nested too deep to be shown")
             return BAD_STREAM
@@ -75,7 +101,8 @@ def failed(failure: BaseException, name: str, out: TextIO) -> int:
             tell(name, "not enough memory")
             return NOTHING_DONE
         case OSError(filename=opened):
-            tell(name if isinstance(opened, int) else os.fsdecode(opened), failure.strerror or str(failure))
+            file = name if opened is None or isinstance(opened, int) else os.fsdecode(opened) or _NAMELESS
+            tell(file, failure.strerror or str(failure))
             return NOTHING_DONE
         case _:
             tell(str(failure))
@@ -95,4 +122,4 @@ def tell_cost(began: float) -> None:
 
 def input_name(file: str) -> str:
     """FILE as it is spoken of."""
-    return "standard input" if file == "-" else file
+    return "standard input" if file == "-" else file or _NAMELESS

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
 
-from qmigrate.errors import StreamError
+from qmigrate.errors import StreamError, counted
 from qmigrate.format.command import CommandHeader, CommandNumber, RecvBitmap
 from qmigrate.format.feed import Feed
 from qmigrate.format.multifd import InitialPacket, MultifdMagic
@@ -96,7 +96,7 @@ def classify(feed: Feed, *, blocks: Collection[str] | None = None) -> Answer:
     """
     if not (yield from _at_hand(feed, _FEWEST)):
         had = len(feed)
-        return _unknown(f"{had} bytes are too few to tell" if had else _SILENT)
+        return _unknown(f"{counted(had, 'bytes', 'are')} too few to tell" if had else _SILENT)
     head = bytes(feed.view(_FEWEST))
     if int.from_bytes(head) == MAGIC:
         return _found(ChannelKind.MAIN, "it begins with QEVM")
@@ -178,7 +178,9 @@ def _resumed(feed: Feed, blocks: Collection[str] | None) -> Answer:
     if header.command is CommandNumber.POSTCOPY_RESUME and not header.length:
         return _found(ChannelKind.RESUMED, "it begins with POSTCOPY_RESUME, without a header")
     if header.command is not CommandNumber.RECV_BITMAP or not 1 <= header.length <= 1 + _LONGEST_NAME:
-        return _unknown(f"it begins with {header.command.name} of {header.length} bytes, which opens no recovery")
+        return _unknown(
+            f"it begins with {header.command.name} of {counted(header.length, 'bytes')}, which opens no recovery"
+        )
     if not (yield from _at_hand(feed, size + header.length)):
         return _unknown("it begins with RECV_BITMAP, and ends inside it")
     try:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NoReturn
 
-from qmigrate.errors import StreamError, TruncatedError
+from qmigrate.errors import StreamError, TruncatedError, counted
 from qmigrate.format.field_types import (
     INTEGER_SIZES,
     NATURAL_SIZES,
@@ -82,7 +82,9 @@ class _Cursor:
 
     def take(self, count: int, trail: Sequence[str]) -> bytes:
         if count > self.left:
-            raise TruncatedError(f"{count} bytes are described, {self.left} are there", offset=self.offset, trail=trail)
+            raise TruncatedError(
+                f"{counted(count, 'bytes', 'are')} described, {self.left} are there", offset=self.offset, trail=trail
+            )
         self.at += count
         return self.data[self.at - count : self.at]
 
@@ -142,7 +144,7 @@ def decode_whole(
         state, used = decode_state(stretched, data, offset=offset, begin=begin, trail=trail, foreign=True)
         if used == end - begin and state.fields[0].opaque is None:
             return state
-    raise StreamError(f"the description does not fit its {end - begin} bytes", offset=offset, trail=trail)
+    raise StreamError(f"the description does not fit its {counted(end - begin, 'bytes')}", offset=offset, trail=trail)
 
 
 def _decode_struct(description: StructDescription, cursor: _Cursor, trail: tuple[str, ...]) -> VmState:
@@ -211,7 +213,9 @@ def _decode_structs(field: FieldDescription, cursor: _Cursor, trail: tuple[str, 
         return _decode_struct(StructDescription("", 0), cursor, trail)
     count = 1 if field.count is None else field.count
     if count > max(cursor.left, _MOST_EMPTY_ELEMENTS):
-        cursor.fail(f"{count} elements are described, {cursor.left} bytes are there", trail)
+        cursor.fail(
+            f"{counted(count, 'elements', 'are')} described, {counted(cursor.left, 'bytes', 'are')} there", trail
+        )
     values = []
     for index in range(count):
         start = cursor.at
@@ -220,7 +224,7 @@ def _decode_structs(field: FieldDescription, cursor: _Cursor, trail: tuple[str, 
         values.append(_decode_struct(element, cursor, here))
         # Subsections count in the size, and another stream's may be others.
         if index == 0 and cursor.at - start != field.size and not cursor.foreign:
-            cursor.fail(f"takes {cursor.at - start} bytes, {field.size} are described", here)
+            cursor.fail(f"takes {counted(cursor.at - start, 'bytes')}, {field.size} are described", here)
     return values[0] if field.count is None else tuple(values)
 
 
@@ -245,7 +249,9 @@ def _decode_nulls(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ..
     if field.count is None:
         return _decode_null(cursor, trail)
     if field.count > cursor.left:
-        cursor.fail(f"{field.count} markers are described, {cursor.left} bytes are there", trail)
+        cursor.fail(
+            f"{counted(field.count, 'markers', 'are')} described, {counted(cursor.left, 'bytes', 'are')} there", trail
+        )
     return tuple(_decode_null(cursor, trail) for _ in range(field.count))
 
 
@@ -256,7 +262,7 @@ def _decode_list(field: FieldDescription, cursor: _Cursor, trail: tuple[str, ...
             cursor.at -= 1
             cursor.fail(f"found the mark {marker:#x} before an element, expected 0x1 or 0x0", trail)
         if len(values) == len(field.elements):
-            cursor.fail(f"has more than the {len(values)} elements that are described", trail)
+            cursor.fail(f"has more elements than the {len(values)} that are described", trail)
         here = (*trail[:-1], f"{trail[-1]}[{len(values)}]")
         values.append(_decode_struct(field.elements[len(values)], cursor, here))
     return tuple(values)
@@ -358,14 +364,14 @@ def encode_field(field: Field) -> bytes:
 def _right_size(description: FieldDescription, data: bytes) -> bytes:
     expected = description.size * (1 if description.count is None else description.count)
     if len(data) != expected:
-        raise ValueError(f"it takes {len(data)} bytes, {expected} are described")
+        raise ValueError(f"it takes {counted(len(data), 'bytes')}, {expected} are described")
     return data
 
 
 def _encode_structs(description: FieldDescription, elements: tuple[Value, ...]) -> bytes:
     count = 1 if description.count is None else description.count
     if len(elements) != count:
-        raise ValueError(f"it has {len(elements)} elements, {count} are described")
+        raise ValueError(f"it has {counted(len(elements), 'elements')}, {count} are described")
     return b"".join(map(_encode_element, elements))
 
 

@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Sequence
 from typing import Final
 
-from qmigrate.errors import StreamError, UnsupportedError
+from qmigrate.errors import StreamError, UnsupportedError, counted
 from qmigrate.format import xbzrle
 from qmigrate.format.entry import RamPage
 from qmigrate.format.ram import CompressedPage, NormalPage, RamRecord, XbzrlePage, ZeroPage
@@ -74,10 +74,14 @@ def decompress_page(data: bytes | memoryview, page_size: int, *, offset: int = 0
     if not inflater.eof:
         raise StreamError("the zlib stream does not end with its data", offset=offset, trail=trail)
     if len(page) < page_size:
-        raise StreamError(f"{len(page)} bytes come out, a page has {page_size}", offset=offset, trail=trail)
+        raise StreamError(
+            f"{counted(len(page), 'bytes', 'come')} out, a page has {page_size}", offset=offset, trail=trail
+        )
     if inflater.unused_data:
         behind = len(inflater.unused_data)
-        raise StreamError(f"{behind} bytes behind the zlib stream", offset=offset + len(data) - behind, trail=trail)
+        raise StreamError(
+            f"{counted(behind, 'bytes')} behind the zlib stream", offset=offset + len(data) - behind, trail=trail
+        )
     return page
 
 

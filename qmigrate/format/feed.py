@@ -9,7 +9,7 @@ from contextlib import suppress
 from functools import lru_cache
 from typing import Any, Final, TypeVar
 
-from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
+from qmigrate.errors import StreamError, TruncatedError, UnsupportedError, counted
 from qmigrate.format._record import Record
 
 __all__ = ["Feed"]
@@ -117,7 +117,7 @@ class Feed:
         while len(self) < count:
             if not (yield from self.more()):
                 raise TruncatedError(
-                    f"the stream ends here, {count - len(self)} bytes too soon",
+                    f"the stream ends here, {counted(count - len(self), 'bytes')} too soon",
                     offset=self.offset + len(self),
                     trail=trail,
                 )
@@ -183,7 +183,7 @@ class Feed:
         while len(parts) < count:
             if not len(self) and not (yield from self.more()):
                 raise TruncatedError(
-                    f"the stream ends here, {count - len(parts)} of {count} bytes too soon",
+                    f"the stream ends here, {count - len(parts)} of {counted(count, 'bytes')} too soon",
                     offset=self.offset,
                     trail=trail,
                 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Final
 
-from qmigrate.errors import StreamError
+from qmigrate.errors import StreamError, counted
 from qmigrate.format.vm_state import Value
 
 __all__ = ["INTEGER_SIZES", "NATURAL_SIZES", "OPAQUE", "PLAIN_BYTES", "SIGNED", "TYPES", "UNSIGNED", "Codec"]
@@ -26,13 +26,13 @@ class Codec:
 def _decode_bool(data: bytes) -> Value:
     # Any byte but 0 loads as true: one that is not 1 is kept as the number it is.
     if len(data) != 1:
-        raise StreamError(f"a bool has {len(data)} bytes, expected 1")
+        raise StreamError(f"a bool has {counted(len(data), 'bytes')}, expected 1")
     return bool(data[0]) if data[0] < 2 else data[0]
 
 
 def _decode_bitmap(data: bytes) -> Value:
     if len(data) % 8:
-        raise StreamError(f"a bitmap has {len(data)} bytes, expected whole u64 words")
+        raise StreamError(f"a bitmap has {counted(len(data), 'bytes')}, expected whole u64 words")
     return struct.unpack(f">{len(data) // 8}Q", data)
 
 
@@ -66,7 +66,7 @@ NATURAL_SIZES: Final[Mapping[str, int]] = {
 def _decode_packet_ids(data: bytes) -> Value:
     """u32 count, then as many u64.  hw/usb/redirect.c: packet_id_queue_vmstate_info"""
     if len(data) < 4 or len(data) != 4 + 8 * int.from_bytes(data[:4]):
-        raise StreamError(f"a queue of packet ids has {len(data)} bytes, its count says otherwise")
+        raise StreamError(f"a queue of packet ids has {counted(len(data), 'bytes')}, its count says otherwise")
     return struct.unpack(f">{len(data) // 8}Q", data[4:])
 
 
@@ -80,7 +80,7 @@ _PAIR: Final = Codec(lambda data: struct.unpack(">2Q", _exactly(16, data)), lamb
 
 def _exactly(size: int, data: bytes) -> bytes:
     if len(data) != size:
-        raise StreamError(f"has {len(data)} bytes, expected {size}")
+        raise StreamError(f"has {counted(len(data), 'bytes')}, expected {size}")
     return data
 
 

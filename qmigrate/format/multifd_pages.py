@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from qmigrate.errors import StreamError, UnsupportedError
+from qmigrate.errors import StreamError, UnsupportedError, counted
 from qmigrate.format.multifd import Compression, PagePacket
 from qmigrate.format.multifd_channel import ChannelEntry
 
@@ -61,8 +61,8 @@ class PageDecoder:
         try:
             found = _METHODS[method](self, entry.data, pages, entry.record.page_size)
             if len(found) != length:
-                more = "more than " if len(found) > length else f"{len(found)} bytes of "
-                raise _Damaged(f"{more}{length} bytes come out, those of {pages} pages")
+                more = "more than " if len(found) > length else f"{counted(len(found), 'bytes')} of "
+                raise _Damaged(f"{more}{counted(length, 'bytes', 'come')} out, those of {counted(pages, 'pages')}")
         except (_Damaged, zlib.error) as exc:
             fault = StreamError(str(exc), offset=entry.offset + entry.data_at, trail=trail)
             if method in (Compression.ZLIB, Compression.ZSTD):
@@ -116,7 +116,7 @@ class PageDecoder:
             if not left:
                 break
         else:
-            raise _Damaged(f"more than {_MOST_MEMBERS * pages} gzip members for {pages} pages")
+            raise _Damaged(f"more than {_MOST_MEMBERS * pages} gzip members for {counted(pages, 'pages')}")
         return bytes(found)
 
 
@@ -137,12 +137,12 @@ def _pages_alone(data: memoryview, pages: int, page_size: int, wbits: int) -> It
     """Each page: a table of their lengths comes first; a page that got no shorter stands as it is."""
     at = 4 * pages
     if len(data) < at:
-        raise _Damaged(f"{len(data)} bytes, the lengths of {pages} pages alone take {at}")
+        raise _Damaged(f"{counted(len(data), 'bytes')}, the lengths of {counted(pages, 'pages')} alone take {at}")
     lengths = struct.unpack_from(f">{pages}I", data)
     if max(lengths) > page_size:
-        raise _Damaged(f"a page takes {max(lengths)} bytes, expected at most {page_size}")
+        raise _Damaged(f"a page takes {counted(max(lengths), 'bytes')}, expected at most {page_size}")
     if at + sum(lengths) != len(data):
-        raise _Damaged(f"the pages take {sum(lengths)} bytes, {len(data) - at} are there")
+        raise _Damaged(f"the pages take {counted(sum(lengths), 'bytes')}, {len(data) - at} are there")
     for length in lengths:
         piece = data[at : at + length]
         at += length

@@ -9,7 +9,7 @@ from typing import ClassVar, Final, NamedTuple
 
 from construct import Bytes, Int16ub, Int32ub, Int64ub
 
-from qmigrate.errors import StreamError
+from qmigrate.errors import StreamError, counted
 from qmigrate.format._record import CountedString, Known, Only, Record, wire
 from qmigrate.format.feed import Feed
 
@@ -187,8 +187,8 @@ def read_return_path(feed: Feed, *, longest_bitmap: int | None = None) -> Genera
 def encode_message(message: Message) -> bytes:
     """Header and data; of RECV_BITMAP with the bitmap, which the header does not count."""
     data = message.build()
-    counted = 1 + data[0] if isinstance(message, ReceivedBitmap) else len(data)
-    return MessageHeader(kind=message.TYPE, length=counted).build() + data
+    length = 1 + data[0] if isinstance(message, ReceivedBitmap) else len(data)
+    return MessageHeader(kind=message.TYPE, length=length).build() + data
 
 
 def _message(feed: Feed, longest_bitmap: int | None) -> Generator[None, None, ReturnPathEntry]:
@@ -242,7 +242,7 @@ def _check_name(header: MessageHeader, data: bytes, start: int, trail: tuple[str
     name = data[shortest - 1]
     if header.length != shortest + name:
         raise StreamError(
-            f"length is {header.length}, expected {shortest + name}: {shortest} and a name of {name} bytes",
+            f"length is {header.length}, expected {shortest + name}: {shortest} and a name of {counted(name, 'bytes')}",
             offset=start + 2,
             trail=trail,
         )

@@ -8,7 +8,7 @@ migration/savevm.c: qemu_loadvm_state(), qemu_loadvm_state_main()
 
 from typing import Final
 
-from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
+from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError, counted
 from qmigrate.format.command import Packaged, PostcopyAdvise, read_command
 from qmigrate.format.configuration import announced_capabilities, announced_page_bits, read_configuration
 from qmigrate.format.device_sections import read_behind_ram, read_package
@@ -147,7 +147,9 @@ class Walker(WalkState):
         try:
             header, length = yield from self.feed.record(FileHeader)
         except TruncatedError as exc:
-            raise NoStreamError(f"no migration stream: {len(self.feed)} bytes are there, its header has 8") from exc
+            raise NoStreamError(
+                f"no migration stream: {counted(len(self.feed), 'bytes', 'are')} there, its header has 8"
+            ) from exc
         if header.magic == MULTIFD_MAGIC:
             raise NoStreamError("a multifd channel; its migration is read with its main channel (--channel)")
         if header.magic != MAGIC:
@@ -301,7 +303,7 @@ class Walker(WalkState):
             offset = self.feed.offset
             if header.length > self.limits.device_state:
                 raise UnsupportedError(
-                    f"a description of {header.length} bytes, the limit is {self.limits.device_state} "
+                    f"a description of {counted(header.length, 'bytes')}, the limit is {self.limits.device_state} "
                     "(--max-device-state)",
                     offset=offset - 4,
                     trail=("description",),

@@ -12,6 +12,7 @@ import gc
 import json
 import os
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn
 
@@ -27,7 +28,7 @@ _TOLD_EVERY: Final = 1 << 25  # bytes of the file
 _CHANGED: Final = "it was changed while it was read"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Asked:
     """What is to be read, and where the answer goes: descriptors, of which it closes ``spill`` and ``answer``.
 
@@ -43,15 +44,31 @@ class Asked:
     pages: int
     spill: int
     answer: int
+    is_answered: bool = False
 
     def say(self, **said: Any) -> None:
         data = memoryview(json.dumps(said).encode() + b"\n")
         while data:
             data = data[os.write(self.answer, data) :]
 
+    def end(self) -> None:
+        """All is said."""
+        self.is_answered = True
+        os.close(self.answer)
+
+    def fail(self, failure: OSError | MemoryError) -> None:
+        """Say why there will be no index, unless there is one: that it was not kept is no harm."""
+        if self.is_answered:
+            return
+        if isinstance(failure, MemoryError):
+            self.say(error="not enough memory")
+            return
+        reason, file = failure.strerror or str(failure), failure.filename
+        self.say(error=reason if file in (None, self.path) else f"{file}: {reason}")
+
 
 def make_index(asked: Asked) -> None:
-    """Raises ``OSError`` where there is no room for it."""
+    """Raises ``OSError`` where a file can't be read, or there is no room for it."""
     if not asked.channels:
         with open(asked.path, "rb", buffering=0) as file:  # noqa: PTH123 - a descriptor is wanted
             status = os.fstat(file.fileno())
@@ -111,7 +128,7 @@ class _Quick:
             return True
         is_once = page_count == sum(map(len, entries.values()))
         asked.say(plain=True, done=True, absent=absent, one_pass=is_once)
-        os.close(asked.answer)
+        asked.end()
         if asked.folder != KEPT_NOWHERE:
             self._keep(entries, absent, status)
         return True
@@ -196,7 +213,7 @@ def _make_plainly(asked: Asked) -> None:
             kept = None if asked.folder == KEPT_NOWHERE else KeptIndexes(asked.folder or None)
             not_kept = None if kept is None else kept.why_not(saved.index.spilled)
             asked.say(made=True, not_kept=not_kept)
-            os.close(asked.answer)
+            asked.end()
             if kept is not None and not_kept is None:
                 kept.keep(saved, stamps)
 
@@ -205,9 +222,12 @@ def main(argv: list[str]) -> NoReturn:
     gc.disable()  # to import so much makes much and frees nothing, and afterwards there is little to be freed
     index, pages, spill, answer, at_once_from = map(int, argv[:5])
     folder, path, *channels = argv[5:]
+    asked = Asked(path, tuple(channels), folder, at_once_from, index, pages, spill, answer)
     try:
-        make_index(Asked(path, tuple(channels), folder, at_once_from, index, pages, spill, answer))
-    except (OSError, MemoryError):  # no room, mostly: that it was not kept is no harm, and else the pipe has no answer
+        make_index(asked)
+    except (OSError, MemoryError) as exc:
+        with suppress(OSError):  # who asked is gone
+            asked.fail(exc)
         sys.exit(1)
     sys.exit(0)
 

@@ -83,6 +83,14 @@ async def _migrate_into(stream: Path, command: Sequence[str], timeout_s: float) 
     return version
 
 
+async def _read(reader: asyncio.StreamReader) -> bytes:
+    """What came; nothing where QEMU is gone, which it is asked about elsewhere."""
+    try:
+        return await reader.read(1 << 20)
+    except ConnectionError:
+        return b""
+
+
 def _version_of(greeting: Mapping[str, Any]) -> str:
     """As ``-version`` prints it, e.g. ``7.2.22``."""
     version = greeting.get("version", {}).get("qemu", {})

@@ -222,7 +222,7 @@ class Serving:
         try:
             saved = read_saved(migration)
         except (StreamError, NoStreamError, RefusedError) as exc:
-            raise RefusedError(f"{self.path}: {exc}") from exc
+            raise RefusedError(f"{migration.source.name}: {exc}") from exc
         self._tell_read(saved, began)
         return saved
 

@@ -39,7 +39,8 @@ def verdict(contents: Contents) -> Text:
     length = f"{contents.length:,} bytes"
     if contents.complete:
         return text(("complete", GOOD), f", {length}")
-    return text(*(_end(error) for error in contents.errors), f", {length} were read")
+    ends = [part for error in contents.errors for part in (_end(error), ", ")]
+    return text(*ends, f"{length} were read")
 
 
 def _end(error: StreamError) -> Part:

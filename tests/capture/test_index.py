@@ -1,5 +1,6 @@
 """The index of pages: it tells of each page what plain reading does, and notices when its input changes."""
 
+import gzip
 import lzma
 import os
 import resource
@@ -39,6 +40,18 @@ COUNTS = {name: length // PAGE for name, length in BLOCKS.items()}
 def saved(path: Path, *channels: str) -> Iterator[SavedGuest]:
     with Migration(path, channels=channels) as migration, read_saved(migration) as read:
         yield read
+
+
+def test_that_there_is_no_room_for_pages_names_the_folder(tmp_path: Path) -> None:
+    path = tmp_path / "a.mig.gz"
+    path.write_bytes(gzip.compress(streams.minimal()))
+    with (
+        open("/dev/full", "w+b", buffering=0) as full,  # noqa: PTH123 - with a descriptor
+        Migration(path) as migration,
+        pytest.raises(OSError, match="No space left") as caught,
+    ):
+        read_saved(migration, spill=full)
+    assert str(caught.value.filename) == "/dev"
 
 
 def ram_of(read: SavedGuest) -> dict[str, bytes]:

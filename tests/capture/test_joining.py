@@ -1,8 +1,10 @@
 """The channels of one migration: told apart whatever their order, joined, and faults of one kept from the others."""
 
+import gzip
 import lzma
 import random
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from itertools import permutations
@@ -196,6 +198,22 @@ def test_a_channel_that_is_cut_is_named_and_the_others_are_read(files: list[Path
     name = contents.channels[1].name
     assert str(error).startswith(f"{channels[0]}: {size - 100:#x}: {name}: the stream ends here")
     assert not contents.complete
+    assert contents.devices
+    assert contents.channels[2].length == channels[1].stat().st_size
+
+
+@pytest.mark.parametrize("files", MULTIFD[-1:], indirect=True)
+def test_of_a_compressed_channel_that_is_cut_all_that_can_be_unpacked_is_read(files: list[Path]) -> None:
+    main, *channels = files
+    packed = gzip.compress(channels[0].read_bytes(), 0)[:-100]
+    size = len(zlib.decompressobj(wbits=31).decompress(packed))
+    channels[0].write_bytes(packed)
+    with Migration(main, channels=channels) as migration:
+        contents = migration.contents
+    unread, cut = contents.errors
+    name = contents.channels[1].name
+    assert str(unread).startswith(f"{size:#x}: {name}: the input can't be read on: gzip: Compressed file ended before")
+    assert str(cut).startswith(f"{size:#x}: {name}: the stream ends here")
     assert contents.devices
     assert contents.channels[2].length == channels[1].stat().st_size
 

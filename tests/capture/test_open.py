@@ -5,8 +5,11 @@ import contextlib
 import gzip
 import lzma
 import os
+import random
+import struct
 import sys
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +17,11 @@ from pathlib import Path
 import pytest
 
 from qmigrate.capture.open import Source
-from qmigrate.errors import NoStreamError, StreamError
+from qmigrate.errors import NoStreamError, StreamError, StreamErrors
 from qmigrate.format.entry import Entry
+from qmigrate.format.ram import RamFlag
 from tests import streams
-from tests.walking import entries, kept
+from tests.walking import entries, kept, until_fault
 
 if sys.version_info >= (3, 14):
     from compression import zstd
@@ -28,7 +32,7 @@ STREAM = streams.minimal()
 COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
     "plain": bytes,
     "gzip": gzip.compress,
-    "bzip2": bz2.compress,
+    "bzip2": lambda data: bz2.compress(data, compresslevel=1),
     "xz": lzma.compress,
     "zstd": zstd.compress,
 }
@@ -73,6 +77,26 @@ def outline(found: Iterator[Entry]) -> list[tuple[int, int, object]]:
 WHOLE = outline(entries(STREAM))
 
 
+def long_stream() -> bytes:
+    """Longer than all buffers, and of pages that can't be made shorter."""
+    contents = random.Random(3)
+    starts = range(0, 512 * streams.PAGE, streams.PAGE)
+    pages = [streams.page(at, contents.randbytes(streams.PAGE), block=None if at else "pc.ram") for at in starts]
+    start = streams.ram_start({"pc.ram": 512 * streams.PAGE})
+    return streams.header() + streams.configuration() + start + streams.ram_part(*pages) + streams.eof()
+
+
+LONG = long_stream()
+UNPACKED: dict[str, Callable[[bytes], bytes]] = {
+    "plain": bytes,
+    "gzip": lambda data: zlib.decompressobj(wbits=31).decompress(data),
+    "bzip2": lambda data: bz2.BZ2Decompressor().decompress(data),
+    "xz": lambda data: lzma.LZMADecompressor().decompress(data),
+    "zstd": lambda data: zstd.ZstdDecompressor().decompress(data),
+}
+"""What can be made of a beginning."""
+
+
 def test_a_file_is_read_compressed_or_not_and_again(tmp_path: Path, compression: str) -> None:
     path = tmp_path / "stream"
     path.write_bytes(COMPRESSIONS[compression](STREAM))
@@ -94,7 +118,7 @@ def test_a_pipe_is_read_compressed_or_not(tmp_path: Path, compression: str, step
         else:
             with pytest.raises(StreamError):
                 list(source.entries())
-        with pytest.raises(NoStreamError, match="a pipe can be read only once"):
+        with pytest.raises(NoStreamError, match="no regular file, so it can be read only once"):
             next(source.entries())
 
 
@@ -115,16 +139,80 @@ def test_a_pipe_that_does_not_wait_is_waited_for() -> None:
     assert caught.value.offset == 9000
 
 
-@pytest.mark.parametrize("missing", [1, 20, 200])
-def test_a_compressed_file_that_is_cut_gives_what_was_good_before(
-    tmp_path: Path, compression: str, missing: int
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.95])
+def test_a_compressed_file_that_is_cut_gives_all_that_can_be_unpacked(
+    tmp_path: Path, compression: str, part: float
 ) -> None:
+    packed = COMPRESSIONS[compression](LONG)
+    cut = packed[: int(len(packed) * part)]
+    readable = UNPACKED[compression](cut)
+    assert readable == LONG[: len(readable)]
+    assert len(readable) > len(LONG) * part / 2  # else this shows nothing
     path = tmp_path / "stream"
-    path.write_bytes(COMPRESSIONS[compression](STREAM)[:-missing])
+    path.write_bytes(cut)
     good: list[Entry] = []
-    with Source(path) as source, pytest.raises(StreamError):
+    with Source(path) as source, pytest.raises(StreamError) as caught:
         good.extend(kept(source.entries()))
-    assert compression != "plain" or len(good) > 10
+    expected, fault = until_fault(readable)
+    assert sum(entry.length for entry in good) == sum(entry.length for entry in expected) > len(readable) - 5000
+    if compression == "plain":
+        assert str(caught.value) == str(fault)
+    else:  # both are told, what is the reason first
+        assert isinstance(caught.value, StreamErrors)
+        first, then = caught.value.errors
+        assert str(first).startswith(f"{len(readable):#x}: the input can't be read on: {source.compression}: ")
+        assert str(then) == str(fault)
+
+
+def test_a_pipe_whose_compression_is_cut_gives_all_that_can_be_unpacked(tmp_path: Path) -> None:
+    packed = gzip.compress(LONG)[:-100_000]
+    readable = UNPACKED["gzip"](packed)
+    good: list[Entry] = []
+    with (
+        fed(tmp_path / "pipe", packed) as path,
+        Source(path) as source,
+        pytest.raises(StreamErrors, match="the input can't be read on: gzip: Compressed file ended before"),
+    ):
+        good.extend(kept(source.entries()))
+    expected, _ = until_fault(readable)
+    assert sum(entry.length for entry in good) == sum(entry.length for entry in expected) > len(readable) - 5000
+
+
+def test_a_whole_stream_whose_checksum_is_wrong_is_given_whole(tmp_path: Path) -> None:
+    packed = bytearray(gzip.compress(STREAM))
+    packed[-8] ^= 1
+    path = tmp_path / "stream"
+    path.write_bytes(packed)
+    good: list[Entry] = []
+    with Source(path) as source, pytest.raises(StreamError) as caught:
+        good.extend(kept(source.entries()))
+    assert outline(iter(good)) == WHOLE
+    assert not isinstance(caught.value, StreamErrors)
+    assert str(caught.value).startswith(f"{len(STREAM):#x}: the input can't be read on: gzip: CRC check failed ")
+
+
+def test_a_fault_of_the_stream_does_not_hide_that_the_file_was_damaged(tmp_path: Path) -> None:
+    data = bytearray(LONG)
+    data[data.index(struct.pack(">Q", 100 * streams.PAGE | RamFlag.PAGE | RamFlag.CONTINUE)) + 6] |= 0x04  # no flag
+    packed = bytearray(gzip.compress(data))
+    packed[-8] ^= 1
+    path = tmp_path / "stream"
+    path.write_bytes(packed)
+    with Source(path) as source, pytest.raises(StreamErrors) as caught:
+        list(source.entries())
+    first, then = caught.value.errors
+    assert str(first) == str(until_fault(bytes(data))[1])
+    assert (first.offset or 0) < len(LONG) / 2
+    assert str(then).startswith(f"{len(LONG):#x}: the input can't be read on: gzip: CRC check failed ")
+
+
+def test_a_file_whose_damage_leaves_no_header_is_said_to_be_damaged(tmp_path: Path) -> None:
+    packed = bytearray(bz2.compress(LONG))
+    packed[400_000:400_004] = b"\xff" * 4
+    path = tmp_path / "stream"
+    path.write_bytes(packed)
+    with Source(path) as source, pytest.raises(StreamError, match="the input can't be read on: bz2: Invalid data"):
+        list(source.entries())
 
 
 @pytest.mark.parametrize("at", range(6, 300, 7))

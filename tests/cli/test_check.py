@@ -1,6 +1,7 @@
 """``qmigrate check``."""
 
 import json
+import zlib
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,19 @@ def test_what_holds_no_stream_is_no_answer(stream: Path, capsys: Output) -> None
     stream.write_bytes(b"")
     assert main(["check", str(stream)]) == 2
     assert capsys.readouterr().out == ""
+
+
+def test_of_a_compressed_stream_that_is_cut_what_can_be_unpacked_is_checked(stream: Path, capsys: Output) -> None:
+    packed = zlib.compressobj(0, wbits=31)  # as it is, so that all of it can be unpacked up to the cut
+    stream.write_bytes((packed.compress(streams.minimal()) + packed.flush())[: 10 + 5 + 0x20B7])
+    faults = (
+        "0x20b7: the input can't be read on: gzip: Compressed file ended before the end-of-stream marker was reached",
+        "0x20b7: ram: pc.ram: word: the stream ends here",
+    )
+    for argument in ([], ["--json"]):
+        assert main(["check", *argument, str(stream)]) == 1
+        output = capsys.readouterr()
+        assert "8,375  bytes" in output.out if not argument else json.loads(output.out)["length"] == 0x20B7
+        assert output.err.splitlines() == [f"qmigrate: {stream}: {fault}" for fault in faults]
+    assert main(["dissect", "--structure", str(stream)]) == 1
+    assert capsys.readouterr().err.splitlines() == [f"qmigrate: {stream}: {fault}" for fault in faults]

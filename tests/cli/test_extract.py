@@ -67,7 +67,8 @@ def test_a_folder_that_cannot_be_made_is_one_line(stream: Path, capsys: Output) 
     assert capsys.readouterr() == ("", f"qmigrate: {stream}/out: Not a directory\n")
 
 
-def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_told_to_stop_it_leaves_nothing_half_written(number: signal.Signals, tmp_path: Path) -> None:
     pipe, folder = tmp_path / "pipe", tmp_path / "out"
     os.mkfifo(pipe)
     command = [sys.executable, "-m", "qmigrate", "extract", "--raw", str(folder), str(pipe)]
@@ -78,10 +79,20 @@ def test_ctrl_c_leaves_nothing_half_written(tmp_path: Path) -> None:
         writer.write(streams.header() + streams.ram_start() + b"\2\0\0\0\2" + streams.page(0, block="pc.ram"))
         while not (folder.exists() and len(list(folder.iterdir())) == 2):
             time.sleep(0.01)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         out, err = process.communicate(timeout=60)
-    assert (process.returncode, out, err) == (130, b"", b"")
+    assert (process.returncode, out, err) == (128 + number, b"", b"")
     assert list(folder.iterdir()) == []
+
+
+def test_an_index_that_can_not_be_written_leaves_nothing_half_written(
+    stream: Path, tmp_path: Path, capsys: Output
+) -> None:
+    folder = tmp_path / "out"
+    (folder / "blocks.json").mkdir(parents=True)
+    assert main(["extract", str(stream), "--raw", str(folder)]) == 2
+    assert capsys.readouterr().err == f"qmigrate: {folder}/blocks.json: Is a directory\n"
+    assert not [each.name for each in folder.iterdir() if each.name.endswith(".part")]
 
 
 def test_a_hostile_name_stays_in_the_folder(stream: Path, tmp_path: Path, capsys: Output) -> None:

@@ -209,6 +209,32 @@ def test_ctrl_c_ends_all_processes_quietly(tmp_path: Path) -> None:
     waiting.close()
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_where_who_started_them_is_killed_no_process_is_left(number: signal.Signals, tmp_path: Path) -> None:
+    waiting = Waiting(tmp_path)
+    os.kill(waiting.process.pid, number)  # that process alone
+    out, err = waiting.process.communicate(timeout=60)  # until nobody has these open any more
+    if number == signal.SIGKILL:
+        assert (waiting.process.returncode, out) == (-number, "")
+    else:
+        assert (waiting.process.returncode, out, err) == (128 + number, "", "")
+    for writer in waiting.writers:
+        with pytest.raises(BrokenPipeError):
+            writer.write(b"x")
+    waiting.close()
+
+
+def test_files_of_the_current_folder_called_like_modules_of_python_are_not_run(folder: Path) -> None:
+    for name in ("selectors", "socket", "threading"):
+        (folder / f"{name}.py").write_text("raise SystemExit('a file of the user was run')\n")
+    code = "import sys; from qmigrate.cli.main import entry_point; entry_point()"
+    options = ["check", "--json", "--jobs", "2", "a.mig", "a.mig"]
+    command = [sys.executable, "-P", "-c", code, *options]
+    env = os.environ | {"PYTHONPATH": str(Path(cli_files.__file__).parents[2])}
+    ended = subprocess.run(command, capture_output=True, text=True, env=env, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr, len(ended.stdout.splitlines())) == (0, "", 2)
+
+
 def test_a_signal_asks_how_many_files_are_read(tmp_path: Path) -> None:
     waiting = Waiting(tmp_path)
     assert waiting.process.stderr is not None

@@ -3,6 +3,7 @@
 import errno
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 
 from qmigrate import __version__
-from qmigrate.cli.main import main
+from qmigrate.cli.main import COMMANDS, DESCRIPTION, main
 from qmigrate.format.stream import SectionType
 from tests import streams
 
@@ -70,6 +71,11 @@ def test_help_is_given(command: list[str], capsys: Output) -> None:
     assert captured.err == ""
 
 
+def test_the_help_says_what_every_command_is_for() -> None:
+    said = re.findall(r"[\w-]+", DESCRIPTION)
+    assert [name for name in COMMANDS if name not in said] == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -77,6 +83,7 @@ def test_help_is_given(command: list[str], capsys: Output) -> None:
         (["disect", "x"], "qmigrate: error: argument COMMAND: invalid choice: 'disect' (choose from "),
         (["dissect"], "qmigrate dissect: error: the following arguments are required: FILE\n"),
         (["extract", "x"], "qmigrate extract: error: the following arguments are required: --raw\n"),
+        (["extract", "--raw", "", "x"], "argument --raw: an empty name: expected a directory\n"),
         (["dissect", "--struct", "x"], "error: unrecognized arguments: --struct\n"),
         (["dissect", "--ram", "--structure", "x"], "argument --structure: not allowed with argument --ram\n"),
         (["dissect", "--json", "--structure", "x"], "--structure goes with --ndjson: there is a record a line\n"),
@@ -105,6 +112,87 @@ def test_a_file_that_may_not_be_read_is_one_line(stream: Path, capsys: Output) -
     stream.chmod(0)
     assert main(["dissect", str(stream)]) == 2
     assert capsys.readouterr() == ("", f"qmigrate: {stream}: Permission denied\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["dissect", "FILE"],
+        ["dissect", "--live", "FILE"],
+        ["check", "FILE"],
+        ["check", "--channel", "FILE", "STREAM"],
+        ["check", "--return-path", "FILE", "STREAM"],
+        ["extract", "--raw", "FOLDER", "FILE"],
+        ["diff", "FILE", "STREAM"],
+        ["diff", "STREAM", "FILE"],
+        ["schema", "make", "FILE"],
+        ["send", "--no-kept-index", "FILE", "unix:/nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_that_can_not_be_read_is_named(command: list[str], stream: Path, tmp_path: Path, capsys: Output) -> None:
+    unreadable = "/proc/self/mem"  # opens well, and nothing is at its start
+    given = {"FILE": unreadable, "STREAM": str(stream), "FOLDER": str(tmp_path / "out")}
+    assert main([given.get(word, word) for word in command]) == 2
+    assert capsys.readouterr() == ("", f"qmigrate: {unreadable}: Input/output error\n")
+
+
+def test_a_channel_that_can_not_be_read_is_named_where_it_is_sent(stream: Path, capsys: Output) -> None:
+    assert main(["send", "--no-kept-index", "--channel", "/proc/self/mem", str(stream), "unix:/nowhere"]) == 2
+    assert capsys.readouterr() == ("", f"qmigrate: {stream}: /proc/self/mem: Input/output error\n")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", ""],
+        ["check", "--channel", "", "STREAM"],
+        ["dissect", "--live", ""],
+        ["extract", "--raw", "FOLDER", ""],
+        ["diff", "", "STREAM"],
+        ["schema", "make", ""],
+        ["send", "", "unix:/nowhere"],
+    ],
+    ids=" ".join,
+)
+def test_a_file_whose_name_is_empty_is_told_of(
+    command: list[str], stream: Path, tmp_path: Path, capsys: Output
+) -> None:
+    given = {"STREAM": str(stream), "FOLDER": str(tmp_path / "out")}
+    assert main([given.get(word, word) for word in command]) == 2
+    assert capsys.readouterr() == ("", "qmigrate: '' (an empty name): No such file or directory\n")
+
+
+@pytest.mark.parametrize("channel", ["/dev/null", "FOLDER"])
+def test_a_channel_that_is_no_file_is_named(channel: str, stream: Path, tmp_path: Path, capsys: Output) -> None:
+    path = str(tmp_path) if channel == "FOLDER" else channel
+    assert main(["check", "--channel", path, str(stream)]) == 2
+    said = {
+        "/dev/null": "/dev/null is no file: the channels of a migration are told by looking at files",
+        "FOLDER": f"{path}: a directory, expected a migration stream",
+    }
+    assert capsys.readouterr() == ("", f"qmigrate: {stream}: {said[channel]}\n")
+
+
+@pytest.mark.parametrize("command", ["extract", "diff", "send"])
+def test_that_no_further_file_can_be_opened_is_not_said_of_standard_output(command: str, stream: Path) -> None:
+    arguments = {
+        "extract": ["extract", "--raw", str(stream.with_name("out")), str(stream)],
+        "diff": ["diff", str(stream), str(stream)],
+        "send": ["send", "--no-kept-index", str(stream), "unix:/nowhere"],
+    }
+    code = (  # all is imported before the limit holds
+        "import resource, sys; from qmigrate.cli.main import main; main(sys.argv[1:]); sys.stderr.write('LIMITED\\n'); "
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (5, 5)); sys.exit(main(sys.argv[1:]))"
+    )
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *arguments[command]], capture_output=True, text=True, timeout=60, check=False
+    )
+    said = ended.stderr.rpartition("LIMITED\n")[2].splitlines()
+    assert ended.returncode == 2
+    assert said[-1].startswith("qmigrate: ")
+    assert "Too many open files" in said[-1]
+    assert "standard output" not in said[-1]
 
 
 def test_a_directory_is_one_line(tmp_path: Path, capsys: Output) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -44,6 +46,18 @@ def make(capsys: Output, *files: str) -> dict[str, object]:
     assert main(["schema", "make", "--json", *files]) == 0
     made: dict[str, object] = json.loads(capsys.readouterr().out)
     return made
+
+
+def test_a_schema_that_can_not_be_written_is_named(precopy: str, folder: Path, capsys: Output) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        status = main(["schema", "make", precopy])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert status == 2
+    assert re.fullmatch(rf"qmigrate: {folder}/[0-9a-f]+\.schema: File too large\n", capsys.readouterr().err)
+    assert not list(folder.iterdir())
 
 
 def test_what_is_made_is_listed_and_shown(precopy: str, folder: Path, capsys: Output) -> None:

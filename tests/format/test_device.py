@@ -239,8 +239,8 @@ def test_a_tree_has_direct_keys_or_structs() -> None:
     ("fields", "data", "message"),
     [
         ('"qtailq"', "02 0a 00", "0x1000: dev: q: found the mark 0x2 before an element, expected 0x1 or 0x0"),
-        ('"qtailq"', "01 0a 01 0b 00", "0x1003: dev: q: has more than the 1 elements that are described"),
-        ('"qtailq"', "01 0a", "0x1002: dev: q: 1 bytes are described, 0 are there"),
+        ('"qtailq"', "01 0a 01 0b 00", "0x1003: dev: q: has more elements than the 1 that are described"),
+        ('"qtailq"', "01 0a", "0x1002: dev: q: 1 byte is described, 0 are there"),
         ('"gtree"', "00000003", "0x1004: dev: q: has 3 nodes, 1 keys and values are described"),
         ('"gtree"', "00000001 00", "0x1004: dev: q[0]: found the mark 0x0 before a node, expected 0x1"),
         (
@@ -263,7 +263,7 @@ def test_null_markers_are_none_and_valid_ones_true(kind: str) -> None:
     assert values(both_ways(description, b"0100")) == [(None, True, None), None]
     assert fault(description, b"01x0") == "0x1002: dev: p: found 0x78, expected a marker 0x30 or 0x31"
     assert fault(parse(field("p", kind, 1, array_len=1 << 40)), b"0") == (
-        "0x1000: dev: p: 1099511627776 markers are described, 1 bytes are there"
+        "0x1000: dev: p: 1099511627776 markers are described, 1 byte is there"
     )
 
 

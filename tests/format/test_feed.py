@@ -96,7 +96,10 @@ def test_a_record_that_is_cut_is_said_where_the_stream_ends(step: int | None) ->
     for length in range(4):
         with pytest.raises(TruncatedError) as caught:
             run(lambda feed: feed.record(Pair, ("here",)), bytes(length), step)
-        assert str(caught.value) == f"0x{length:x}: here: the stream ends here, {4 - length} bytes too soon"
+        assert (
+            str(caught.value)
+            == f"0x{length:x}: here: the stream ends here, {4 - length} byte{'s' * (length < 3)} too soon"
+        )
     with pytest.raises(TruncatedError, match=r"^0x5: here: data: the stream ends here$"):
         run(lambda feed: feed.record(Sized, ("here",)), bytes.fromhex("00000002 61"), step)
 
@@ -119,5 +122,5 @@ def test_taking_more_than_there_is_says_how_much_is_missing() -> None:
 
 def test_peeking_at_the_end_is_an_error() -> None:
     assert run(lambda feed: feed.peek(), b"\x07") == 7
-    with pytest.raises(TruncatedError, match=r"^0x0: a section: the stream ends here, 1 bytes too soon$"):
+    with pytest.raises(TruncatedError, match=r"^0x0: a section: the stream ends here, 1 byte too soon$"):
         run(lambda feed: feed.peek(("a section",)), b"")

@@ -538,18 +538,18 @@ def refused(method: Compression, data: bytes, pages: int = 1) -> str:
         (
             Compression.ZLIB,
             as_one_zlib_stream([bytes(PAGE - 1)])[0],
-            "4095 bytes of 4096 bytes come out, those of 1 pages",
+            "4095 bytes of 4096 bytes come out, those of 1 page",
         ),
-        (Compression.ZLIB, as_one_zlib_stream([bytes(PAGE + 1)])[0], "more than 4096 bytes come out, those of 1 pages"),
+        (Compression.ZLIB, as_one_zlib_stream([bytes(PAGE + 1)])[0], "more than 4096 bytes come out, those of 1 page"),
         (Compression.ZLIB, zlib.compress(bytes(PAGE)), "the channel's zlib stream ends, which it never does"),
         (
             Compression.ZSTD,
             as_one_zstd_stream([bytes(PAGE - 1)])[0],
-            "4095 bytes of 4096 bytes come out, those of 1 pages",
+            "4095 bytes of 4096 bytes come out, those of 1 page",
         ),
-        (Compression.ZSTD, as_one_zstd_stream([bytes(PAGE + 1)])[0], "more than 4096 bytes come out, those of 1 pages"),
+        (Compression.ZSTD, as_one_zstd_stream([bytes(PAGE + 1)])[0], "more than 4096 bytes come out, those of 1 page"),
         (Compression.ZSTD, zstd.compress(bytes(PAGE)), "the channel's zstd frame ends, which it never does"),
-        (Compression.QPL, b"\0\0", "2 bytes, the lengths of 1 pages alone take 4"),
+        (Compression.QPL, b"\0\0", "2 bytes, the lengths of 1 page alone take 4"),
         (Compression.QPL, struct.pack(">I", PAGE + 1), "a page takes 4097 bytes, expected at most 4096"),
         (Compression.UADK, struct.pack(">I", 5) + b"1234", "the pages take 5 bytes, 4 are there"),
         (Compression.QPL, page_by_page([bytes(PAGE - 1)], -15)[0], "a page's data does not make a page of 4096 bytes"),
@@ -558,9 +558,9 @@ def refused(method: Compression, data: bytes, pages: int = 1) -> str:
         (
             Compression.QATZIP,
             gzip.compress(bytes(PAGE + 1), mtime=0),
-            "more than 4096 bytes come out, those of 1 pages",
+            "more than 4096 bytes come out, those of 1 page",
         ),
-        (Compression.QATZIP, gzip.compress(b"", mtime=0) * 3, "more than 2 gzip members for 1 pages"),
+        (Compression.QATZIP, gzip.compress(b"", mtime=0) * 3, "more than 2 gzip members for 1 page"),
     ],
 )
 def test_data_that_does_not_make_its_pages_is_refused(method: Compression, data: bytes, text: str) -> None:

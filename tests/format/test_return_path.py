@@ -153,11 +153,11 @@ def test_a_name_that_is_no_text_is_kept() -> None:
         ),
         (
             "0003 000f 0000000000000000 00001000 01 6162",
-            "0xa: return path: REQ_PAGES_ID: length is 15, expected 14: 13 and a name of 1 bytes",
+            "0xa: return path: REQ_PAGES_ID: length is 15, expected 14: 13 and a name of 1 byte",
         ),
         (
             "0005 0003 01 6162",
-            "0xa: return path: RECV_BITMAP: length is 3, expected 2: 1 and a name of 1 bytes",
+            "0xa: return path: RECV_BITMAP: length is 3, expected 2: 1 and a name of 1 byte",
         ),
         (
             "0005 0002 01 61 0000000000000009",

@@ -259,7 +259,7 @@ UNKNOWN = streams.header() + streams.configuration("q") + SubsectionHeader(name=
     [
         (HEAD + b"\x09", f"{H:#x}: found 0x9, {SECTION_TYPES}"),
         (HEAD + HEAD[8:], f"{H:#x}: found 0x7, {SECTION_TYPES}"),
-        (HEAD, f"{H:#x}: a section: the stream ends here, 1 bytes too soon"),
+        (HEAD, f"{H:#x}: a section: the stream ends here, 1 byte too soon"),
         (
             streams.header() + b"\7\xff\xff\xff\xff",
             "0x9: configuration: the machine type's name has 4294967295 bytes, expected at most 4096",

@@ -1,6 +1,7 @@
 """Schemas that real QEMUs make for real packages: each field is as the description of a precopy has it."""
 
 import resource
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -54,6 +55,18 @@ async def test_a_package_is_decoded_by_the_schema_of_a_stopped_machine(qemu: Qem
     assert len(found) == len(expected) > 20
     for name, fields in expected.items():
         assert found[name] == fields, name
+
+
+@every_qemu
+async def test_that_there_is_no_room_for_its_stream_is_not_said_of_qemu(qemu: Qemu) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            await make_schema([str(qemu.path), "-machine", "none"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert Path(str(caught.value.filename)).parent == Path(tempfile.gettempdir())
 
 
 @pytest.mark.parametrize("qemu", PACKAGED[-1:], ids=lambda qemu: qemu.name)

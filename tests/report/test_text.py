@@ -1,5 +1,6 @@
 """Reports as text: on a terminal of any width, and in a file."""
 
+import zlib
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -115,6 +116,12 @@ def test_the_story_of_a_damaged_stream_says_where_and_what(in_file: InFile) -> N
         "Wrong  0x5c: found 0x42, expected a section type: START 0x1, PART 0x2, END 0x3, FULL 0x4, "
         "COMMAND 0x8 or EOF 0x0\n"
     )
+
+
+def test_the_story_of_a_compressed_stream_that_is_cut_says_both_what_and_why(in_file: InFile) -> None:
+    packed = zlib.compressobj(0, wbits=31)  # as it is, so that all of it can be unpacked up to the cut
+    told = in_file(story, (packed.compress(streams.minimal()) + packed.flush())[: 10 + 5 + 0x20B7])
+    assert told.startswith("a.mig  damaged at 0x20b7, ends too soon at 0x20b7, 8,375 bytes were read\n")
 
 
 def test_pages_that_were_never_sent_are_counted(in_file: InFile) -> None:
