@@ -127,7 +127,7 @@ async def _until_over(
         open_ones = "1 open connection has" if tap.open_count == 1 else f"{tap.open_count} open connections have"
         screen.line(f"ending when {open_ones} closed; Ctrl-C again cuts them")
         await _first(again.wait(), tap.wait_until_closed())
-    return tap.open_count > 0
+    return tap.open_count > len(tap.left_open)
 
 
 async def _first(*waits: Awaitable[object]) -> None:
@@ -191,7 +191,8 @@ class _Screen:
             case tap.ConnectionClosed():
                 passed = f"{units.size(event.forward_bytes)} forward, {units.size(event.return_bytes)} back"
                 why = f", {event.error}" if event.error else ""
-                open_end = "; its return path has no end: it may be recovered" if event.unfinished else ""
+                open_end = "; its return path has no end" if event.unfinished else ""
+                open_end += ": it may be recovered" if event.broken else ""
                 self.line(f"connection {event.number} closed, {passed}{why}{open_end}")
 
     async def show(self, tap: "Tap", recorder: "Recorder") -> None:
