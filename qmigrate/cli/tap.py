@@ -1,6 +1,7 @@
 """``qmigrate tap``: stand between a source and a destination, and record all that passes."""
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Awaitable
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace, _out: TextIO) -> int:
         SocketAddress.parse(args.listen), SocketAddress.parse(args.forward)
     except ValueError as exc:
         args.usage_error(str(exc))
+    if args.output == "-":
+        args.usage_error("-o wants a file: a recording is read by offsets, and - is none")
     allow_many_files()
     with Recorder(args.output, overwrite=args.overwrite, reserve=args.reserve, on_stop=_stopped) as recorder:
         try:
@@ -218,7 +221,7 @@ class _Screen:
 
         count = units.plural(len(tap.connections), "connection")
         sizes = f"{units.size(_passed(tap))} passed on, {units.size(recorder.size)} recorded"
-        self.line(f"{count}, {sizes}: qmigrate dissect {path}")
+        self.line(f"{count}, {sizes}: qmigrate dissect {shlex.quote(path)}")
 
 
 def _passed(tap: "Tap") -> int:

@@ -80,8 +80,8 @@ class Tap:
     ``listen`` and ``forward`` are URIs, ``unix:PATH`` or ``tcp:HOST:PORT``; ``address`` says where it listens, with
     the port that was taken.  ``on_event`` hears of connections, in the event loop.
     The recorder begins when it listens: before that an older recording is as it was.
-    Raises ``OSError`` where it can't listen or begin to record, ``RefusedError`` where it would connect to itself,
-    ``ValueError`` for a URI of another kind.
+    Raises ``OSError`` where it can't listen or begin to record, ``RefusedError`` where it would connect to itself or
+    nobody can be at ``forward``, ``ValueError`` for a URI of another kind.
     """
 
     def __init__(
@@ -102,6 +102,8 @@ class Tap:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        if (why := self.forward.unreachable) is not None:
+            raise RefusedError(f"nobody can listen at FORWARD, {self.forward}: {why}")
         if _same(self.address, self.forward):
             raise RefusedError(f"LISTEN and FORWARD are the same, {self.forward}: it would connect to itself")
         self._listener = await listen_anew(self.address)

@@ -327,6 +327,10 @@ def test_a_file_that_can_not_be_begun_is_not_left_behind(tmp_path: Path) -> None
     with pytest.raises(OSError, match=r"a\.tap"):
         Recorder(tmp_path / "a.tap", reserve=1 << 60)
     assert not (tmp_path / "a.tap").exists()
+    (tmp_path / "a.tap").touch()
+    with pytest.raises(OSError, match=r"a\.tap"):
+        Recorder(tmp_path / "a.tap", reserve=1 << 60)
+    assert (tmp_path / "a.tap").read_bytes() == b""
 
 
 def test_two_taps_do_not_write_one_file(tmp_path: Path) -> None:

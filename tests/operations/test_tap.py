@@ -527,15 +527,25 @@ def test_quietly_it_says_nothing_and_leaves_nothing_but_the_recording(tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [
-        (["udp:1:2", "unix:/b"], "'udp:1:2' is no socket: expected unix:PATH or tcp:HOST:PORT"),
-        (["unix:/a", "b"], "'b' is no socket: expected unix:PATH or tcp:HOST:PORT"),
+        (["udp:1:2", "unix:/b"], " tap: error: 'udp:1:2' is no socket: expected unix:PATH or tcp:HOST:PORT"),
+        (["unix:/a", "b"], " tap: error: 'b' is no socket: expected unix:PATH or tcp:HOST:PORT"),
+        (
+            ["unix:/a", "unix:/b", "-o", "-"],
+            " tap: error: -o wants a file: a recording is read by offsets, and - is none",
+        ),
+        (["tcp::0", "tcp:::0"], ": nobody can listen at FORWARD, tcp:[:]:0: it has no port"),
+        (["tcp::0", f"unix:/{'x' * 107}"], f": nobody can listen at FORWARD, unix:/{'x' * 107}: longer than 107 bytes"),
+        (["tcp::0", "unix:b", "-o", "."], ": .: Is a directory"),
     ],
 )
-def test_what_is_no_socket_is_a_usage_error(arguments: list[str], wrong: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qmigrate", "tap", *arguments, "-o", str(tmp_path / "a.tap")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
-    assert (ran.returncode, ran.stderr.splitlines()[-1]) == (2, f"qmigrate tap: error: {wrong}")
-    assert not (tmp_path / "a.tap").exists()
+def test_what_can_t_be_is_refused_and_leaves_nothing(arguments: list[str], wrong: str, tmp_path: Path) -> None:
+    for already in (False, True):
+        if already:
+            (tmp_path / "a.tap").touch()
+        command = [sys.executable, "-m", "qmigrate", "tap", "-o", "a.tap", *arguments]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, cwd=tmp_path)
+        assert (ran.returncode, ran.stderr.splitlines()[-1]) == (2, f"qmigrate{wrong}")
+        assert [(each.name, each.stat().st_size) for each in tmp_path.iterdir()] in ([], [("a.tap", 0)])
 
 
 def test_a_recording_is_followed_while_it_grows(tmp_path: Path) -> None:
