@@ -7,6 +7,7 @@ import fcntl
 import os
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -44,6 +45,7 @@ __all__ = ["Connection", "Pieces", "RecordedChannel", "RecordedStream", "Recordi
 
 _WINDOW: Final = 1 << 14
 _PIECE: Final = 1 << 16
+_MOST_KINDS: Final = 5  # that are named
 _MOST_BEFORE_BLOCKS: Final = 1 << 26  # bytes of main in which its block list is looked for
 
 
@@ -342,8 +344,13 @@ class Recording:
             stream = self.stream(connection.number, Direction.FORWARD)
             if stream.classify(None).kind is ChannelKind.MAIN:
                 return stream
-        count = len(self.connections)
-        raise NoStreamError(f"a recording in which no connection is a main channel; {count} are there")
+        if not self.connections:
+            raise NoStreamError("no migration stream: the recording has no connections")
+        kinds = Counter(
+            channel.channel.name for channel in self.channels() if channel.direction is Direction.FORWARD
+        ).most_common(_MOST_KINDS)
+        found = ", ".join(f"{count} {name}" for name, count in kinds)
+        raise NoStreamError(f"no migration stream: no recorded connection is a main channel; there are {found}")
 
 
 @dataclass(frozen=True)

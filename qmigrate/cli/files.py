@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
 from qmigrate.cli.asked import answer_with, answering
-from qmigrate.cli.tell import BAD_STREAM, FAILURES, NOTHING_DONE, failed, input_name, tell
+from qmigrate.cli.tell import BAD_STREAM, FAILURES, NOTHING_DONE, failed, input_name, tell, wrong_with_recording
 from qmigrate.report.units import plural
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def _line(answer: Answer, severity: Callable[[dict[str, Any]], int], file: str) 
     if "error" in found:
         return line, [(name, found["error"])], NOTHING_DONE
     told = [_told(name, error) for error in found["errors"]]
+    told += [(name, said) for said in wrong_with_recording(**found.get("recording", {}))]
     return line, told, max(BAD_STREAM if told else 0, severity(found))
 
 

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, TextIO
 
-from qmigrate.cli.tell import tell, tell_faults
+from qmigrate.cli.tell import BAD_STREAM, NOTHING_DONE, tell, tell_faults, wrong_with_recording
 from qmigrate.errors import NoStreamError, StreamError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def write_recorded(args: argparse.Namespace, migration: "Migration", recording: 
     """The story of all channels in the order of time, then what they hold, joined, as of any stream."""
     from qmigrate.analysis.described import describe_recording, read_story
 
-    story, contents = read_story(recording), _joined(migration)
+    story, (contents, has_stream) = read_story(recording), _joined(migration)
     if args.report is not None:
         _write_page(args.report, story, migration.source.name)
     if args.json:
@@ -42,7 +42,8 @@ def write_recorded(args: argparse.Namespace, migration: "Migration", recording: 
             paper.line()
             write_story(contents, f"{migration.source.name}: its channels, joined", paper)
     out.flush()
-    return max(tell_faults(migration.source.name, contents.errors), _tell_recording(migration.source.name, story))
+    status = max(tell_faults(migration.source.name, contents.errors), _tell_recording(migration.source.name, story))
+    return status if has_stream else NOTHING_DONE
 
 
 def write_moments(recording: "Recording", out: TextIO, *, file: str | None) -> int:
@@ -60,7 +61,7 @@ def write_moments(recording: "Recording", out: TextIO, *, file: str | None) -> i
         for moment in story.finish():
             write_json_line(named | moment.plain(), out)
     out.flush()
-    return _tell_recording(recording.name, story)
+    return max(_tell_streams(recording, story), _tell_recording(recording.name, story))
 
 
 def follow(args: argparse.Namespace, out: TextIO) -> int:
@@ -83,7 +84,7 @@ def follow(args: argparse.Namespace, out: TextIO) -> int:
         if not args.ndjson:
             write_ending(story, paper)
         out.flush()
-        return _tell_recording(file, story)
+        return max(_tell_streams(recording, story), _tell_recording(file, story))
 
 
 def _moments(story: "RecordingStory") -> "Iterator[Moment]":
@@ -106,22 +107,37 @@ def _write_page(path: str, story: "RecordingStory", name: str) -> None:
         file.finish(recording_page(story, name))
 
 
-def _joined(migration: "Migration") -> "Contents":
-    """What the channels hold; nothing where there is no main channel."""
+def _joined(migration: "Migration") -> "tuple[Contents, bool]":
+    """What the channels hold, and whether that is a stream at all."""
     from qmigrate.capture.migration import Contents
 
     try:
-        return migration.contents
+        return migration.contents, True
     except NoStreamError as exc:
-        return Contents(errors=[StreamError(str(exc))])
+        return Contents(errors=[StreamError(str(exc))]), False
+
+
+def _tell_streams(recording: "Recording", story: "RecordingStory") -> int:
+    """Is there no stream, or what is wrong with those that are there?  Told by who does not join them."""
+    if not story.has_stream:
+        try:
+            number = recording.main().connection.number
+            why = next(iter(story.channels[number].faults), "no migration stream").removeprefix("forward: ")
+        except NoStreamError as exc:
+            why = str(exc)
+        tell(recording.name, why)
+        return NOTHING_DONE
+    status = 0
+    for number, fault in story.faults:
+        tell(recording.name, f"connection {number}, {fault}")
+        status = BAD_STREAM
+    return status
 
 
 def _tell_recording(name: str, story: "RecordingStory") -> int:
     recording, status = story.recording, 0
-    if recording.stopped is not None:
-        tell(name, f"the recording stopped before the migration ended: {recording.stopped.reason}")
-        status = 1
-    if recording.fault is not None:
-        tell(name, str(recording.fault))
-        status = 1
+    stopped = None if recording.stopped is None else recording.stopped.reason
+    for said in wrong_with_recording(stopped=stopped, fault=None if recording.fault is None else str(recording.fault)):
+        tell(name, said)
+        status = BAD_STREAM
     return status

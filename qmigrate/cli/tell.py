@@ -4,13 +4,22 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final, TextIO
 
 from qmigrate.errors import NoStreamError, QmigrateError, StreamError
 from qmigrate.report.names import clean
 
-__all__ = ["FAILURES", "add_telling", "failed", "input_name", "tell", "tell_cost", "tell_faults"]
+__all__ = [
+    "FAILURES",
+    "add_telling",
+    "failed",
+    "input_name",
+    "tell",
+    "tell_cost",
+    "tell_faults",
+    "wrong_with_recording",
+]
 
 BAD_STREAM: Final = 1
 NOTHING_DONE: Final = 2
@@ -45,6 +54,14 @@ def tell_faults(name: str, errors: Iterable[StreamError]) -> int:
         tell(name, str(error))
         status = BAD_STREAM
     return status
+
+
+def wrong_with_recording(*, stopped: str | None = None, fault: str | None = None, **_: object) -> Iterator[str]:
+    """What is to be told of a recording that stopped, or whose file is damaged or has no end."""
+    if stopped is not None:
+        yield f"the recording stopped before the migration ended: {stopped}"
+    if fault is not None:
+        yield fault
 
 
 def failed(failure: BaseException, name: str, out: TextIO) -> int:
