@@ -104,7 +104,8 @@ class RecordingStory:
     def advance(self) -> Iterator[Moment]:
         """What is new, moment by moment."""
         for frame in self.recording.advance():
-            self._now = self.last_ns = frame.monotonic_ns - self.recording.header.monotonic_ns
+            time_ns = frame.monotonic_ns - self.recording.header.monotonic_ns
+            self._now = self.last_ns = max(time_ns, self._now)  # a clock that goes back is not the tap's
             self._frame(frame)
             yield from self._tell_on()
 

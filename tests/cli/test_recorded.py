@@ -130,7 +130,9 @@ def test_a_recording_that_stopped_says_so(tmp_path: Path, capsys: Output) -> Non
         assert main(["dissect", *more, str(tmp_path / "a.tap")]) == 1
         said = capsys.readouterr()
         assert "the recording stopped before the migration ended: No space left on device" in said.err
-        assert ("a recording that stopped: No space left on device, 1 connection" in said.out) == (not more)
+        is_text = more in ((), ("--live",))
+        assert ("a recording that stopped: No space left on device, 1 connection" in said.out) == is_text
+        assert re.search(r"-\d+ [a-zµ]", said.out) is None  # though the last frame's time is before the others'
 
 
 VIEWS = (
@@ -185,8 +187,7 @@ def test_a_recording_without_a_stream_is_2_for_all_who_read_it(
         said = capsys.readouterr()
         assert f"qmigrate: a.tap: {wrong}\n" in said.err, view
         assert said.err.count(wrong) == 1
-        if "--json" in view or view == ["dissect"]:
-            assert said.out
+        assert view != ["dissect", "--json"] or json.loads(said.out)["channels"] is not None
     assert "TLS" not in wrong or "what is inside can" in Path("page.html").read_text()
 
 
