@@ -5,6 +5,7 @@ The file's layout is declared in ``frames``.  It is read by offsets, and may sti
 
 import fcntl
 import os
+import stat
 from array import array
 from bisect import bisect_right
 from collections import Counter
@@ -104,7 +105,7 @@ class Recording:
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
         self.path = os.fspath(path)
         self.name = self.path if name is None else name
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a pipe, nobody is waited for
         self.connections: list[Connection] = []
         self.stopped: Stopped | None = None
         """Why the recording stopped before the tap did."""
@@ -157,6 +158,8 @@ class Recording:
         return False
 
     def _read_header(self) -> RecordingHeader:
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise NoStreamError("no recording of qmigrate tap: it is no regular file, which is read by offsets")
         data = os.pread(self._descriptor, HEADER.size, 0)
         if data[:8] != MAGIC:
             raise NoStreamError("no recording of qmigrate tap: it does not begin with its magic")
@@ -173,6 +176,10 @@ class Recording:
 
     def advance(self) -> Iterator[Frame]:
         """The frames behind those that were read before, as long as they are whole."""
+        if self.fault is None and self.size < self.position:
+            self.fault = StreamError(
+                f"the recording became shorter while it was read: it has {self.size} bytes", offset=self.position
+            )
         while self.fault is None and not self.ended:
             try:
                 frame = self._next()

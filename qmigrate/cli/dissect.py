@@ -82,7 +82,7 @@ def _live(args: argparse.Namespace, out: TextIO) -> int:
         args.usage_error("--live follows one recording, which is a file")
     if args.json or args.jobs or args.structure or args.ram or args.device or args.field or args.report:
         args.usage_error("--live goes with --ndjson, or alone")
-    return follow(args, out)
+    return each_file(args, out, lambda file: follow(args, file, out))
 
 
 _View = Callable[[argparse.Namespace, "Migration", Headings, TextIO], int]

@@ -64,16 +64,18 @@ def write_moments(recording: "Recording", out: TextIO, *, file: str | None) -> i
     return max(_tell_streams(recording, story), _tell_recording(recording.name, story))
 
 
-def follow(args: argparse.Namespace, out: TextIO) -> int:
+def follow(args: argparse.Namespace, file: str, out: TextIO) -> int:
     """What a tap records, while it does, until it ends."""
     from qmigrate.analysis.recording import RecordingStory
     from qmigrate.capture.recording import Recording
+    from qmigrate.cli.asked import answer_with
+    from qmigrate.report import units
     from qmigrate.report.json import write_json_line
     from qmigrate.report.paper import Paper
     from qmigrate.report.recording import moment_line, write_ending
 
-    (file,) = args.files
     with Recording(file) as recording:
+        answer_with(lambda: f"{file}: {units.size(recording.position)} of the recording read")
         story, paper = RecordingStory(recording), Paper(out)
         for moment in _moments(story):
             if args.ndjson:

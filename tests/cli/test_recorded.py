@@ -1,6 +1,7 @@
 """``qmigrate dissect`` of what ``qmigrate tap`` recorded."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from qmigrate.analysis.story import Flow
 from qmigrate.capture import recorder as recorder_module
 from qmigrate.capture.frames import HEADER, Direction, End, Stopped, build_frame
 from qmigrate.capture.recorder import Recorder
+from qmigrate.capture.recording import Recording
 from qmigrate.cli.main import main
 from qmigrate.format.command import PostcopyResume, RecvBitmap, encode_command
 from qmigrate.format.ram import RamFlag
@@ -254,10 +256,30 @@ def test_what_has_ended_is_followed_to_its_end(recording: str, capsys: Output) -
     assert capsys.readouterr().out == live
 
 
-def test_live_wants_a_recording(tmp_path: Path, capsys: Output) -> None:
-    (tmp_path / "b.mig").write_bytes(streams.minimal())
-    assert main(["dissect", "--live", str(tmp_path / "b.mig")]) == 2
-    assert "no recording of qmigrate tap: it does not begin with its magic" in capsys.readouterr().err
+def test_live_wants_a_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("b.mig").write_bytes(streams.minimal())
+    Path("empty").touch()
+    Path("folder").mkdir()
+    os.mkfifo("pipe")  # that nobody writes: it must not be waited for
+    for name, wrong in {
+        "b.mig": "no recording of qmigrate tap: it does not begin with its magic",
+        "empty": "no recording of qmigrate tap: it does not begin with its magic",
+        "folder": "no recording of qmigrate tap: it is no regular file, which is read by offsets",
+        "pipe": "no recording of qmigrate tap: it is no regular file, which is read by offsets",
+        "none": "No such file or directory",
+    }.items():
+        assert main(["dissect", "--live", name]) == 2
+        assert capsys.readouterr().err == f"qmigrate: {name}: {wrong}\n"
+
+
+def test_a_recording_that_is_replaced_while_it_is_followed_is_a_fault(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "a.tap") as recorder, Recording(tmp_path / "a.tap") as followed:
+        opened(recorder, 0)
+        assert len(list(followed.advance())) == 1
+        os.truncate(tmp_path / "a.tap", HEADER.size)
+        assert list(followed.advance()) == []
+        assert str(followed.fault).endswith("the recording became shorter while it was read: it has 36 bytes")
 
 
 def test_a_page_shows_the_channels_on_one_axis(recording: str, tmp_path: Path, capsys: Output) -> None:
