@@ -85,6 +85,7 @@ class Joined:
 
     def start(self) -> None:
         """Pass on, in the background."""
+        self._hurry()
         for work in (self._pass_forward, self._pass_back):
             threading.Thread(target=self._run, args=(work,), name=f"connection {self.number}", daemon=True).start()
 
@@ -187,6 +188,13 @@ class Joined:
             with suppress(OSError):
                 self._destination.setsockopt(socket.SOL_SOCKET, option, _ON_ITS_WAY)
                 return
+
+    def _hurry(self) -> None:
+        """No page and no request waits in tcp until the one before it is acknowledged, as they don't without us."""
+        for peer in (self._source, self._destination):
+            if peer.family in (socket.AF_INET, socket.AF_INET6):
+                with suppress(OSError):
+                    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     def _record_forward(self, through: "_Pipe", beside: "_Pipe", count: int) -> int:
         """Record the front of what is in the pipe; how much that was."""
