@@ -13,6 +13,7 @@ MAY_IMPORT = {
     "errors": set(),
     "value": set(),
     "events": set(),
+    "exit_codes": set(),
     "format": set(),
     "uffd": set(),
     "qmp": set(),
@@ -21,8 +22,8 @@ MAY_IMPORT = {
     "analysis": {"capture", "format"},
     "report": {"analysis", "capture", "format"},
     "endpoint": {"protocol", "capture", "uffd", "format"},
-    "operations": {"endpoint", "qmp", "analysis", "capture", "protocol", "format"},
-    "cli": {"operations", "report", "analysis", "capture", "endpoint", "qmp", "format"},
+    "operations": {"endpoint", "qmp", "analysis", "capture", "protocol", "format", "exit_codes"},
+    "cli": {"operations", "report", "analysis", "capture", "endpoint", "qmp", "format", "exit_codes"},
 }
 FOR_ALL = {"errors", "events", "value"}
 FILES = sorted(PACKAGE.rglob("*.py"))

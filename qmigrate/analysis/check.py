@@ -8,12 +8,12 @@ from qmigrate.analysis.file import answer_file
 from qmigrate.analysis.summary import describe_error
 from qmigrate.capture.migration import Gathering, Migration
 from qmigrate.errors import StreamError
-from qmigrate.format.device import Field, VmState
 from qmigrate.format.entry import RamPage, StreamRecord
 from qmigrate.format.mapped_ram import Gap, MappedPages
 from qmigrate.format.ram import Pages, RamRecord
 from qmigrate.format.stretch import count_pages
 from qmigrate.format.tail import Chooser
+from qmigrate.format.vm_state import Field, VmState
 from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import DeviceState, Entry, Limits, Trailing, Undecoded, VmDescription
 from qmigrate.format.write import encode

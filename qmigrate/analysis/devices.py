@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 
 from qmigrate.capture.migration import Contents, Section
 from qmigrate.format._record import Record
-from qmigrate.format.device import Field, Subsection, VmState
+from qmigrate.format.vm_state import Field, Subsection, VmState
 
 __all__ = ["Plain", "find_devices", "find_field", "members", "parts", "plain", "short_names"]
 

@@ -18,8 +18,9 @@ from qmigrate.analysis.diff_ram import BlockPages, Spool, unequal_pages
 from qmigrate.analysis.summary import describe_error, missing_pages, target_page_bits
 from qmigrate.capture.migration import Contents, Migration, Section
 from qmigrate.errors import StreamError
-from qmigrate.format.device import VmState, decode_whole, encode_state
+from qmigrate.format.device import decode_whole, encode_state
 from qmigrate.format.stream import SectionType
+from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description, StructDescription
 from qmigrate.format.walk import Undecoded
 

@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 from qmigrate.analysis.devices import members, parts, short_names
 from qmigrate.capture.migration import Section
 from qmigrate.format._record import Record
-from qmigrate.format.device import Field, Subsection, VmState
+from qmigrate.format.vm_state import Field, Subsection, VmState
 
 __all__ = ["ABSENT", "Ignored", "Unequal", "unequal_fields", "unequal_subsections"]
 

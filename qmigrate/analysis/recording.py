@@ -5,12 +5,13 @@ It is told from the recording's frames as they come, so it can be followed while
 """
 
 from collections.abc import Generator, Iterator
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any, Final, TypeAlias
 
+from qmigrate.analysis.records import payload
 from qmigrate.analysis.requests import PageRequest, Requests
 from qmigrate.analysis.story import ChannelStory, Flow, Moment, Phase
-from qmigrate.analysis.summary import payload
 from qmigrate.capture.frames import Closed, Direction, Frame, Opened, Stopped
 from qmigrate.capture.recording import Recording
 from qmigrate.errors import NoStreamError, StreamError, TruncatedError
@@ -28,7 +29,6 @@ from qmigrate.format.entry import Configuration, Entry, RamPage
 from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList, Pages
 from qmigrate.format.ram_section import RamSection
-from qmigrate.format.resumed import ResumedWalker
 from qmigrate.format.return_path import (
     Message,
     ReceivedBitmap,
@@ -237,8 +237,8 @@ class RecordingStory:
                 self._answering.add(stream.story.number)
                 self._phase("recovery")
                 self.requests.resumed()
-                self._walker = ResumedWalker(feed, self._walker)
-                yield from self._walker.run()
+                self._walker = copy(self._walker)  # that one may still wait for the end of its connection
+                yield from self._walker.resume(feed)
             case ChannelKind.PREEMPT if self._walker is not None and self._walker.ram is not None:
                 yield from self._preempt(feed, self._walker.ram)
             case ChannelKind.RETURN_PATH:

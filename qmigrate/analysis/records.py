@@ -1,12 +1,12 @@
 """Each record of a stream as a plain value, for NDJSON; page runs as long as they are in the stream."""
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from qmigrate.analysis.devices import plain
-from qmigrate.analysis.summary import payload
+from qmigrate.analysis.devices import Plain, plain
 from qmigrate.errors import StreamError
-from qmigrate.format.command import Command
+from qmigrate.format.command import Command, Packaged, PostcopyAdvise
 from qmigrate.format.mapped_ram import Gap, MappedBitmap, MappedBlock, MappedPages
 from qmigrate.format.ram import BlockList, BlockListHeader, PageRun, Pages, RamBlock, RamFlag, RamRecord
 from qmigrate.format.return_path import Message
@@ -22,7 +22,7 @@ from qmigrate.format.walk import (
     VmDescription,
 )
 
-__all__ = ["coalesce", "describe_record", "record_name"]
+__all__ = ["coalesce", "describe_record", "payload", "record_name"]
 
 _NO_VIEW = memoryview(b"")
 _CHANNEL_NAMES = {"InitialPacket": "INITIAL", "PagePacket": "PAGES", "DeviceStatePacket": "DEVICE_STATE"}
@@ -259,3 +259,14 @@ def _pages(pages: Pages, run: PageRun) -> dict[str, Any]:
     if pages.fill:
         described["fill"] = pages.fill
     return described
+
+
+def payload(command: Command) -> dict[str, Plain]:
+    """The payload's fields under QEMU's names; ADVISE's two, where it has them, without a nesting."""
+    if isinstance(command, PostcopyAdvise):
+        return {} if command.sizes is None else dataclasses.asdict(command.sizes)
+    if isinstance(command, Packaged):
+        return {"package_length": command.length}
+    fields = plain(command)
+    assert isinstance(fields, dict)
+    return fields

@@ -1,16 +1,16 @@
 """What is in a stream, as one plain value: what ``dissect --json`` prints, and what is odd about it."""
 
-import dataclasses
 import os
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, Final
 
-from qmigrate.analysis.devices import Plain, plain
+from qmigrate.analysis.devices import plain
 from qmigrate.analysis.file import answer_file
+from qmigrate.analysis.records import payload
 from qmigrate.capture.migration import Block, ChannelContents, CommandPlace, Contents, Migration, Section
 from qmigrate.errors import StreamError, TruncatedError
-from qmigrate.format.command import Command, Packaged, PostcopyAdvise, SwitchoverStart
+from qmigrate.format.command import Packaged, PostcopyAdvise, SwitchoverStart
 from qmigrate.format.stream import MAGIC, VERSION, FileHeader, SectionType
 from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
@@ -142,17 +142,6 @@ def describe_command(place: CommandPlace) -> dict[str, Any]:
             for item in place.contents
         ]
     return described
-
-
-def payload(command: Command) -> dict[str, Plain]:
-    """The payload's fields under QEMU's names; ADVISE's two, where it has them, without a nesting."""
-    if isinstance(command, PostcopyAdvise):
-        return {} if command.sizes is None else dataclasses.asdict(command.sizes)
-    if isinstance(command, Packaged):
-        return {"package_length": command.length}
-    fields = plain(command)
-    assert isinstance(fields, dict)
-    return fields
 
 
 def describe_error(error: StreamError) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from qmigrate.capture.placed import PlacedPages
 from qmigrate.capture.places import Input
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format.ram import RamBlock
 
@@ -45,7 +45,7 @@ class ArrivingPages(PlacedPages):
         blocks: Mapping[str, RamBlock],
         entries: Mapping[str, memoryview],
         proven: "Callable[[list[int]], OnePass]",
-        made: Callable[[], Saved],
+        made: Callable[[], SavedGuest],
         why_not: Callable[[], str],
     ) -> None:
         super().__init__([Input.of(descriptor)], blocks=blocks, entries=entries)

@@ -8,11 +8,11 @@ from typing import Final
 from qmigrate.capture.seen import SeenPages
 from qmigrate.errors import StreamError
 from qmigrate.format.command import Command
-from qmigrate.format.device import VmState
 from qmigrate.format.ram import RamFlag
 from qmigrate.format.stream import (
     SectionType,
 )
+from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import (
     Configuration,

@@ -20,7 +20,7 @@ from construct import Bytes, Int8ub, Int32ub, Int64sb, Int64ub
 
 from qmigrate.capture.placed import PlacedPages
 from qmigrate.capture.places import Input
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format._record import CountedString, Record, wire
 from qmigrate.format.ram import RamBlock
@@ -122,7 +122,7 @@ class Stamp(NamedTuple):
 
 
 def write_kept(
-    saved: Saved, stamps: Sequence[Stamp], descriptor: int, *, spilled: int = 0, checks: "array[int] | None" = None
+    saved: SavedGuest, stamps: Sequence[Stamp], descriptor: int, *, spilled: int = 0, checks: "array[int] | None" = None
 ) -> None:
     """Into this file, from its start; ``stamps`` are of the inputs, ``checks`` the CRC-32 of each spilled page.
 
@@ -172,7 +172,9 @@ def write_kept(
         at = _write_all(descriptor, memoryview(piece), at)
 
 
-def read_kept(descriptor: int, stamps: Sequence[Stamp], files: Sequence[int], *, spill: int | None = None) -> Saved:
+def read_kept(
+    descriptor: int, stamps: Sequence[Stamp], files: Sequence[int], *, spill: int | None = None
+) -> SavedGuest:
     """The saved guest in ``files``, of which this is the index; ``files`` and ``spill`` stay open.
 
     Raises ``KeptError`` where it is none of those files as these ``stamps`` have them, ``OSError``.
@@ -239,7 +241,7 @@ def _inputs(
     return inputs, at
 
 
-def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spill: int | None) -> Saved:
+def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spill: int | None) -> SavedGuest:
     parts, at = [], 0
     for name in _PARTS:
         length = getattr(header, name)
@@ -276,7 +278,7 @@ def _saved(header: KeptHeader, body: memoryview, inputs: list[Input | None], spi
         checks=body[at:].cast("I") if header.checks else None,
     )
     machine_type = header.machine_type.rstrip(b"\0").decode("utf-8", "surrogateescape")
-    return Saved(
+    return SavedGuest(
         index,
         opening=opening,
         before=before,

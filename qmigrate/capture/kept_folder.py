@@ -17,15 +17,8 @@ from pathlib import Path
 from typing import Final
 
 from qmigrate.capture.cache import cache_folder, index_name
-from qmigrate.capture.kept import (
-    KeptError,
-    KeptHeader,
-    Stamp,
-    read_header,
-    read_kept,
-    write_kept,
-)
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.kept import KeptError, KeptHeader, Stamp, read_header, read_kept, write_kept
+from qmigrate.capture.saved_guest import SavedGuest
 
 __all__ = ["MOST_SPILLED", "KeptIndexes"]
 
@@ -55,7 +48,7 @@ class KeptIndexes:
 
     # -- having one
 
-    def read(self, files: Sequence[int]) -> Saved:
+    def read(self, files: Sequence[int]) -> SavedGuest:
         """The saved guest in these open files.  Raises ``KeptError`` where there is no index of them."""
         try:
             stamps = [Stamp.of(file) for file in files]
@@ -95,7 +88,7 @@ class KeptIndexes:
             )
         return None
 
-    def keep(self, saved: Saved, stamps: Sequence[Stamp]) -> Path:
+    def keep(self, saved: SavedGuest, stamps: Sequence[Stamp]) -> Path:
         """It appears whole or not at all; an older one of the same files goes.
 
         Raises ``OSError``, also where another process is keeping the same pages just now.

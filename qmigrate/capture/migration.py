@@ -13,8 +13,8 @@ from qmigrate.capture.contents import KINDS, Block, ChannelContents, CommandPlac
 from qmigrate.capture.gathering import Gathering
 from qmigrate.capture.open import Source
 from qmigrate.errors import StreamError
-from qmigrate.format.device import VmState
 from qmigrate.format.tail import Chooser
+from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description
 from qmigrate.format.walk import (
     Entry,

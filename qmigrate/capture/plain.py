@@ -2,7 +2,7 @@
 
 from qmigrate.capture.placed import PlacedPages
 from qmigrate.capture.plain_ends import Head, Tail
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.format.ram import RamBlock
 
 __all__ = ["blocks_of", "plain_guest"]
@@ -13,9 +13,9 @@ def blocks_of(head: Head) -> dict[str, RamBlock]:
     return {name: RamBlock(name=name, used_length=length) for name, length in head.blocks.items()}
 
 
-def plain_guest(head: Head, tail: Tail, index: PlacedPages) -> Saved:
+def plain_guest(head: Head, tail: Tail, index: PlacedPages) -> SavedGuest:
     """The guest in a plain file whose two ends were read."""
-    return Saved(
+    return SavedGuest(
         index,
         opening=head.opening,
         machine_type=head.machine_type,

@@ -70,7 +70,7 @@ class Head:
 
 @dataclass(frozen=True)
 class Tail:
-    """What stands behind them; the fields are those of ``Saved``.  ``devices_at``: where the first section begins."""
+    """What stands behind them; the fields are those of ``SavedGuest``.  ``devices_at``: where sections begin."""
 
     devices_at: int
     devices: bytes

@@ -14,10 +14,9 @@ from qmigrate.capture.index import PageIndex
 from qmigrate.capture.kind import MOST_FILES
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.places import Channels, Input
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import Command
-from qmigrate.format.device import VmState
 from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, VmDescription
 from qmigrate.format.feed import Feed
 from qmigrate.format.mapped_ram import MappedBlock
@@ -33,17 +32,18 @@ from qmigrate.format.stream import (
     SectionType,
     VmDescriptionHeader,
 )
+from qmigrate.format.vm_state import VmState
 from qmigrate.format.walk import Walker
 from qmigrate.format.write import encode
 
-__all__ = ["Saved", "read_saved"]
+__all__ = ["read_saved"]
 
 _OF_FILE: Final = "mapped-ram"
 _CANT_BE: Final = "x-ignore-shared"
 _BLOCK: Final = "block"  # disks' contents, until 9.0
 
 
-def read_saved(migration: Migration, *, spill: IO[bytes] | None = None) -> Saved:
+def read_saved(migration: Migration, *, spill: IO[bytes] | None = None) -> SavedGuest:
     """All of it, in one pass.  Raises ``StreamError`` where the stream is damaged or ends early, ``RefusedError`` where
     it is none that a guest can be restored from.  ``spill`` is the index's.
     """
@@ -52,7 +52,7 @@ def read_saved(migration: Migration, *, spill: IO[bytes] | None = None) -> Saved
         index = PageIndex(None, channels=_channels(migration), spill=spill)
     else:
         index = PageIndex(place[0], base=place[1], spill=spill, by_bitmaps=True)
-    saved = Saved(index)
+    saved = SavedGuest(index)
     try:
         entries = migration.entries() if place is None else _without_contents(*place)
         _Reading(saved, index).take_all(entries)
@@ -125,7 +125,7 @@ def _without_contents(descriptor: int, start: int) -> Iterator[Entry]:
         yield entry
 
 
-def _check(saved: Saved) -> None:
+def _check(saved: SavedGuest) -> None:
     """Raises ``RefusedError`` where a guest restored from it would not be the one that was saved."""
     if not saved.blocks:
         raise RefusedError("there is no RAM in it")
@@ -150,7 +150,7 @@ def _check(saved: Saved) -> None:
 class _Reading:
     """What one pass has found."""
 
-    def __init__(self, saved: Saved, index: PageIndex) -> None:
+    def __init__(self, saved: SavedGuest, index: PageIndex) -> None:
         self._saved = saved
         self._index = index
         self._parts: dict[str, list[bytes | bytearray]] = {"before": [], "behind": [], "devices": []}

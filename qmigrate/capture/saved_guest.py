@@ -8,11 +8,11 @@ from typing import Self
 from qmigrate.capture.placed import PlacedPages
 from qmigrate.format.ram import RamBlock
 
-__all__ = ["Saved"]
+__all__ = ["SavedGuest"]
 
 
 @dataclass
-class Saved:
+class SavedGuest:
     """One saved guest.  Closes its index, and the ``inputs`` that it has; not one that it was read from.
 
     ``opening``: FileHeader and CONFIGURATION; ``before`` and ``behind`` are the sections other than RAM that came

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Final, TextIO
 
+from qmigrate import exit_codes
 from qmigrate.cli.lines import EventLines
 from qmigrate.cli.seen import Seen, add_seen
 from qmigrate.cli.tell import tell
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_one_side", "add_patience", "add_side", "add_telling", "address", "do_one", "drive"]
 
-INTERRUPTED: Final = 130
 
 SIDE_HELP: Final = "where its QMP is: a unix socket's path, or HOST:PORT"
 
@@ -122,7 +122,7 @@ def drive(
                     result = await _driven(driver, start, teller)
                 except asyncio.CancelledError:
                     tell("interrupted before anything began: the guest is where it was, on the source")
-                    return INTERRUPTED
+                    return exit_codes.INTERRUPTED
                 finally:  # also where we failed ourselves: what was seen is kept
                     if driver.started and any(isinstance(each, Began) for each in driver.events):
                         seen.write(driver.events)

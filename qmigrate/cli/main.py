@@ -13,7 +13,7 @@ from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Final, NoReturn, TextIO
 
-from qmigrate import __version__
+from qmigrate import __version__, exit_codes
 from qmigrate.cli.completion import SHELLS, PrintCompletion
 from qmigrate.cli.tell import FAILURES, NOTHING_DONE, add_telling, failed, input_name, tell, tell_cost
 
@@ -39,8 +39,6 @@ COMMANDS: Final = (
     "send",
     "restore",
 )
-INTERRUPTED: Final = 130  # 128 + SIGINT, as a shell reports it
-BROKEN_PIPE: Final = 141  # 128 + SIGPIPE: what a tool that does not catch it ends with
 
 
 class _Parser(argparse.ArgumentParser):
@@ -78,10 +76,10 @@ def main(argv: Sequence[str]) -> int:
         return _answer(argv)
     except BrokenPipeError:
         _give_up_stdout()
-        return BROKEN_PIPE
+        return exit_codes.BROKEN_PIPE
     except KeyboardInterrupt:
         _give_up_stdout()
-        return INTERRUPTED
+        return exit_codes.INTERRUPTED
     except OSError as exc:
         _give_up_stdout()
         tell("standard output", exc.strerror or str(exc))

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Final, TextIO
 
+from qmigrate import exit_codes
 from qmigrate.cli.indexed import add_index, begun
 from qmigrate.cli.live import add_patience
 from qmigrate.cli.restored import Kept
@@ -32,7 +33,6 @@ EXAMPLES = (
     "qmigrate restore --eager --paused guest.mig --qmp localhost:4444",
 )
 
-INTERRUPTED: Final = 130
 PROGRESS_EVERY_US: Final = 1_000_000
 RECOVERIES: Final = 5
 
@@ -152,7 +152,7 @@ async def _interruptible(args: argparse.Namespace, restorer: "Restorer", lines: 
     except asyncio.CancelledError:
         if lines.status is None:
             tell("interrupted before anything began: the guest is in the file, as it was")
-        return INTERRUPTED
+        return exit_codes.INTERRUPTED
 
 
 async def _into_running(args: argparse.Namespace, restorer: "Restorer", lines: "Lines") -> int:

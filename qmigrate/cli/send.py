@@ -3,8 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING, TextIO
 
+from qmigrate import exit_codes
 from qmigrate.cli.indexed import add_index, begun
-from qmigrate.cli.restore import INTERRUPTED, Lines
+from qmigrate.cli.restore import Lines
 from qmigrate.cli.sizes import size
 from qmigrate.cli.tell import tell
 
@@ -106,4 +107,4 @@ async def _interruptible(uri: str, sender: "Sender", lines: Lines) -> int:
         return lines.finish(await task)
     except asyncio.CancelledError:
         tell("interrupted before anything began")
-        return INTERRUPTED
+        return exit_codes.INTERRUPTED

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TextIO
 
+from qmigrate import exit_codes
 from qmigrate.cli.sizes import size
 from qmigrate.cli.tell import tell
 from qmigrate.errors import RefusedError
@@ -35,7 +36,6 @@ EXAMPLES = (
     "qmigrate tap tcp:0.0.0.0:4444 tcp:host2:4444 -o migration.tap --once --reserve 8G",
 )
 
-INTERRUPTED: Final = 130
 STOPPED_EARLY: Final = 1
 _EVERY_S: Final = 0.5
 _ERASE: Final = "\r\x1b[K"
@@ -113,7 +113,7 @@ async def _tap(args: argparse.Namespace, recorder: "Recorder") -> int:
             screen.erase()
     screen.end(tap, recorder, args.output)
     if was_cut:
-        return INTERRUPTED
+        return exit_codes.INTERRUPTED
     return STOPPED_EARLY if recorder.stopped is not None else 0
 
 

@@ -21,7 +21,8 @@ from qmigrate.endpoint.ram import GuestRam
 from qmigrate.errors import QmigrateError
 from qmigrate.format.command import Ping
 from qmigrate.format.return_path import Pong, encode_message
-from qmigrate.protocol.destination import Package, SectionBegan, package_events
+from qmigrate.protocol.destination_events import SectionBegan
+from qmigrate.protocol.package import Package, package_events
 from qmigrate.protocol.page_map import PageState
 from qmigrate.protocol.phases import Phase
 from qmigrate.uffd.memory import address_of, touch

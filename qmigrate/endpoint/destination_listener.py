@@ -22,7 +22,9 @@ from qmigrate.endpoint.multifd import MultifdChannels
 from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_encoded, write_pages
 from qmigrate.errors import QmigrateError, StreamError
 from qmigrate.format.walk import Limits
-from qmigrate.protocol import destination as protocol
+from qmigrate.protocol import destination_events as events
+from qmigrate.protocol.destination import Destination
+from qmigrate.protocol.package import Package, devices_of
 from qmigrate.protocol.phases import Phase
 from qmigrate.uffd.toucher import Histogram
 from qmigrate.uffd.userfault import Userfaultfd
@@ -66,8 +68,8 @@ class Listener:
         self.parent = parent
         self.guest = guest
         self.pager = pager
-        self.core = protocol.Destination(keep=keep, limits=limits)
-        self.package: protocol.PackageCame | None = None
+        self.core = Destination(keep=keep, limits=limits)
+        self.package: events.PackageCame | None = None
         self.counts = Counts()
         self.lock = new_lock()
         self.ram: GuestRam | None = None
@@ -116,7 +118,7 @@ class Listener:
                     self._tell_phase()
                     self._take(event)
                     self._send()
-                    if isinstance(event, protocol.Loaded):
+                    if isinstance(event, events.Loaded):
                         return
                 self._send()
                 self._tell_phase()
@@ -143,31 +145,31 @@ class Listener:
 
     # -- what the stream says
 
-    def _take(self, event: protocol.Event) -> None:
+    def _take(self, event: events.Event) -> None:
         match event:
-            case protocol.PagesCame():
+            case events.PagesCame():
                 self._place(event)
-            case protocol.EncodedCame():
+            case events.EncodedCame():
                 self._write_encoded(event)
-            case protocol.SyncPoint():
+            case events.SyncPoint():
                 self._sync()
-            case protocol.Configured(machine_type=name):
+            case events.Configured(machine_type=name):
                 self._tell("configured", machine_type=name)
-            case protocol.Advised(sizes=sizes):
+            case events.Advised(sizes=sizes):
                 self._advised(None if sizes is None else sizes.summary)
-            case protocol.BlocksListed(blocks=blocks, target_page_size=size):
+            case events.BlocksListed(blocks=blocks, target_page_size=size):
                 self.ram = GuestRam.create(blocks, size)
                 self._tell("blocks", **self.ram.described())
-            case protocol.Discarded():
+            case events.Discarded():
                 self._discard(event)
-            case protocol.PackageCame():
+            case events.PackageCame():
                 self._hand_over(event)
-            case protocol.BitmapAsked(block=block):
+            case events.BitmapAsked(block=block):
                 self._answer_bitmap(block)
-            case protocol.Resumed():
+            case events.Resumed():
                 self._resume_pager()
 
-    def _place(self, came: protocol.PagesCame) -> None:
+    def _place(self, came: events.PagesCame) -> None:
         if self.ram is None:
             raise StreamError("pages before the block list", offset=came.offset, trail=("ram",))
         if self.placer is None:
@@ -185,7 +187,7 @@ class Listener:
         self.placer.place(came)
         return self.core.has_less_than_a_page
 
-    def _write_encoded(self, came: protocol.EncodedCame) -> None:
+    def _write_encoded(self, came: events.EncodedCame) -> None:
         if self.ram is None:
             raise StreamError("a page before the block list", offset=came.offset, trail=("ram",))
         write_encoded(self.ram, came, self.counts)
@@ -200,7 +202,7 @@ class Listener:
             self.multifd = MultifdChannels(descriptors, self.ram, self.counts)
         self.multifd.sync()
 
-    def _discard(self, discarded: protocol.Discarded) -> None:
+    def _discard(self, discarded: events.Discarded) -> None:
         if self.ram is None:
             raise StreamError("a discard before the block list", trail=("POSTCOPY_RAM_DISCARD",))
         for each in discarded.ranges:
@@ -219,7 +221,7 @@ class Listener:
             pass
         self._tell("advised", page_sizes=summary)
 
-    def _hand_over(self, came: protocol.PackageCame) -> None:
+    def _hand_over(self, came: events.PackageCame) -> None:
         """The guest's process loads the package; we go on once it has obeyed LISTEN."""
         if self.ram is None:
             raise StreamError("a package before the block list", offset=came.offset, trail=("PACKAGED",))
@@ -383,8 +385,8 @@ class Listener:
             return {}
         devices = bytes(kept.devices)
         if self.package is not None:
-            package = protocol.Package(self.package.data, self.package.offset, self.package.footers)
-            devices += protocol.devices_of(package)
+            package = Package(self.package.data, self.package.offset, self.package.footers)
+            devices += devices_of(package)
         parts: dict[str, bytes | bytearray] = {
             "opening": kept.opening,
             "live": kept.live,

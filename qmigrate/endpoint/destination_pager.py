@@ -22,7 +22,7 @@ from qmigrate.endpoint.link import Link, LinkClosedError, Said, end_with_parent
 from qmigrate.endpoint.ram import Counts, GuestRam, Placer
 from qmigrate.errors import QmigrateError
 from qmigrate.format.return_path import MessageType, RequestPagesId, encode_message
-from qmigrate.protocol.destination import PageChannel
+from qmigrate.protocol.page_channel import PageChannel
 from qmigrate.uffd.pager import FaultQueue, Range
 from qmigrate.uffd.userfault import Userfaultfd
 

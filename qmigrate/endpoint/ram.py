@@ -17,7 +17,7 @@ from qmigrate.errors import QmigrateError, StreamError, UnsupportedError
 from qmigrate.format.encoded import page_after
 from qmigrate.format.ram import PageRun, RamBlock, RamFlag
 from qmigrate.format.stretch import Stretch
-from qmigrate.protocol.destination import EncodedCame, PagesCame
+from qmigrate.protocol.destination_events import EncodedCame, PagesCame
 from qmigrate.protocol.page_map import BlockPages, PageMap
 from qmigrate.uffd.memory import HOST_PAGE, BlockMemory, address_of, discard
 from qmigrate.uffd.toucher import Histogram

@@ -12,100 +12,28 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from enum import Enum
 from types import TracebackType
 from typing import Final, Self
 
 from qmigrate.capture.arriving import ArrivingPages
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.endpoint.over_time import OverTime
+from qmigrate.endpoint.served import Answered, Counts, End, Ended, Moment
 from qmigrate.errors import StreamError
 from qmigrate.format.stream import EndOfFile, VmDescriptionHeader
-from qmigrate.protocol.source import LOADED, HostPages, Ponged, Requested, Resumed, Source, Span, Stopped
-from qmigrate.value import Value
+from qmigrate.protocol.pages_to_send import HostPages, Span
+from qmigrate.protocol.source import LOADED, Ponged, Requested, Resumed, Source, Stopped
 
-__all__ = ["Answered", "Counts", "End", "Ended", "Moment", "Server"]
+__all__ = ["Server"]
 
 _UNSENT: Final = 1 << 17  # bytes that TCP holds unsent before it says that it takes no more
 _RECEIVED: Final = 1 << 16
-_NS_A_US: Final = 1000
 _ANSWERS_A_TURN: Final = 16
 _IN_PEACE: Final = 1 << 18  # bytes of pages in one piece that nobody asked for
 _IN_HASTE: Final = 1 << 16  # the same where somebody may ask meanwhile, whose page has to go over the same connection
 _THINNEST: Final = 16  # a piece has so many times more pages at most, where the one before was of zeros
 RESUME_TIMEOUT_MS: Final = 30_000
 _HASTE_NS: Final = 5_000_000  # who asked so lately asks again
-
-
-class Moment(Enum):
-    """What is told when it happens."""
-
-    CONNECTED = "connected"
-    INDEXED = "where all pages are is known"
-    SWITCHED = "the package is sent"
-    LOADED = "the devices are loaded"
-    FIRST_REQUEST = "the first page is asked for"
-    FIRST_ANSWER = "the first page that was asked for is sent"
-    SIGN = "the first page is asked for since the guest runs"
-    FILLED = "all pages are sent"
-    RESUMED = "it goes on after a broken connection"
-
-
-class End(Enum):
-    """How serving ended."""
-
-    DONE = "done"
-    BROKEN = "the connection broke"
-    REFUSED = "the destination failed"
-    STOPPED = "told to stop"
-    UNREADABLE = "the input can't be served on"
-
-
-class Ended(Value):
-    """``reason`` in words, empty where all went well."""
-
-    end: End
-    reason: str = ""
-
-
-@dataclass
-class Answered:
-    """How long answers took: ``counts[i]`` from 2^i up to 2^(i+1) µs, from REQ_PAGES read to the page sent.
-
-    ``fine[i]``: i µs, the last one longer.
-    """
-
-    counts: list[int] = field(default_factory=lambda: [0] * 32)
-    fine: list[int] = field(default_factory=lambda: [0] * 1024, repr=False)
-    total_ns: int = 0
-    longest_ns: int = 0
-
-    @property
-    def median_us(self) -> int | None:
-        """Half of them took no longer; None where there was none, or it is a millisecond or more."""
-        half, total = (sum(self.fine) + 1) // 2, 0
-        for waited_us, count in enumerate(self.fine[:-1]):
-            total += count
-            if total >= half > 0:
-                return waited_us
-        return None
-
-    def add(self, waited_ns: int) -> None:
-        self.counts[min((waited_ns // _NS_A_US or 1).bit_length() - 1, 31)] += 1
-        self.fine[min(waited_ns // _NS_A_US, len(self.fine) - 1)] += 1
-        self.total_ns += waited_ns
-        self.longest_ns = max(self.longest_ns, waited_ns)
-
-
-@dataclass
-class Counts:
-    """How far it is: ``pages`` and ``requested`` are target pages, of ``total``; ``requests`` are messages."""
-
-    total: int = 0
-    pages: int = 0
-    requested: int = 0
-    requests: int = 0
-    sent_bytes: int = 0
 
 
 @dataclass
@@ -124,7 +52,7 @@ class Server:
     """
 
     def __init__(
-        self, saved: Saved, page_sizes: Mapping[str, int], *, on_moment: Callable[[Moment], None] | None = None
+        self, saved: SavedGuest, page_sizes: Mapping[str, int], *, on_moment: Callable[[Moment], None] | None = None
     ) -> None:
         self.saved = saved
         self.counts = Counts(total=sum(block.used_length // saved.page_size for block in saved.blocks))
@@ -142,9 +70,10 @@ class Server:
             section_id=saved.section_id,
             footers=saved.footers,
         )
+        self._pages = self._core.pages
         self._arriving = saved.index if isinstance(saved.index, ArrivingPages) else None
         if self._arriving is not None and not self._arriving.is_complete:
-            self._core.has = self._arriving.has
+            self._pages.has = self._arriving.has
         self._stalled = False  # what is asked for is not at hand yet
         self._on_moment = on_moment or _nobody
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -168,7 +97,7 @@ class Server:
     @property
     def has_sent_pages(self) -> bool:
         """Has any page been sent, by us or by who served it before?  Without one no guest runs a single instruction."""
-        return self._resumes or self._core.has_taken
+        return self._resumes or self._pages.has_taken
 
     def stop(self) -> None:
         """End it at the next turn; may be called from any thread."""
@@ -213,7 +142,7 @@ class Server:
             self._tell(Moment.SWITCHED)
         if self._urgent is not None:
             self._urgent.out = []
-        while self._core.left:
+        while self._pages.left:
             span = self._next_span()
             yield [] if span is None else self._core.part(span, self._records(self._main, span))
         self._finish_span(self._main)
@@ -227,8 +156,8 @@ class Server:
 
     def _next_span(self) -> Span | None:
         is_asked = self._urgent is None and time.perf_counter_ns() - self._heard_ns < _HASTE_NS
-        self._core.at_once = (_IN_HASTE if is_asked else _IN_PEACE) * self._thinness
-        return self._core.next_span() if self._urgent is None else self._core.next_in_turn()
+        self._pages.at_once = (_IN_HASTE if is_asked else _IN_PEACE) * self._thinness
+        return self._pages.next_span() if self._urgent is None else self._pages.next_in_turn()
 
     @staticmethod
     def _until_sent(lane: _Lane) -> Iterator[list[bytes | memoryview]]:
@@ -238,7 +167,7 @@ class Server:
     def _pieces_after_bitmaps(self) -> Iterator[list[bytes | memoryview]]:
         while not (said := self._core.resumed()):
             yield []
-        self.counts.pages = self.counts.total - self._core.left_pages
+        self.counts.pages = self.counts.total - self._pages.left_pages
         yield [said]
         while Moment.RESUMED not in self._told:
             yield []
@@ -333,7 +262,7 @@ class Server:
     def _has_urgent(self) -> bool:
         """Is there anything for the preempt channel?  Before the package is sent nothing is."""
         assert self._urgent is not None
-        return bool(self._urgent.out) or (self.is_switched and self._core.waiting > 0 and not self._stalled)
+        return bool(self._urgent.out) or (self.is_switched and self._pages.waiting > 0 and not self._stalled)
 
     def _hear_of_index(self, poller: select.poll, ready: Mapping[int, int]) -> bool:
         """Are more pages at hand?"""
@@ -345,7 +274,7 @@ class Server:
         self._stalled = False
         if index.is_complete:
             poller.unregister(news)
-            self._core.has = None
+            self._pages.has = None
             self._tell(Moment.INDEXED)
         return True
 
@@ -370,16 +299,16 @@ class Server:
         lane = self._urgent
         assert lane is not None
         for _ in range(_ANSWERS_A_TURN):
-            if not lane.out and (span := self._core.next_requested()) is not None:
+            if not lane.out and (span := self._pages.next_requested()) is not None:
                 lane.out = self._core.urgent(span, self._records(lane, span))
             if not lane.out:
-                self._stalled = self._core.waiting > 0
+                self._stalled = self._pages.waiting > 0
                 return
             self._send(lane, peer)
             if lane.out:
                 return
             self._finish_span(lane)
-            if not self._core.waiting:
+            if not self._pages.waiting:
                 return
 
     def _send(self, lane: _Lane, peer: socket.socket) -> None:
@@ -433,11 +362,11 @@ class Server:
                 self._tell(Moment.LOADED)
             case Resumed():
                 self._tell(Moment.RESUMED)
-            case Stopped(value=0) if not self._core.left:
+            case Stopped(value=0) if not self._pages.left:
                 self._reason = Ended(End.DONE)
             case Stopped(value=value):
                 self._reason = Ended(
-                    End.REFUSED, f"the destination ended with {value}, {self._core.left} pages missing"
+                    End.REFUSED, f"the destination ended with {value}, {self._pages.left} pages missing"
                 )
 
     def _tell(self, moment: Moment) -> None:
@@ -455,8 +384,8 @@ class Server:
 
     def _all(self) -> Iterator[list[bytes | memoryview]]:
         core, saved = self._core, self.saved
-        while core.left:
-            span = core.next_span()
+        while self._pages.left:
+            span = self._pages.next_span()
             yield [] if span is None else core.part(span, self._records(self._main, span))
         self._finish_span(self._main)
         self._tell(Moment.FILLED)

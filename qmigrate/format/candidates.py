@@ -16,8 +16,9 @@ from typing import Final, NamedTuple
 
 from qmigrate.errors import StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import COMMANDS, CommandNumber
-from qmigrate.format.device import VmState, decode_state, decode_whole
+from qmigrate.format.device import decode_state, decode_whole
 from qmigrate.format.stream import FOOTER_BYTES, LONGEST_HEADER, SectionHeader, SectionType
+from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description, DeviceDescription, StructDescription
 
 __all__ = ["Candidates", "Item", "plausible_header"]

@@ -8,11 +8,10 @@ migration/vmstate.c, migration/vmstate-types.c
 
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Final, NoReturn, TypeAlias
+from dataclasses import replace
+from typing import Final, NoReturn
 
 from qmigrate.errors import StreamError, TruncatedError
-from qmigrate.format._record import Record
 from qmigrate.format.field_types import (
     INTEGER_SIZES,
     NATURAL_SIZES,
@@ -23,77 +22,10 @@ from qmigrate.format.field_types import (
     UNSIGNED,
 )
 from qmigrate.format.stream import SectionType, SubsectionHeader
+from qmigrate.format.vm_state import Field, Subsection, Value, VmState, as_tuple
 from qmigrate.format.vmdesc import NULL_MARKERS, FieldDescription, StructDescription
 
-__all__ = ["Field", "Subsection", "Value", "VmState", "decode_state", "decode_whole", "encode_state"]
-
-Value: TypeAlias = "int | bool | bytes | None | Record | VmState | tuple[Value, ...]"
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class Field:
-    """One entry of the description with its value: a tuple where the entry is an array, list or tree.
-
-    ``offset`` is in the stream, ``length`` in bytes.  ``opaque`` says why the value is plain bytes.
-    """
-
-    description: FieldDescription
-    offset: int
-    length: int
-    value: Value
-    opaque: str | None = None
-
-    @property
-    def name(self) -> str:
-        """As the description spells it."""
-        return self.description.name
-
-    @property
-    def type(self) -> str:
-        """The name of QEMU's encoder."""
-        return self.description.type
-
-    def __repr__(self) -> str:
-        return f"<Field {self.name} {self.type} at {self.offset:#x}: {self.value!r}>"
-
-
-@dataclass(frozen=True, slots=True, repr=False)
-class VmState:
-    """The fields of one vmsd, in the order of their bytes, then its subsections."""
-
-    vmsd_name: str
-    fields: tuple[Field, ...]
-    subsections: tuple["Subsection", ...] = ()
-
-    def __repr__(self) -> str:
-        return f"<VmState {self.vmsd_name}: {len(self.fields)} fields, {len(self.subsections)} subsections>"
-
-    def leaves(self) -> Iterator[Field]:
-        """Each field that is no struct, at any depth."""
-        for field in self.fields:
-            structs = [element for element in _as_tuple(field.value) if isinstance(element, VmState)]
-            if structs:
-                for inner in structs:
-                    yield from inner.leaves()
-            else:
-                yield field
-        for subsection in self.subsections:
-            yield from subsection.state.leaves()
-
-
-@dataclass(frozen=True, slots=True)
-class Subsection:
-    """An optional piece of a vmsd; ``version`` is the one on the wire."""
-
-    name: str
-    version: int
-    offset: int
-    state: VmState
-
-
-def _as_tuple(value: Value) -> tuple[Value, ...]:
-    return value if isinstance(value, tuple) else (value,)
-
+__all__ = ["decode_state", "decode_whole", "encode_state"]
 
 _NULL, _VALID = 0x30, 0x31
 _MOST_EMPTY_ELEMENTS: Final = 1 << 16
@@ -392,11 +324,11 @@ def encode_field(field: Field) -> bytes:
     try:
         match description.type:
             case "struct" | "tmp" | "vstruct":
-                return _encode_structs(description, _as_tuple(value))
+                return _encode_structs(description, as_tuple(value))
             case "qtailq" | "qlist":
-                return b"".join(b"\1" + _encode_element(element) for element in _as_tuple(value)) + b"\0"
+                return b"".join(b"\1" + _encode_element(element) for element in as_tuple(value)) + b"\0"
             case "gtree":
-                return _encode_tree(_as_tuple(value))
+                return _encode_tree(as_tuple(value))
             case _:
                 return _right_size(description, _encode_leaf(field))
     except (struct.error, TypeError, ValueError, AttributeError) as exc:
@@ -433,7 +365,7 @@ def _encode_null(value: Value) -> bytes:
 def _encode_tree(nodes: tuple[Value, ...]) -> bytes:
     parts = [struct.pack(">I", len(nodes))]
     for node in nodes:
-        key, value = _as_tuple(node)
+        key, value = as_tuple(node)
         parts.append(b"\1" + (struct.pack(">Q", key) if isinstance(key, int) else _encode_element(key)))
         parts.append(_encode_element(value))
     return b"".join(parts) + b"\0"
@@ -442,13 +374,13 @@ def _encode_tree(nodes: tuple[Value, ...]) -> bytes:
 def _encode_leaf(field: Field) -> bytes:
     description, value = field.description, field.value
     if description.type in NULL_MARKERS:
-        return b"".join(_encode_null(element) for element in _as_tuple(value))
-    if _natural_size_differs(description) and all(element is None for element in _as_tuple(value)):
-        return b"".join(map(_encode_null, _as_tuple(value)))
+        return b"".join(_encode_null(element) for element in as_tuple(value))
+    if _natural_size_differs(description) and all(element is None for element in as_tuple(value)):
+        return b"".join(map(_encode_null, as_tuple(value)))
     if field.opaque is not None:
-        return b"".join(_as_tuple(value))  # type: ignore[arg-type]  # what is no bytes is a TypeError, as it should be
+        return b"".join(as_tuple(value))  # type: ignore[arg-type]  # what is no bytes is a TypeError, as it should be
     code = _integer_code(description)
-    values = _as_tuple(value) if description.count is not None else (value,)
+    values = as_tuple(value) if description.count is not None else (value,)
     if code is not None:
         return struct.pack(f">{len(values)}{code}", *values)
     codec = TYPES[description.type]

@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, NamedTuple, Self, TypeAlias
 
 from qmigrate.errors import StreamError
 from qmigrate.format._record import Record
-from qmigrate.format.device import VmState
 from qmigrate.format.ram import BlockList, Pages, RamRecord
 from qmigrate.format.stream import SubsectionHeader
+from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description, parse_description
 
 if TYPE_CHECKING:

@@ -7,12 +7,10 @@ import struct
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from qmigrate.errors import StreamError
-
-if TYPE_CHECKING:
-    from qmigrate.format.device import Value
+from qmigrate.format.vm_state import Value
 
 __all__ = ["INTEGER_SIZES", "NATURAL_SIZES", "OPAQUE", "PLAIN_BYTES", "SIGNED", "TYPES", "UNSIGNED", "Codec"]
 
@@ -21,18 +19,18 @@ __all__ = ["INTEGER_SIZES", "NATURAL_SIZES", "OPAQUE", "PLAIN_BYTES", "SIGNED", 
 class Codec:
     """Both ways of one type.  ``decode`` may raise StreamError: the field then stays bytes."""
 
-    decode: Callable[[bytes], "Value"]
+    decode: Callable[[bytes], Value]
     encode: Callable[[Any], bytes]
 
 
-def _decode_bool(data: bytes) -> "Value":
+def _decode_bool(data: bytes) -> Value:
     # Any byte but 0 loads as true: one that is not 1 is kept as the number it is.
     if len(data) != 1:
         raise StreamError(f"a bool has {len(data)} bytes, expected 1")
     return bool(data[0]) if data[0] < 2 else data[0]
 
 
-def _decode_bitmap(data: bytes) -> "Value":
+def _decode_bitmap(data: bytes) -> Value:
     if len(data) % 8:
         raise StreamError(f"a bitmap has {len(data)} bytes, expected whole u64 words")
     return struct.unpack(f">{len(data) // 8}Q", data)
@@ -65,7 +63,7 @@ NATURAL_SIZES: Final[Mapping[str, int]] = {
 }
 
 
-def _decode_packet_ids(data: bytes) -> "Value":
+def _decode_packet_ids(data: bytes) -> Value:
     """u32 count, then as many u64.  hw/usb/redirect.c: packet_id_queue_vmstate_info"""
     if len(data) < 4 or len(data) != 4 + 8 * int.from_bytes(data[:4]):
         raise StreamError(f"a queue of packet ids has {len(data)} bytes, its count says otherwise")
@@ -89,7 +87,7 @@ def _exactly(size: int, data: bytes) -> bytes:
 def _declared(module: str, decode: str) -> Codec:
     """A layout that a module of its own declares, imported when a stream has one: start-up is a feature."""
 
-    def late_decode(data: bytes) -> "Value":
+    def late_decode(data: bytes) -> Value:
         value: Value = getattr(import_module(f"qmigrate.format.{module}"), decode)(data)
         return value
 

@@ -6,8 +6,9 @@ migration/ram.c: ram_load_precopy(), parse_ramblocks()
 """
 
 from collections.abc import Generator, Iterator, Sequence
+from copy import copy
 from operator import itemgetter
-from typing import Final
+from typing import Final, Self
 
 from qmigrate.errors import StreamError, UnsupportedError
 from qmigrate.format import pages
@@ -79,6 +80,14 @@ class RamSection:
     def forget_block(self) -> None:
         """A source names the block again, after the switch and on a new connection."""
         self.block = None
+
+    def over(self, feed: Feed) -> Self:
+        """The same section, which goes on over another connection; this one may still wait for the end of its own."""
+        section = copy(self)
+        section.feed = feed
+        section.forget_block()
+        section._is_at_record = False
+        return section
 
     def block_list(self) -> Step:
         trail = ("ram", "block list")

@@ -6,15 +6,12 @@ None where bytes are missing: its driver then gives the feed more, or ends it, a
 migration/savevm.c: qemu_loadvm_state(), qemu_loadvm_state_main()
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
-from qmigrate.format.candidates import Item
-from qmigrate.format.closing import ClosingFinder, find_description, find_ends
-from qmigrate.format.command import Packaged, PageSizes, PostcopyAdvise, read_command
+from qmigrate.format.command import Packaged, PostcopyAdvise, read_command
 from qmigrate.format.configuration import announced_capabilities, announced_page_bits, read_configuration
+from qmigrate.format.device_sections import read_behind_ram, read_package
 from qmigrate.format.early import end_of_early, is_before_tail
 from qmigrate.format.entry import (
     Configuration,
@@ -33,7 +30,6 @@ from qmigrate.format.page_size import page_size_of_machine
 from qmigrate.format.ram import RAM_VERSION
 from qmigrate.format.ram_section import RamSection
 from qmigrate.format.stream import (
-    FOOTER_BYTES,
     MAGIC,
     VERSION,
     EndOfFile,
@@ -44,11 +40,9 @@ from qmigrate.format.stream import (
     SectionType,
     VmDescriptionHeader,
 )
-from qmigrate.format.tail import Chooser, Tail, read_tail
+from qmigrate.format.tail import Chooser
 from qmigrate.format.vmdesc import Description
-
-if TYPE_CHECKING:
-    from qmigrate.format.live import LiveState
+from qmigrate.format.walk_state import Limits, WalkState
 
 __all__ = [
     "Configuration",
@@ -65,17 +59,7 @@ __all__ = [
     "walk",
 ]
 
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """How much is kept in memory at once, in bytes: beyond it the stream is refused."""
-
-    device_state: int = 1 << 30
-    package: int = 1 << 30
-
-
 MULTIFD_MAGIC: Final = 0x11223344
-_DEEPEST_PACKAGE: Final = 16
 
 
 def walk(
@@ -93,33 +77,11 @@ def walk(
     yield from Walker(feed, description=description, page_size=page_size, limits=limits).run()
 
 
-class Walker:
-    """One walk: what the stream has said so far.  A file with these as fields, not a promise of an interface."""
+class Walker(WalkState):
+    """One walk over one main channel; and over those that belong to it, once that has said what they need."""
 
-    def __init__(
-        self,
-        feed: Feed,
-        *,
-        description: Description | Chooser | None = None,
-        page_size: int | None = None,
-        limits: Limits | None = None,
-    ) -> None:
-        self.feed = feed
-        self.schema = description
-        self.machine_type: str | None = None
-        self.limits = limits or Limits()
-        self.page_size = page_size or 4096
-        self._page_size_is_known = page_size is not None
-        self.capabilities: frozenset[str] = frozenset()
-        self.advised: PageSizes | None = None
-        self.footers: bool | None = None
-        self.sections: dict[int, SectionHeader] = {}
-        self.ram: RamSection | None = None
-        self.ram_ended = False
-        self.live: dict[int, LiveState] = {}
-        self.switched = False
-        self.reads_mapped = True
-        """False: pages of mapped-ram are given without runs, to who goes by their bitmaps and does not read them."""
+    reads_mapped = True
+    """False: pages of mapped-ram are given without runs, to who goes by their bitmaps and does not read them."""
 
     # -- the top
 
@@ -133,12 +95,12 @@ class Walker:
     def resume(self, feed: Feed) -> Step:
         """Main goes on over a new connection, after a postcopy was paused: without a header.
 
-        migration/savevm.c: postcopy_do_resume()
+        What sections there are was said before.  migration/migration.c: postcopy_do_resume()
         """
         self.feed = feed
+        self.switched = True
         if self.ram is not None:
-            self.ram.feed = feed
-            self.ram.forget_block()
+            self.ram = self.ram.over(feed)
         yield from self._sections()
 
     def preempt(self, feed: Feed) -> Step:
@@ -164,13 +126,14 @@ class Walker:
                     header, length = yield from self.feed.record(SectionHeader)
                     if self.ram is not None and not (yield from is_before_tail(self, header, length)):
                         yield from self._tail()
+                        yield from self._trailing()
                         return
-                    yield self._entry(header, length)
+                    yield self.consume(header, length)
                     yield from self._opened(header)
                 case SectionType.PART | SectionType.END:
                     yield from self._part()
                 case SectionType.EOF:
-                    yield self._entry(EndOfFile(), 1)
+                    yield self.consume(EndOfFile(), 1)
                     yield from self._after_eof()
                     return
                 case _:
@@ -179,12 +142,6 @@ class Walker:
                         "COMMAND 0x8 or EOF 0x0",
                         offset=self.feed.offset,
                     )
-
-    def _entry(self, record: StreamRecord, length: int, depth: int = 0) -> Entry:
-        """Consume ``length`` bytes, which are at hand, as this record."""
-        entry = Entry(self.feed.offset, length, record, self.feed.view(length), depth)
-        self.feed.skip(length)
-        return entry
 
     def _header(self) -> Step:
         try:
@@ -197,7 +154,7 @@ class Walker:
             raise NoStreamError(f"no migration stream: it begins with {header.magic:08x}, expected {MAGIC:08x} (QEVM)")
         if header.version != VERSION:
             raise NoStreamError(f"a migration stream of version {header.version}, expected {VERSION}")
-        yield self._entry(header, length)
+        yield self.consume(header, length)
 
     def _configuration(self) -> Step:
         configuration, length = yield from read_configuration(self.feed)
@@ -206,17 +163,17 @@ class Walker:
         bits = announced_page_bits(configuration)
         if bits is not None:
             self.page_size = 1 << bits
-            self._page_size_is_known = True
-        elif not self._page_size_is_known and (size := page_size_of_machine(configuration.machine_type)) is not None:
+            self.page_size_is_known = True
+        elif not self.page_size_is_known and (size := page_size_of_machine(configuration.machine_type)) is not None:
             self.page_size = size
-            self._page_size_is_known = True
-        yield self._entry(configuration, length)
+            self.page_size_is_known = True
+        yield self.consume(configuration, length)
 
     # -- commands
 
     def _command(self) -> Step:
         command, length = yield from read_command(self.feed)
-        yield self._entry(command, length)
+        yield self.consume(command, length)
         if isinstance(command, PostcopyAdvise) and command.sizes is not None:
             self.advised = command.sizes
             size = command.sizes.target_page_size
@@ -227,7 +184,7 @@ class Walker:
                     trail=(command.name,),
                 )
             self.page_size = size
-            self._page_size_is_known = True
+            self.page_size_is_known = True
         elif isinstance(command, Packaged):
             yield from self._package(command)
             self.switched = True
@@ -235,70 +192,8 @@ class Walker:
                 self.ram.forget_block()
 
     def _package(self, command: Packaged) -> Step:
-        if command.length > self.limits.package:
-            raise UnsupportedError(
-                f"a package of {command.length} bytes, the limit is {self.limits.package} (--max-package)",
-                offset=self.feed.offset - 4,
-                trail=(command.name,),
-            )
-        base = self.feed.offset
-        data = bytearray()
-        while len(data) < command.length and (len(self.feed) or (yield from self.feed.more())):
-            part = self.feed.view(command.length - len(data))
-            data += part
-            self.feed.skip(len(part))
-        missing = command.length - len(data)
-        if not missing:
-            yield from self._packaged(bytes(data), base, 1)
-            return
-        tail = self._read_tail(bytes(data), base, package=True)
-        yield from self._items(tail.items, bytes(data), base, 1)
-        raise TruncatedError(
-            f"the stream ends here, {missing} of {command.length} bytes too soon",
-            offset=self.feed.offset,
-            trail=(command.name,),
-        )
-
-    def _packaged(self, data: bytes, base: int, depth: int) -> Step:
-        if depth > _DEEPEST_PACKAGE:
-            raise UnsupportedError(f"packages nested deeper than {_DEEPEST_PACKAGE}", offset=base)
-        tail = self._read_tail(data, base, package=True)
-        yield from self._items(tail.items, data, base, depth)
-        if tail.error is not None:
-            raise tail.error
-
-    def _items(self, items: Sequence[Item], data: bytes, base: int, depth: int) -> Step:
-        """Entries for the pieces of a tail, or of a package."""
-        view = memoryview(data)
-        for item in items:
-            if item.command is not None:
-                yield from self._packaged_command(item, view, base, depth)
-                continue
-            if item.header is None:
-                undecoded = Undecoded(data[item.begin : item.end], item.reason or "")
-                yield Entry(base + item.begin, item.end - item.begin, undecoded, view[item.begin : item.end], depth)
-                continue
-            self.sections[item.header.section_id] = item.header
-            yield Entry(base + item.begin, item.body - item.begin, item.header, view[item.begin : item.body], depth)
-            body: StreamRecord = (
-                DeviceState(item.state, item.schema)
-                if item.state is not None
-                else Undecoded(data[item.body : item.body_end], item.reason or "")
-            )
-            yield Entry(base + item.body, item.body_end - item.body, body, view[item.body : item.body_end], depth)
-            if item.body_end < item.end:
-                footer = Footer(section_id=item.header.section_id)
-                yield Entry(base + item.body_end, FOOTER_BYTES, footer, view[item.body_end : item.end], depth)
-
-    def _packaged_command(self, item: Item, view: memoryview, base: int, depth: int) -> Step:
-        feed = Feed(offset=base + item.begin, window=max(item.end - item.begin, 64))
-        feed.receive(view[item.begin : item.end])
-        feed.end()
-        command, length = yield from read_command(feed)
-        yield Entry(feed.offset, length, command, view[item.begin : item.begin + length], depth)
-        if isinstance(command, Packaged):
-            inner = bytes(view[item.begin + length : item.end])
-            yield from self._packaged(inner, feed.offset + length, depth + 1)
+        """All of it.  Who lets another load it takes it out here."""
+        yield from read_package(self, command)
 
     # -- sections
 
@@ -319,7 +214,7 @@ class Walker:
             self.ram = RamSection(
                 self.feed,
                 page_size=self.page_size,
-                is_known=self._page_size_is_known,
+                is_known=self.page_size_is_known,
                 capabilities=self.capabilities,
                 advised=self.advised,
                 reads_mapped=self.reads_mapped,
@@ -357,7 +252,7 @@ class Walker:
                 f"{part.kind.name} names section {part.section_id}, and no START did",
                 offset=self.feed.offset + 1,
             )
-        yield self._entry(part, length)
+        yield self.consume(part, length)
         if header.idstr == "ram" and self.ram is not None:
             yield from self.ram.records()
             yield from self._footer(header)
@@ -379,7 +274,7 @@ class Walker:
                 offset=self.feed.offset,
                 trail=trail,
             )
-        yield self._entry(footer, length)
+        yield self.consume(footer, length)
 
     def _early(self, header: SectionHeader) -> Step:
         """A FULL section before RAM."""
@@ -389,79 +284,20 @@ class Walker:
             self.footers = True
             how = "its end was found by its footer"
         reason = f"it comes before the description: {how}"
-        yield self._entry(Undecoded(bytes(self.feed.view(end)), reason), end)
+        yield self.consume(Undecoded(bytes(self.feed.view(end)), reason), end)
         yield from self._footer(header)
 
     # -- the end
 
     def _tail(self) -> Step:
-        """Device sections after RAM: kept until the end, where the description is that decodes them."""
-        base = self.feed.offset
-        kept = bytearray()
-        finder = ClosingFinder(base=base, footers=self.footers)
-        limit = self.limits.device_state
-        while True:
-            kept += self.feed.view()
-            self.feed.skip(len(self.feed))
-            closed = finder.closes(kept)
-            if (len(kept) if closed is None else closed[2]) > limit:
-                raise UnsupportedError(f"more than {limit} bytes of device state (--max-device-state)", offset=base)
-            if closed is not None or not (yield from self.feed.more()):
-                break
-        data = bytes(kept)
-        tail, description = self._best_tail(data, base) if closed is None else closed[:2]
-        yield from self._items(tail.items, data, base, 0)
-        if tail.error is not None:
-            raise tail.error
-        yield from self._closing(data, base, tail.end, description)
-        yield from self._trailing()
-
-    def _best_tail(self, data: bytes, base: int) -> tuple[Tail, Description | None]:
-        footers = self.footers
-        for at, description in find_description(data, base):
-            tail = read_tail(data[: at + 1], base=base, footers=footers, description=description, package=False)
-            if tail.error is None and tail.end == at:
-                return tail, description
-        for at in find_ends(data, footers=footers):
-            tail = self._read_tail(data[: at + 1], base, package=False)
-            if tail.error is None and tail.end == at:
-                return tail, None
-        return self._read_tail(data, base, package=False), None
-
-    def _read_tail(self, data: bytes, base: int, *, package: bool) -> Tail:
-        """Where the stream has no description of its own."""
-
-        def read(description: Description | None) -> Tail:
-            footers = self.footers
-            return read_tail(data, base=base, footers=footers, description=description, package=package, foreign=True)
-
-        if self.schema is None or isinstance(self.schema, Description):
-            return read(self.schema)
-        return self.schema.choose(read, self.machine_type)
-
-    def _closing(self, data: bytes, base: int, at: int, description: Description | None) -> Step:
-        """EOF, the description, and what stands behind it."""
-        view = memoryview(data)
-        yield Entry(base + at, 1, EndOfFile(), view[at : at + 1])
-        at += 1
-        if data[at : at + 1] == b"\x06":
-            length = int.from_bytes(data[at + 1 : at + 5])
-            end = at + 5 + length
-            yield Entry(base + at, 5, VmDescriptionHeader(length=length), view[at : at + 5])
-            text = data[at + 5 : end]
-            described = (
-                VmDescription(text, description) if description else VmDescription.parse(text, offset=base + at + 5)
-            )
-            yield Entry(base + at + 5, length, described, view[at + 5 : end])
-            at = end
-        if at < len(data):
-            yield Entry(base + at, len(data) - at, Trailing(data[at:]), view[at:])
+        """Device sections behind RAM, to the end.  Who asks of them meanwhile takes a copy here."""
+        yield from read_behind_ram(self)
 
     def _after_eof(self) -> Step:
         """A stream without FULL sections after RAM, or a postcopy stream, which ends with EOF."""
         if not self.switched and (yield from self.feed.byte(0)) == SectionType.VMDESCRIPTION:
             header, length = yield from self.feed.record(VmDescriptionHeader, ("description",))
-            yield self._entry(header, length)
+            yield self.consume(header, length)
             offset = self.feed.offset
             if header.length > self.limits.device_state:
                 raise UnsupportedError(
@@ -477,4 +313,4 @@ class Walker:
     def _trailing(self) -> Step:
         while len(self.feed) or (yield from self.feed.more()):
             data = bytes(self.feed.view())
-            yield self._entry(Trailing(data), len(data))
+            yield self.consume(Trailing(data), len(data))

@@ -15,7 +15,7 @@ from qmigrate.errors import RefusedError
 
 if TYPE_CHECKING:
     from qmigrate.capture.arriving import ArrivingPages
-    from qmigrate.capture.saved_guest import Saved
+    from qmigrate.capture.saved_guest import SavedGuest
 
 __all__ = ["Reading"]
 
@@ -143,7 +143,7 @@ class Reading:
 
     # -- having it
 
-    async def saved(self) -> "Saved":
+    async def saved(self) -> "SavedGuest":
         """The guest, whose input is open as long as it is.  Raises ``RefusedError``."""
         import asyncio
 
@@ -156,7 +156,7 @@ class Reading:
         line, behind = await self._first_line()
         return await asyncio.to_thread(self._answered, line, behind)
 
-    def _kept(self) -> "Saved | None":
+    def _kept(self) -> "SavedGuest | None":
         from qmigrate.capture.kept import KeptError
         from qmigrate.capture.kept_folder import KeptIndexes
 
@@ -166,7 +166,7 @@ class Reading:
             return None
         return self._owned(saved)
 
-    def _owned(self, saved: "Saved") -> "Saved":
+    def _owned(self, saved: "SavedGuest") -> "SavedGuest":
         saved.inputs, self._inputs = self._inputs, []
         return saved
 
@@ -190,7 +190,7 @@ class Reading:
         line, _, behind = said.partition(b"\n")
         return line, behind
 
-    def _answered(self, line: bytes, behind: bytes) -> "Saved":
+    def _answered(self, line: bytes, behind: bytes) -> "SavedGuest":
         import json
 
         if not line:
@@ -205,7 +205,7 @@ class Reading:
         self.not_kept = said["not_kept"]
         return self._owned(self._made(self._inputs))
 
-    def _made(self, inputs: list[int]) -> "Saved":
+    def _made(self, inputs: list[int]) -> "SavedGuest":
         from qmigrate.capture.kept import KeptError, Stamp, read_kept
 
         index, _, spill, _ = self._files
@@ -214,7 +214,7 @@ class Reading:
         except KeptError as exc:
             raise RefusedError(f"{self.path}: its index can't be used: {exc}") from exc
 
-    def _plain(self, heard: bytes) -> "Saved":
+    def _plain(self, heard: bytes) -> "SavedGuest":
         """Of a plain file, whose pages are all known or on their way."""
         from qmigrate.capture.arriving import ArrivingPages
         from qmigrate.capture.one_pass import OnePass

@@ -16,8 +16,10 @@ from functools import partial
 from socket import socket
 from typing import Final
 
-from qmigrate.capture.saved_guest import Saved
-from qmigrate.endpoint.source import End, Ended, Server
+from qmigrate import exit_codes
+from qmigrate.capture.saved_guest import SavedGuest
+from qmigrate.endpoint.served import End, Ended
+from qmigrate.endpoint.source import Server
 from qmigrate.errors import QemuDiedError, QmpCommandError, QmpError, RefusedError
 from qmigrate.events import GuestChanged, LiveEvent, OnEvent, Side, Troubled
 from qmigrate.operations.reading import Reading
@@ -25,20 +27,7 @@ from qmigrate.operations.reconnecting import Reconnecting
 from qmigrate.operations.recover import Recoveries
 from qmigrate.operations.restoring import check_fits, listen_again, look
 from qmigrate.operations.restoring import listen as prepared
-from qmigrate.operations.serving import (
-    DEPENDS_WHOLLY,
-    DONE,
-    LOST,
-    PAUSED,
-    RUNS_THERE,
-    STILL_IN_FILE,
-    UNKNOWN,
-    Indexed,
-    Restored,
-    Served,
-    Serving,
-    ServingResult,
-)
+from qmigrate.operations.serving import DEPENDS_WHOLLY, Indexed, Restored, Served, Serving, ServingResult
 from qmigrate.operations.watch import Watched
 from qmigrate.qmp.migration import wait_until
 from qmigrate.qmp.session import Session
@@ -109,7 +98,7 @@ class Restorer(Serving):
             return await self.run_opening(opening, session, uri=uri, listen=listen)
 
     async def run_saved(
-        self, saved: Saved, session: Session, *, uri: str | None = None, listen: str | None = None
+        self, saved: SavedGuest, session: Session, *, uri: str | None = None, listen: str | None = None
     ) -> ServingResult:
         """The same, of a file that has been read."""
         read = asyncio.get_running_loop().create_future()
@@ -117,7 +106,7 @@ class Restorer(Serving):
         return await self.run_opening(read, session, uri=uri, listen=listen)
 
     async def run_opening(
-        self, opening: Awaitable[Saved], session: Session, *, uri: str | None = None, listen: str | None = None
+        self, opening: Awaitable[SavedGuest], session: Session, *, uri: str | None = None, listen: str | None = None
     ) -> ServingResult:
         """The same, of one that is being read: what QEMU can do is asked meanwhile."""
         news = asyncio.Event()
@@ -204,7 +193,7 @@ class Restorer(Serving):
             ended = await self._over(lines, server, server.resume)
         return ended
 
-    def _warn(self, saved: Saved) -> None:
+    def _warn(self, saved: SavedGuest) -> None:
         self._tell(Troubled(message=TWICE))
         if saved.was_running is False and not self.eager and not self.paused:
             # The paused state is not carried by postcopy: seen of 5.2 to 11.1.
@@ -221,7 +210,7 @@ class Restorer(Serving):
         if ended.end is End.REFUSED and not self._has_run(there):
             # It said so itself, by SHUT.  By QMP it may not answer any more: 10.0 and 11.1 do not always.
             reason = f"the destination failed before the guest ran: {ended.reason}; end that QEMU"
-            return self._ended(STILL_IN_FILE, reason, server, there, tries)
+            return self._ended(exit_codes.AT_SOURCE, reason, server, there, tries)
         if ended.end is End.DONE or (ended.end is End.BROKEN and there.status == "completed"):
             ended = await self._completed(there)
         if ended.end is End.DONE:
@@ -230,12 +219,12 @@ class Restorer(Serving):
                 if there.running
                 else f"all is in; the guest is {there.run_state} there"
             )
-            return self._ended(DONE, said + tries.summary, server, there, tries)
+            return self._ended(exit_codes.DONE, said + tries.summary, server, there, tries)
         if not server.is_switched:
-            return self._ended(STILL_IN_FILE, f"{ended.reason}{await self._why(there)}", server, there, tries)
+            return self._ended(exit_codes.AT_SOURCE, f"{ended.reason}{await self._why(there)}", server, there, tries)
         if ended.end is End.UNREADABLE and not server.has_sent_pages:
             reason = f"{ended.reason}; no page was sent, so the guest has not begun to run there: end that QEMU"
-            return self._ended(STILL_IN_FILE, reason, server, there, tries)
+            return self._ended(exit_codes.AT_SOURCE, reason, server, there, tries)
         code, sentence = await self._place(there)
         reason = tries.why if ended.end is End.BROKEN and tries.count else ended.reason
         return self._ended(code, f"{reason}: {sentence}", server, there, tries)
@@ -269,16 +258,19 @@ class Restorer(Serving):
             await there.ask()
         except (QemuDiedError, QmpCommandError) as exc:
             if self._has_run(there):
-                return LOST, f"the destination failed, and what the guest did since it ran is lost: {exc}"
-            return STILL_IN_FILE, f"the destination failed before the guest ran: {exc}"
+                return exit_codes.LOST, f"the destination failed, and what the guest did since it ran is lost: {exc}"
+            return exit_codes.AT_SOURCE, f"the destination failed before the guest ran: {exc}"
         except QmpError as exc:
             ran = "" if self._has_run(there) else "; as far as is known it has not begun to run: end that QEMU"
-            return UNKNOWN, f"the destination does not say where the guest is ({exc.message}){ran}"
+            return exit_codes.UNKNOWN, f"the destination does not say where the guest is ({exc.message}){ran}"
         if there.status == "completed":
-            return RUNS_THERE, "yet the destination has all its pages"
+            return exit_codes.AT_DESTINATION, "yet the destination has all its pages"
         if self.owned:
-            return LOST, "the QEMU that was started for it ends with this command: what the guest did is lost"
-        return PAUSED, MENDABLE
+            return (
+                exit_codes.LOST,
+                "the QEMU that was started for it ends with this command: what the guest did is lost",
+            )
+        return exit_codes.PAUSED, MENDABLE
 
     def _has_run(self, there: Watched) -> bool:
         """Did its devices come to life?  Either of the two says so: RUN follows at once."""

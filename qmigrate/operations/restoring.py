@@ -7,7 +7,7 @@ import asyncio
 from collections.abc import Mapping
 from typing import Any, Final
 
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import QmpCommandError, QmpError, RefusedError
 from qmigrate.operations.addresses import check, default_uri, reachable, takes_any_port, where_to_connect
 from qmigrate.operations.telling import tell_to_listen
@@ -67,7 +67,7 @@ async def _machine(there: Watched) -> str:
     return str(kind).removesuffix("-machine")
 
 
-def check_fits(saved: Saved, found: Found) -> dict[str, int]:
+def check_fits(saved: SavedGuest, found: Found) -> dict[str, int]:
     """The size of the host's pages there, in bytes, of each block.  Raises ``RefusedError``."""
     # A prefix of the name will do for QEMU, an empty one too.
     if saved.machine_type is not None and found.machine and not found.machine.startswith(saved.machine_type):
@@ -87,7 +87,7 @@ def _check_block(name: str, length: int, blocks: Mapping[str, RamBlockThere]) ->
         raise RefusedError(f"destination: {name} has {found.longest} bytes there, and {length} in the file")
 
 
-async def listen_again(saved: Saved, there: Watched, uri: str | None) -> tuple[str, dict[str, int], bool]:
+async def listen_again(saved: SavedGuest, there: Watched, uri: str | None) -> tuple[str, dict[str, int], bool]:
     """Have a destination that is paused wait for us; where to connect, its page sizes, and whether it takes a
     preempt channel.  Raises ``RefusedError``.
 

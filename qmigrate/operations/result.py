@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from qmigrate import exit_codes
 from qmigrate.events import Finished, LiveEvent, Side
 from qmigrate.operations.whereabouts import EXIT_CODES, Place, View, Whereabouts
 
@@ -50,7 +51,7 @@ class MigrationResult:
     @property
     def exit_code(self) -> int:
         """As design.md has it: 0 as asked, else by where the guest is."""
-        return 0 if self.outcome is Outcome.COMPLETED else EXIT_CODES[self.guest.place]
+        return exit_codes.DONE if self.outcome is Outcome.COMPLETED else EXIT_CODES[self.guest.place]
 
     @property
     def statistics(self) -> dict[Side, Mapping[str, Any]]:

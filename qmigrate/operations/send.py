@@ -10,12 +10,14 @@ import mmap
 import os
 from collections.abc import Mapping
 
-from qmigrate.capture.saved_guest import Saved
-from qmigrate.endpoint.source import End, Server
+from qmigrate import exit_codes
+from qmigrate.capture.saved_guest import SavedGuest
+from qmigrate.endpoint.served import End
+from qmigrate.endpoint.source import Server
 from qmigrate.errors import RefusedError
 from qmigrate.events import OnEvent
 from qmigrate.operations.reading import Reading
-from qmigrate.operations.serving import DONE, LOST, STILL_IN_FILE, Serving, ServingResult
+from qmigrate.operations.serving import Serving, ServingResult
 
 __all__ = ["Sender"]
 
@@ -55,7 +57,7 @@ class Sender(Serving):
                 ended = await self._served(server, peer, server.serve if self.postcopy else server.send)
                 return self._result(ended.end, ended.reason, server)
 
-    def _sizes(self, saved: Saved) -> dict[str, int]:
+    def _sizes(self, saved: SavedGuest) -> dict[str, int]:
         names = [block.name for block in saved.blocks]
         if unknown := sorted(self._page_sizes.keys() - set(names)):
             raise RefusedError(f"{self.path}: there is no RAM block {unknown[0]}; there are {', '.join(names)}")
@@ -64,7 +66,7 @@ class Sender(Serving):
 
     def _result(self, end: End, reason: str, server: Server) -> ServingResult:
         if end is End.DONE:
-            return self._result_of(server, DONE, "the destination has it all", running=None)
+            return self._result_of(server, exit_codes.DONE, "the destination has it all", running=None)
         # By precopy a destination runs nothing that it has not all of; by postcopy it does from PING 3 on.
         lost = self.postcopy and "loaded" in self._moments
-        return self._result_of(server, LOST if lost else STILL_IN_FILE, reason, running=None)
+        return self._result_of(server, exit_codes.LOST if lost else exit_codes.AT_SOURCE, reason, running=None)

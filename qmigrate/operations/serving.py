@@ -11,10 +11,12 @@ from dataclasses import field
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
+from qmigrate import exit_codes
 from qmigrate.capture.arriving import ArrivingPages
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.endpoint.over_time import OverTime
-from qmigrate.endpoint.source import Answered, Counts, Ended, Moment, Server
+from qmigrate.endpoint.served import Answered, Counts, Ended, Moment
+from qmigrate.endpoint.source import Server
 from qmigrate.endpoint.transport import SocketAddress, connect
 from qmigrate.errors import NoStreamError, RefusedError, StreamError
 from qmigrate.events import Decided, LiveEvent, OnEvent, Side, Troubled
@@ -27,13 +29,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 __all__ = ["Indexed", "Restored", "Served", "Serving", "ServingResult"]
-
-DONE: Final = 0
-STILL_IN_FILE: Final = 3
-RUNS_THERE: Final = 4
-PAUSED: Final = 5
-LOST: Final = 6
-UNKNOWN: Final = 7
 
 DEPENDS: Final = (
     "the guest runs there now, and needs this process until all its pages are in. It goes on. Once more ends it, and "
@@ -97,7 +92,7 @@ class ServingResult(Value):
 
     @property
     def ok(self) -> bool:
-        return self.exit_code == DONE
+        return self.exit_code == exit_codes.DONE
 
     def plain(self) -> dict[str, Any]:
         """As JSON has it, the last of the events."""
@@ -185,7 +180,7 @@ class Serving:
     # -- the file
 
     @asynccontextmanager
-    async def opened(self) -> "AsyncGenerator[asyncio.Task[Saved]]":
+    async def opened(self) -> "AsyncGenerator[asyncio.Task[SavedGuest]]":
         """The file's index and device state are on their way; what has come is closed at the end of the block.
 
         Raises ``OSError`` where the file can't be opened, the task ``RefusedError``, also for a damaged stream.
@@ -198,7 +193,7 @@ class Serving:
             finally:
                 task.cancel()
                 for saved in await asyncio.gather(task, return_exceptions=True):
-                    if isinstance(saved, Saved):
+                    if isinstance(saved, SavedGuest):
                         saved.close()
 
     def _begun(self) -> "Reading | _Piped":
@@ -208,7 +203,7 @@ class Serving:
 
         return _Piped(Migration(self.path, channels=self._channels), self.read)
 
-    async def _read_by(self, reading: "Reading | _Piped", began_ns: int) -> Saved:
+    async def _read_by(self, reading: "Reading | _Piped", began_ns: int) -> SavedGuest:
         saved = await reading.saved()
         if isinstance(reading, _Piped):
             return saved
@@ -217,7 +212,7 @@ class Serving:
             self._tell(_not_kept(reading.not_kept))
         return saved
 
-    def read(self, migration: "Migration") -> Saved:
+    def read(self, migration: "Migration") -> SavedGuest:
         """The same, made here.  Blocks.  Raises ``RefusedError``, also for a damaged stream."""
         from qmigrate.capture.saved import read_saved
 
@@ -229,7 +224,7 @@ class Serving:
         self._tell_read(saved, began)
         return saved
 
-    def _tell_read(self, saved: Saved, began_ns: int, *, kept: bool = False) -> None:
+    def _tell_read(self, saved: SavedGuest, began_ns: int, *, kept: bool = False) -> None:
         self._tell(
             Indexed(
                 machine_type=saved.machine_type,
@@ -246,7 +241,7 @@ class Serving:
     # -- the connection
 
     @contextmanager
-    def _serving(self, saved: Saved, page_sizes: Mapping[str, int]) -> Generator[Server]:
+    def _serving(self, saved: SavedGuest, page_sizes: Mapping[str, int]) -> Generator[Server]:
         """A server, which can be told to stop as long as the block lasts."""
         loop = asyncio.get_running_loop()
         with Server(saved, page_sizes, on_moment=lambda moment: self._moment(loop, moment, saved)) as server:
@@ -319,7 +314,7 @@ class Serving:
             )
         )
 
-    def _moment(self, loop: asyncio.AbstractEventLoop, moment: Moment, saved: Saved) -> None:
+    def _moment(self, loop: asyncio.AbstractEventLoop, moment: Moment, saved: SavedGuest) -> None:
         """Called by the thread that serves."""
         after_us = (time.monotonic_ns() - self._began) // 1000
         self._moments[moment.name.lower()] = after_us
@@ -335,12 +330,12 @@ class Serving:
 class _Piped:
     """What can be read only once, read in a thread of its own: who is told to stop does not wait for its next byte."""
 
-    def __init__(self, migration: "Migration", read: Callable[["Migration"], Saved]) -> None:
+    def __init__(self, migration: "Migration", read: Callable[["Migration"], SavedGuest]) -> None:
         self._migration = migration
         self._read = read
-        self._work: Future[Saved] | None = None
+        self._work: Future[SavedGuest] | None = None
 
-    async def saved(self) -> Saved:
+    async def saved(self) -> SavedGuest:
         """Raises ``RefusedError``."""
         self._work = _in_thread(lambda: self._read(self._migration))
         return await asyncio.wrap_future(self._work)
@@ -352,7 +347,7 @@ class _Piped:
         else:
             self._work.add_done_callback(self._close_all)
 
-    def _close_all(self, work: "Future[Saved]") -> None:
+    def _close_all(self, work: "Future[SavedGuest]") -> None:
         if work.exception() is None:
             work.result().close()
         self._migration.close()

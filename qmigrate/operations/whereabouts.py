@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Any, Final
 
+from qmigrate import exit_codes
 from qmigrate.errors import QemuDiedError, QmpConnectError, QmpError, QmpTimeoutError
 from qmigrate.qmp.migration import FINAL_STATUSES, query
 from qmigrate.qmp.postcopy import PAUSED, is_postcopy
@@ -35,12 +36,12 @@ class Place(StrEnum):
 
 
 EXIT_CODES: Final[Mapping[Place, int]] = {
-    Place.SOURCE: 3,
-    Place.DESTINATION: 4,
-    Place.PAUSED: 5,
-    Place.LOST: 6,
-    Place.BOTH: 7,
-    Place.UNKNOWN: 7,
+    Place.SOURCE: exit_codes.AT_SOURCE,
+    Place.DESTINATION: exit_codes.AT_DESTINATION,
+    Place.PAUSED: exit_codes.PAUSED,
+    Place.LOST: exit_codes.LOST,
+    Place.BOTH: exit_codes.UNKNOWN,
+    Place.UNKNOWN: exit_codes.UNKNOWN,
 }
 """What a command ends with when not all went as asked."""
 

@@ -5,210 +5,53 @@ row of the postcopy design asks for: S1 answers on the return path; S4 ADVISE; S
 of the stream whole; S6 the package is handed over as bytes, and reading goes on; S8 by ``phases``; S11 SHUT, and the
 messages of a recovery.
 
-The grammar is ``format.walk``'s; only the package is not looked into here: that is ``Package``'s, as another process
-loads it while the stream goes on being read.
+The grammar is ``format.walk``'s; only the package is not looked into here: that is ``package``'s, as another process
+loads it while the stream goes on being read.  The preempt channel is ``page_channel``'s.
 
 migration/savevm.c: qemu_loadvm_state(), loadvm_process_command()
 """
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from collections.abc import Iterator
 
-from qmigrate.errors import QmigrateError, SequenceError, StreamError, TruncatedError, UnsupportedError
+from qmigrate.errors import QmigrateError, SequenceError, StreamError
 from qmigrate.format.command import (
     Command,
-    DiscardRange,
     OpenReturnPath,
     Packaged,
-    PageSizes,
     Ping,
     PostcopyAdvise,
     PostcopyRamDiscard,
     PostcopyResume,
     RecvBitmap,
 )
+from qmigrate.format.device_sections import best_tail, check_package_length
 from qmigrate.format.entry import Configuration, Entry, RamPage, Step, Undecoded, VmDescription
 from qmigrate.format.feed import Feed
-from qmigrate.format.ram import BlockList, Pages, RamBlock, RamFlag, RamRecord
-from qmigrate.format.ram_section import RamSection
+from qmigrate.format.ram import BlockList, Pages, RamFlag, RamRecord
 from qmigrate.format.return_path import Message, Pong, ReceivedBitmap, ResumeAck, Shut, encode_message
-from qmigrate.format.stream import EndOfFile, FileHeader, Footer, SectionHeader, SectionPart, SectionType
-from qmigrate.format.walk import Limits, Walker
-from qmigrate.protocol.phases import Fact, Phase, after, turned
-
-__all__ = [
-    "Advised",
-    "BitmapAsked",
-    "BlocksListed",
-    "Configured",
-    "Destination",
-    "Discarded",
-    "EncodedCame",
-    "Event",
-    "Kept",
-    "Loaded",
-    "Package",
-    "PackageCame",
-    "PackageEvent",
-    "PageChannel",
-    "PagesCame",
-    "Resumed",
-    "SectionBegan",
-    "SyncPoint",
-    "devices_of",
-    "package_events",
-]
-
-
-@dataclass(frozen=True)
-class Configured:
-    """CONFIGURATION: the machine type's name; ``data`` is the record as it came."""
-
-    machine_type: str
-    data: bytes
-
-
-@dataclass(frozen=True)
-class Advised:
-    """Postcopy may come.  ``sizes`` is None where it is of dirty bitmaps only."""
-
-    sizes: PageSizes | None
-
-
-@dataclass(frozen=True)
-class BlocksListed:
-    """RAM's START.  ``target_page_size`` in bytes."""
-
-    blocks: tuple[RamBlock, ...]
-    target_page_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class PagesCame:
-    """Pages of one block; ``view`` holds the records, the first at ``offset`` of the stream.
-
-    Both hold until the next event is asked for.
-    """
-
-    pages: Pages
-    offset: int
-    view: memoryview
-
-
-@dataclass(frozen=True)
-class EncodedCame:
-    """A page as a delta, or compressed, before LISTEN; its record stands at ``offset``."""
-
-    page: RamPage
-    offset: int
-
-
-@dataclass(frozen=True)
-class SyncPoint:
-    """Where there are multifd channels: here each has a SYNC, and what is before it is loaded before what follows."""
-
-
-@dataclass(frozen=True)
-class Discarded:
-    """Forget these pages of ``block``."""
-
-    block: str
-    ranges: Sequence[DiscardRange]
-
-
-@dataclass(frozen=True)
-class PackageCame:
-    """All of it; it stands at ``offset`` of the stream."""
-
-    data: bytes
-    offset: int
-    footers: bool | None
-
-
-@dataclass(frozen=True)
-class SectionBegan:
-    """A device's section, or a live one's other than RAM.  Inside a package too."""
-
-    header: SectionHeader
-
-
-@dataclass(frozen=True)
-class BitmapAsked:
-    """A recovering source asks what has come of ``block``: answer with ``send_bitmap``."""
-
-    block: str
-
-
-@dataclass(frozen=True)
-class Resumed:
-    """A recovered postcopy goes on: what was asked for and has not come is asked for again."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """All has come.  ``is_postcopy``: by postcopy, whose stream ends without a description."""
-
-    is_postcopy: bool
-
-
-Event: TypeAlias = (
-    Configured
-    | Advised
-    | BlocksListed
-    | PagesCame
-    | EncodedCame
-    | SyncPoint
-    | Discarded
-    | PackageCame
-    | SectionBegan
-    | BitmapAsked
-    | Resumed
-    | Loaded
+from qmigrate.format.stream import EndOfFile, SectionHeader
+from qmigrate.format.walk import Walker
+from qmigrate.format.walk_state import Limits
+from qmigrate.protocol.destination_events import (
+    Advised,
+    BitmapAsked,
+    BlocksListed,
+    Configured,
+    Discarded,
+    EncodedCame,
+    Event,
+    Loaded,
+    PackageCame,
+    PagesCame,
+    Resumed,
+    SectionBegan,
+    SyncPoint,
 )
+from qmigrate.protocol.phases import Fact, Phase, after, turned
+from qmigrate.protocol.without_ram import WithoutRam
 
-
-@dataclass
-class Kept:
-    """All of a stream but RAM's sections and the commands, for a stream that is to be saved.
-
-    ``opening``: header and CONFIGURATION; ``live``: what came before the end of RAM, other live sections and early
-    FULL ones; ``devices``: FULL sections after it; ``closing``: EOF and the description, where they came.
-    """
-
-    opening: bytearray = field(default_factory=bytearray)
-    live: bytearray = field(default_factory=bytearray)
-    devices: bytearray = field(default_factory=bytearray)
-    closing: bytearray = field(default_factory=bytearray)
-    footers: bool = False
-    ram: SectionHeader | None = None
-    ram_ended: bool = False
-    _place: bytearray | None = None
-
-    def take(self, entry: Entry) -> None:
-        """Keep this entry's bytes, if they are to be kept; in the order of the stream."""
-        match entry.record:
-            case FileHeader() | Configuration():
-                self.opening += entry.view
-                return
-            case Command() | BlockList() | Pages() | RamRecord() | RamPage():
-                return
-            case SectionHeader(kind=kind, idstr=name) as header:
-                if name == "ram":
-                    self.ram = header
-                is_live = kind is SectionType.START or not self.ram_ended
-                self._place = None if name == "ram" else self.live if is_live else self.devices
-            case SectionPart(kind=kind, section_id=number):
-                is_ram = self.ram is not None and number == self.ram.section_id
-                self._place = None if is_ram else self.live
-                self.ram_ended |= is_ram and kind is SectionType.END
-            case EndOfFile():
-                self._place = self.closing
-            case Footer():
-                self.footers = True
-        if self._place is not None:
-            self._place += entry.view
+__all__ = ["Destination"]
 
 
 class _Stream(Walker):
@@ -226,19 +69,14 @@ class _Stream(Walker):
         data = bytes(self.tail or b"")
         if not data:
             return False
-        tail, _ = self._best_tail(data, self._tail_offset)
+        tail, _ = best_tail(self, data, self._tail_offset)
         if tail.error is not None:
             return False
         rest = data[tail.end + 1 :]
         return not rest or (rest[:1] == b"\x06" and len(rest) == 5 + int.from_bytes(rest[1:5]))
 
     def _package(self, command: Packaged) -> Step:
-        if command.length > self.limits.package:
-            raise UnsupportedError(
-                f"a package of {command.length} bytes, the limit is {self.limits.package} (--max-package)",
-                offset=self.feed.offset - 4,
-                trail=(command.name,),
-            )
+        check_package_length(self, command)
         base = self.feed.offset
         data = yield from self.feed.take(command.length, (command.name,))
         yield Entry(base, len(data), Undecoded(data, "another process loads it"), memoryview(data), 1)
@@ -253,7 +91,7 @@ class Destination:
 
     def __init__(self, *, limits: Limits | None = None, keep: bool = False) -> None:
         self.phase = Phase.PRECOPY
-        self.kept = Kept() if keep else None
+        self.kept = WithoutRam() if keep else None
         self.return_path = False
         self.feed = Feed()
         self._stream = _Stream(self.feed, limits=limits)
@@ -366,7 +204,7 @@ class Destination:
         """
         ram = self._stream.ram
         entry = None if ram is None else ram.plain_pages()
-        return None if entry is None else _pages_of(entry)
+        return None if entry is None else PagesCame.of(entry)
 
     @property
     def has_less_than_a_page(self) -> bool:
@@ -463,94 +301,3 @@ class Destination:
         if not self.return_path:
             raise SequenceError(f"PING {token:#x} came, and no OPEN_RETURN_PATH before it", offset=entry.offset)
         self._send(Pong(token=token))
-
-
-def _pages_of(entry: Entry) -> PagesCame:
-    assert isinstance(entry.record, Pages)
-    return PagesCame(entry.record, entry.offset, entry.view)
-
-
-class PageChannel:
-    """The preempt channel (since 7.1): RAM records alone, without sections, with a block of its own to go on with.
-
-    ``blocks``: the length of each, in bytes.  Raises ``StreamError`` out of ``events``.
-    """
-
-    def __init__(self, blocks: Mapping[str, int], page_size: int) -> None:
-        self.feed = Feed()
-        self._ram = RamSection(self.feed, page_size=page_size, is_known=True, capabilities=frozenset(), advised=None)
-        self._ram.blocks.update(blocks)
-        self._steps: Iterator[Entry | None] = self._all_records()
-
-    def _all_records(self) -> Step:
-        """7.2 sends EOS before it closes; 8.0 and later just close."""
-        while len(self.feed) or (yield from self.feed.more()):
-            yield from self._ram.records(until_end=True)
-
-    def plain_pages(self) -> PagesCame | None:
-        """As of ``Destination``."""
-        entry = self._ram.plain_pages()
-        return None if entry is None else _pages_of(entry)
-
-    @property
-    def has_less_than_a_page(self) -> bool:
-        """As of ``Destination``."""
-        return self._ram.has_less_than_a_page
-
-    def events(self) -> Iterator[PagesCame]:
-        """What the bytes at hand say; ends where more are needed."""
-        for entry in self._steps:
-            if entry is None:
-                return
-            if isinstance(entry.record, Pages):
-                yield _pages_of(entry)
-
-
-@dataclass(frozen=True)
-class Package:
-    """What a package needs to be loaded: the bytes, where they stand, and what is known of the stream."""
-
-    data: bytes
-    offset: int = 0
-    footers: bool | None = None
-
-
-PackageEvent: TypeAlias = SectionBegan | Ping | Phase
-
-
-def devices_of(package: Package) -> bytes:
-    """The package's device sections, without its commands.  Raises ``StreamError``."""
-    kept = Kept(ram_ended=True)
-    for entry in _entries_of(package):
-        kept.take(entry)
-    return bytes(kept.devices)
-
-
-def _entries_of(package: Package) -> Iterator[Entry]:
-    walker = Walker(Feed(offset=package.offset))
-    walker.footers = package.footers
-    return (entry for entry in walker._packaged(package.data, package.offset, 1) if entry is not None)
-
-
-def package_events(package: Package, phase: Phase) -> Iterator[PackageEvent]:
-    """What a package says, in order: a section, a PING to be answered, the phase that LISTEN or RUN leads to.
-
-    Nothing behind RUN is looked at.  Raises ``StreamError``; ``phase`` is the main channel's.
-    """
-    for entry in _entries_of(package):
-        if isinstance(entry.record, SectionHeader):
-            yield SectionBegan(entry.record)
-        if not isinstance(entry.record, Command):
-            continue
-        try:
-            following = after(phase, entry.record.NUMBER, inside=True)
-        except SequenceError as exc:
-            raise SequenceError(exc.message, offset=entry.offset) from None
-        if isinstance(entry.record, Ping):
-            yield entry.record
-        if following is not phase:
-            phase = following
-            yield phase
-        if phase is Phase.RUNNING:
-            return
-    raise TruncatedError(f"the package ends while {phase.name}, before POSTCOPY_RUN", offset=package.offset)

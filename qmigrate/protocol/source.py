@@ -2,12 +2,7 @@
 
 Nothing here waits, opens or holds pages: an endpoint reads them where they are and sends what is given here.  What
 each row of the postcopy design asks for: S1 what comes on the return path; S4 ADVISE; S5 the discards and the package;
-S11 END, EOF, SHUT, and a recovery; S12 the maps.
-
-The maps (S12).  ``dirty``: must be sent; ``sent``: was sent before the switch.  A host page is discarded that is
-dirty or was never sent.  A saved guest's pages are all dirty and none was sent: each block is discarded whole, and
-LISTEN never comes without a discard, with which 11.1 hangs (seen).  After the switch nothing gets dirty again: a page
-that is taken to be sent is not dirty any more, so each is sent once, by request or in its turn.
+S11 END, EOF, SHUT, and a recovery.  Which page is sent next is ``pages_to_send``'s (S12).
 
 What a destination may be told when is ``phases``' table: a command that it would refuse is not said.
 
@@ -15,15 +10,13 @@ migration/migration.c: postcopy_start(), source_return_path_thread(); migration/
 ram_save_host_page(), ram_postcopy_send_discard_bitmap(); migration/savevm.c: qemu_savevm_send_*()
 """
 
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Final, NamedTuple, TypeAlias
 
 from qmigrate.errors import SequenceError, StreamError
 from qmigrate.format.command import (
     Command,
-    DiscardRange,
     OpenReturnPath,
     Packaged,
     PageSizes,
@@ -49,38 +42,17 @@ from qmigrate.format.return_path import (
     read_return_path,
 )
 from qmigrate.format.stream import EndOfFile, Footer, SectionHeader, SectionPart, SectionType
+from qmigrate.protocol.pages_to_send import HostPages, PagesToSend, Span
 from qmigrate.protocol.phases import Fact, Phase, after, turned
 from qmigrate.value import Value
 
-__all__ = ["Event", "HostPages", "Ponged", "Requested", "Resumed", "Source", "Span", "Stopped"]
+__all__ = ["Event", "Ponged", "Requested", "Resumed", "Source", "Stopped"]
 
 LOADED: Final = 3
 """The token of the PING that stands in the package behind the devices: its PONG says that RUN comes next."""
 
-_YES: Final = 1
 _CONTINUE: Final = int(RamFlag.CONTINUE)
 _MOST_RANGES: Final = 12  # in one DISCARD of a QEMU source
-
-
-class HostPages(Value):
-    """A block as the destination has it: ``length`` and ``page_size``, of its host pages, in bytes."""
-
-    name: str
-    length: int
-    page_size: int
-
-    @property
-    def count(self) -> int:
-        return -(-self.length // self.page_size)
-
-
-class Span(NamedTuple):
-    """Whole host pages of one block to be sent next, as target pages.  ``requested``: somebody waits for them."""
-
-    block: str
-    first: int
-    page_count: int
-    requested: bool = False
 
 
 class Ponged(Value):
@@ -130,20 +102,9 @@ class Source:
         self.phase = Phase.PRECOPY
         self.page_size = page_size
         self.blocks = {block.name: block for block in blocks}
+        self.pages = PagesToSend(self.blocks, page_size=page_size, at_once=at_once)
         self._section_id = section_id
         self._footers = footers
-        self.at_once = at_once
-        self.has: Callable[[str, int, int, bool], bool] | None = None
-        """Are these target pages at hand, and does somebody wait for them (the last one)?  If not they are sent later.
-        None: all are.
-        """
-        self._order = list(self.blocks)
-        self._dirty = {block.name: bytearray([_YES]) * block.count for block in blocks}
-        self._sent = {block.name: bytearray(block.count) for block in blocks}
-        self._left = sum(block.count for block in blocks)
-        self._wanted: deque[tuple[str, int]] = deque()
-        self._queued: set[tuple[str, int]] = set()
-        self._turn = (0, 0)  # the block and the host page where the search for the next one begins
         self._named: str | None = None  # the block that the next record may continue
         self._named_urgent: str | None = None  # the same on the preempt channel
         self._asked: str | None = None  # the block of the latest request
@@ -197,20 +158,11 @@ class Source:
         """What the destination shall forget: all that is dirty or was never sent."""
         commands = []
         for block in self.blocks.values():
-            ranges = list(self._to_discard(block))
+            ranges = list(self.pages.to_discard(block))
             for first in range(0, len(ranges), _MOST_RANGES):
                 some = tuple(ranges[first : first + _MOST_RANGES])
                 commands.append(PostcopyRamDiscard(block=block.name, ranges=some))
         return self._say(*commands, Ping(token=2))
-
-    def _to_discard(self, block: HostPages) -> Iterator[DiscardRange]:
-        dirty, sent = self._dirty[block.name], self._sent[block.name]
-        forget = bytes(map(_is_to_discard, dirty, sent)) if sent.count(_YES) else b"\1" * block.count
-        at = 0
-        while (first := forget.find(_YES, at)) >= 0:
-            at = forget.find(0, first)
-            at = block.count if at < 0 else at
-            yield DiscardRange(start=first * block.page_size, length=(at - first) * block.page_size)
 
     def package(self, devices: bytes) -> bytes:
         """PACKAGED with all it holds, from LISTEN to RUN; then PING 4."""
@@ -228,84 +180,6 @@ class Source:
         return b"".join(said)
 
     # -- pages
-
-    @property
-    def left(self) -> int:
-        """Host pages that are still to be sent."""
-        return self._left
-
-    @property
-    def has_taken(self) -> bool:
-        """Has any page been given to be sent?"""
-        return self._left < sum(block.count for block in self.blocks.values())
-
-    @property
-    def left_pages(self) -> int:
-        """The same in target pages."""
-        return sum(
-            self._dirty[name].count(_YES) * (block.page_size // self.page_size) for name, block in self.blocks.items()
-        )
-
-    @property
-    def waiting(self) -> int:
-        """Host pages that were asked for and are still to be sent."""
-        return len(self._wanted)
-
-    def next_span(self) -> Span | None:
-        """What to send next, requested pages first; it counts as sent.  None where all is, or nothing is at hand."""
-        return self.next_requested() or self.next_in_turn()
-
-    def next_requested(self) -> Span | None:
-        """The next host page that somebody waits for; it counts as sent.  None where there is none that is at hand."""
-        for _ in range(len(self._wanted)):
-            name, page = self._wanted.popleft()
-            if self._dirty[name][page] and not self._is_at_hand(name, page, 1, is_wanted=True):
-                self._wanted.append((name, page))
-                continue
-            self._queued.discard((name, page))
-            if self._dirty[name][page]:
-                # What a guest wants next mostly stands behind what it wanted.
-                self._turn = (self._order.index(name), page + 1)
-                return self._take(name, page, 1, requested=True)
-        return None
-
-    def _is_at_hand(self, name: str, first: int, count: int, *, is_wanted: bool = False) -> bool:
-        return self.has is None or self.has(name, *self._targets(name, first, count), is_wanted)
-
-    def next_in_turn(self) -> Span | None:
-        """The next pages in the order of the blocks, behind those that were asked for last; they count as sent.
-
-        None where there is none, or they are not at hand.
-        """
-        for _ in range(len(self._order) + 1):
-            number, page = self._turn
-            name = self._order[number]
-            first = self._dirty[name].find(_YES, page)
-            if first < 0:
-                self._turn = ((number + 1) % len(self._order), 0)
-                continue
-            return self._in_its_turn(number, name, first)
-        return None
-
-    def _in_its_turn(self, number: int, name: str, first: int) -> Span | None:
-        most = max(self.at_once // self.blocks[name].page_size, 1)
-        end = self._dirty[name].find(0, first, first + most)
-        end = min(first + most, self.blocks[name].count) if end < 0 else end
-        if not self._is_at_hand(name, first, end - first):
-            return None
-        self._turn = (number, end)
-        return self._take(name, first, end - first)
-
-    def _take(self, name: str, first: int, count: int, *, requested: bool = False) -> Span:
-        self._dirty[name][first : first + count] = bytes(count)
-        self._left -= count
-        return Span(name, *self._targets(name, first, count), requested)
-
-    def _targets(self, name: str, first: int, count: int) -> tuple[int, int]:
-        """Host pages as target pages: the first one, and how many."""
-        block = self.blocks[name]
-        each, whole = block.page_size // self.page_size, block.length // self.page_size
-        return first * each, min(count * each, whole - first * each)
 
     def part(self, span: Span, records: bytearray) -> list[bytes | memoryview]:
         """A PART of RAM with these records, each of which continues its block: pieces to be sent one after another."""
@@ -340,8 +214,8 @@ class Source:
 
     def end(self) -> bytes:
         """RAM's END and EOF, once no page is left.  Raises ``SequenceError`` where one is."""
-        if self._left:
-            raise SequenceError(f"{self._left} pages are still to be sent")
+        if self.pages.left:
+            raise SequenceError(f"{self.pages.left} pages are still to be sent")
         return self.finish_ram() + EndOfFile().build()
 
     def finish_ram(self) -> bytes:
@@ -410,13 +284,7 @@ class Source:
                 offset=offset,
                 trail=(*_TRAIL, name),
             )
-        is_new = False
-        for page in range(start // block.page_size, -(-(start + length) // block.page_size)):
-            if self._dirty[name][page] and (name, page) not in self._queued:
-                self._wanted.append((name, page))
-                self._queued.add((name, page))
-                is_new = True
-        return Requested(name, start, length, is_new)
+        return Requested(name, start, length, self.pages.ask(name, start, length))
 
     # -- a broken connection, and the next one
 
@@ -434,10 +302,9 @@ class Source:
         self._feed = Feed(window=1 << 16)
         self._grammar = read_return_path(self._feed)
         self._named = self._named_urgent = self._asked = None
-        self._wanted.clear()
-        self._queued.clear()
+        self.pages.ask_anew()
         self._awaited = set(self.blocks)
-        return self._say(*(RecvBitmap(block=name) for name in self._order))
+        return self._say(*(RecvBitmap(block=name) for name in self.blocks))
 
     def resumed(self) -> bytes:
         """What to say once all bitmaps are here; nothing before, or where there is no recovery."""
@@ -458,16 +325,7 @@ class Source:
                 f"the bitmap has {message.bitmap_size} bytes, expected {expected}", offset=offset, trail=(*_TRAIL, name)
             )
         self._awaited.remove(name)
-        bits, each = int.from_bytes(message.bitmap, "little"), block.page_size // self.page_size
-        digits = format(bits, f"0{expected * 8}b")[::-1][: block.count * each : each]
-        self._left -= self._dirty[name].count(_YES)
-        self._dirty[name] = bytearray(digits.encode().translate(_MISSING))
-        self._left += self._dirty[name].count(_YES)
+        self.pages.arrived(name, message.bitmap)
 
 
 _TRAIL: Final = ("return path",)
-_MISSING: Final = bytes([_YES if digit == ord("0") else 0 for digit in range(256)])
-
-
-def _is_to_discard(dirty: int, sent: int) -> int:
-    return _YES if dirty or not sent else 0

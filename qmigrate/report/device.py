@@ -13,7 +13,8 @@ from qmigrate.analysis.check import is_buffer
 from qmigrate.analysis.devices import arrays, plain
 from qmigrate.capture.migration import Section
 from qmigrate.format._record import Record
-from qmigrate.format.device import Field, Subsection, Value, VmState, encode_state
+from qmigrate.format.device import encode_state
+from qmigrate.format.vm_state import Field, Subsection, Value, VmState
 from qmigrate.format.vmdesc import NULL_MARKERS
 from qmigrate.report.names import clean
 from qmigrate.report.paper import DIM, HEAD, KIND, ODD, Paper, text

@@ -10,7 +10,7 @@ from qmigrate.analysis.devices import plain
 from qmigrate.analysis.diff import Diff, FieldDifference, Side, StructureDifference
 from qmigrate.analysis.diff_fields import ABSENT
 from qmigrate.analysis.diff_ram import BlockPages
-from qmigrate.format.device import VmState
+from qmigrate.format.vm_state import VmState
 from qmigrate.report.names import clean
 from qmigrate.report.paper import BAD, DIM, GOOD, HEAD, KIND, ODD, Paper, text
 from qmigrate.report.units import count, plural, size

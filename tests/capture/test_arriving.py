@@ -16,7 +16,7 @@ from qmigrate.capture.plain import blocks_of
 from qmigrate.capture.plain_ends import read_head, read_tail
 from qmigrate.capture.plain_pages import PlainPages
 from qmigrate.capture.saved import read_saved
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import StreamError
 from tests import streams
 from tests.capture.test_index import ram_of, whole
@@ -59,7 +59,7 @@ class Arriving:
     def read(self) -> None:
         self.pages.index(self.entries)
 
-    def made(self) -> Saved:
+    def made(self) -> SavedGuest:
         with Migration(self.path) as migration:
             return read_saved(migration)
 

@@ -16,7 +16,7 @@ from qmigrate.analysis.extract import extract
 from qmigrate.capture.index import Kind, PageIndex
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.saved import read_saved
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import RefusedError, StreamError, UnsupportedError
 from qmigrate.format.command import DiscardRange, PostcopyRamDiscard
 from qmigrate.format.entry import Entry
@@ -35,12 +35,12 @@ COUNTS = {name: length // PAGE for name, length in BLOCKS.items()}
 
 
 @contextmanager
-def saved(path: Path, *channels: str) -> Iterator[Saved]:
+def saved(path: Path, *channels: str) -> Iterator[SavedGuest]:
     with Migration(path, channels=channels) as migration, read_saved(migration) as read:
         yield read
 
 
-def ram_of(read: Saved) -> dict[str, bytes]:
+def ram_of(read: SavedGuest) -> dict[str, bytes]:
     """Page by page, as it would be served."""
     size = read.page_size
     return {
@@ -49,7 +49,7 @@ def ram_of(read: Saved) -> dict[str, bytes]:
     }
 
 
-def in_spans(read: Saved, count: int) -> dict[str, bytes]:
+def in_spans(read: SavedGuest, count: int) -> dict[str, bytes]:
     """The same by the records that go out, so many pages at once, read back by the declaration."""
     out = {}
     for block in read.blocks:

@@ -15,7 +15,7 @@ from qmigrate.capture.kept_folder import KeptIndexes
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.placed import KIND_BITS, Kind
 from qmigrate.capture.saved import read_saved
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import StreamError
 from tests import streams
 from tests.capture.test_index import in_spans, page_records, ram_of, whole
@@ -25,14 +25,14 @@ anew = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], dea
 
 
 @contextmanager
-def fresh(path: Path) -> Iterator[tuple[Saved, Stamp]]:
+def fresh(path: Path) -> Iterator[tuple[SavedGuest, Stamp]]:
     spill = path.with_name("spill").open("w+b")
     with Migration(path) as migration, read_saved(migration, spill=spill) as saved, path.open("rb") as file:
         yield saved, Stamp.of(file.fileno())
 
 
 @contextmanager
-def kept(indexes: KeptIndexes, path: Path) -> Iterator[Saved]:
+def kept(indexes: KeptIndexes, path: Path) -> Iterator[SavedGuest]:
     with path.open("rb") as file, indexes.read([file.fileno()]) as saved:
         yield saved
 
@@ -56,7 +56,7 @@ def index(stream: Path, indexes: KeptIndexes) -> Path:
         return indexes.keep(saved, [stamp])
 
 
-def facts(saved: Saved) -> dict[str, object]:
+def facts(saved: SavedGuest) -> dict[str, object]:
     return {name: value for name, value in vars(saved).items() if name not in ("index", "input")}
 
 

@@ -21,7 +21,7 @@ from qmigrate.capture.migration import Migration
 from qmigrate.capture.places import Channels, Input
 from qmigrate.capture.recorder import Recorder
 from qmigrate.capture.saved import read_saved
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import StreamError, UnsupportedError
 from qmigrate.format.multifd import InitialPacket, PagePacket
 from qmigrate.format.ram import RamFlag
@@ -56,7 +56,7 @@ def record(path: Path, connections: Sequence[bytes], sizes: Sequence[int]) -> Pa
     return path
 
 
-def kinds(read: Saved) -> Counter[int]:
+def kinds(read: SavedGuest) -> Counter[int]:
     """How many pages are where."""
     found: Counter[int] = Counter()
     for block in read.blocks:
@@ -206,7 +206,7 @@ PREEMPTED: Final = streams.page(0, b"\xee" * PAGE, block="pc.ram") + streams.zer
 
 
 @contextmanager
-def preempted(folder: Path) -> Iterator[tuple[Path, Saved]]:
+def preempted(folder: Path) -> Iterator[tuple[Path, SavedGuest]]:
     """Main, and two pages on the preempt channel."""
     main, channel = folder / "main.mig", folder / "preempt"
     main.write_bytes(streams.postcopy())

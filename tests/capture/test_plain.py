@@ -21,7 +21,7 @@ from qmigrate.capture.plain import blocks_of, plain_guest
 from qmigrate.capture.plain_ends import Head, NotPlainError, read_head, read_tail
 from qmigrate.capture.plain_pages import PlainPages, overlay, shared_entries
 from qmigrate.capture.saved import read_saved
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import StreamError
 from qmigrate.format.stream import SectionType
 from qmigrate.operations.half import Half
@@ -42,7 +42,7 @@ def descriptor_of(path: Path) -> Iterator[int]:
         yield file.fileno()
 
 
-def quickly(path: Path, *, window: int = 1 << 20) -> Saved:
+def quickly(path: Path, *, window: int = 1 << 20) -> SavedGuest:
     """As ``operations.indexing`` does it.  Raises ``NotPlainError``."""
     with descriptor_of(path) as file, descriptor_of(path) as again:
         head = read_head(file)
@@ -61,12 +61,12 @@ def quickly(path: Path, *, window: int = 1 << 20) -> Saved:
         return saved
 
 
-def plainly(path: Path) -> Saved:
+def plainly(path: Path) -> SavedGuest:
     with Migration(path) as migration, read_saved(migration) as saved:
         return saved
 
 
-def facts(saved: Saved) -> dict[str, object]:
+def facts(saved: SavedGuest) -> dict[str, object]:
     of_index = {block.name: bytes(saved.index.entries(block.name)) for block in saved.blocks}
     return {name: value for name, value in vars(saved).items() if name not in ("index", "input")} | of_index
 

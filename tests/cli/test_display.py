@@ -157,14 +157,25 @@ def test_no_color_is_obeyed(monkeypatch: pytest.MonkeyPatch, terminal: Terminal)
 
 
 def test_a_terminal_that_goes_away_ends_nothing(monkeypatch: pytest.MonkeyPatch, terminal: Terminal) -> None:
+    """What goes elsewhere is told all the same."""
+    lost: list[str] = []
+
+    def lose(text: str) -> int:
+        lost.append(text)
+        return broken(text)
+
     monkeypatch.setattr(sys, "stderr", terminal)
-    with Display(args(), io.StringIO()) as teller:
-        monkeypatch.setattr(terminal, "write", broken)
+    out = io.StringIO()
+    with Display(args(), out) as teller:
+        monkeypatch.setattr(terminal, "write", lose)
         for event in stories.precopy().events:
             teller.take(event)
             teller.refresh()
         teller.suspend()
         teller.resume()
+    assert lost
+    assert teller.finish(result()) == 0
+    assert out.getvalue() == "migrated by precopy\nThe guest runs on the destination.\nAdvice.\n"
 
 
 def broken(_text: str) -> int:

@@ -11,7 +11,7 @@ from qmigrate.endpoint.ram import Counts, GuestRam, Placer, write_pages
 from qmigrate.errors import StreamError
 from qmigrate.format.ram import RamBlock, RamFlag
 from qmigrate.format.stretch import Stretch
-from qmigrate.protocol.destination import PageChannel
+from qmigrate.protocol.page_channel import PageChannel
 from qmigrate.uffd.userfault import Userfaultfd
 from tests import streams
 from tests.uffd.kernel import needs_userfaultfd

@@ -11,8 +11,9 @@ from qmigrate.capture.migration import Migration
 from qmigrate.capture.plain import plain_guest
 from qmigrate.capture.plain_ends import read_head, read_tail
 from qmigrate.capture.saved import read_saved
-from qmigrate.capture.saved_guest import Saved
-from qmigrate.endpoint.source import End, Ended, Moment, Server
+from qmigrate.capture.saved_guest import SavedGuest
+from qmigrate.endpoint.served import End, Ended, Moment
+from qmigrate.endpoint.source import Server
 from qmigrate.format.return_path import RequestPagesId, Shut, encode_message
 from tests import streams
 from tests.capture.test_arriving import ONCE, Arriving, arriving
@@ -36,7 +37,7 @@ TIMEOUT_S = 30.0
 SIZES = dict.fromkeys(streams.BLOCKS, streams.PAGE)
 
 
-def guest_of(one: Arriving) -> Saved:
+def guest_of(one: Arriving) -> SavedGuest:
     return plain_guest(read_head(one.file), read_tail(one.file, read_head(one.file)), one.index)
 
 
@@ -59,7 +60,7 @@ def test_no_page_goes_out_before_its_index_knows_the_last_copy(urgent: bool, tmp
                 refused.set()
             return answer
 
-        server._core.has = noted
+        server._core.pages.has = noted
         ending = threads.submit(server.serve, lines[0][0], lines[1][0] if urgent else None)
         try:
             peer = lines[0][1]

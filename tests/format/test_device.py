@@ -10,16 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmigrate.errors import StreamError, TruncatedError
-from qmigrate.format.device import (
-    Field,
-    Subsection,
-    Value,
-    VmState,
-    decode_state,
-    encode_field,
-    encode_state,
-)
+from qmigrate.format.device import decode_state, encode_field, encode_state
 from qmigrate.format.field_types import SIGNED, TYPES, UNSIGNED
+from qmigrate.format.vm_state import Field, Subsection, Value, VmState
 from qmigrate.format.vmdesc import StructDescription, parse_description
 from tests.streams import described, field, struct_of
 

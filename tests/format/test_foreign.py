@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from qmigrate.errors import StreamError
-from qmigrate.format.device import OPTIONAL, VmState, decode_state, decode_whole, encode_state
+from qmigrate.format.device import OPTIONAL, decode_state, decode_whole, encode_state
 from qmigrate.format.tail import Tail, read_tail
+from qmigrate.format.vm_state import VmState
 from qmigrate.format.vmdesc import Description, StructDescription, parse_description
 from tests import streams
 from tests.streams import described, device, field, struct_of

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmigrate.format.command import Packaged, Ping
-from qmigrate.format.device import Subsection, VmState
 from qmigrate.format.entry import DeviceState, Entry, Undecoded
 from qmigrate.format.stream import SectionHeader
+from qmigrate.format.vm_state import Subsection, VmState
 from tests import streams
 from tests.streams import command, described, device, field, struct_of
 from tests.walking import entries, kept, rebuilt

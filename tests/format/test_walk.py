@@ -1,7 +1,6 @@
 """The grammar: any split of the bytes gives the same records, whatever the stream leaves out, wherever it is cut."""
 
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from copy import copy
 
 import pytest
 
@@ -13,10 +12,12 @@ from qmigrate.format.command import (
     PageSizes,
     Ping,
     PostcopyAdvise,
+    PostcopyResume,
     PostcopyRun,
     SwitchoverStart,
 )
-from qmigrate.format.entry import Configuration, DeviceState, Entry, RamPage, Trailing, Undecoded, VmDescription
+from qmigrate.format.entry import Configuration, DeviceState, RamPage, Trailing, Undecoded, VmDescription
+from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList, Pages, RamBlock, RamFlag, RamRecord
 from qmigrate.format.stream import (
     EndOfFile,
@@ -26,50 +27,14 @@ from qmigrate.format.stream import (
     SubsectionHeader,
     VmDescriptionHeader,
 )
-from qmigrate.format.walk import Limits
+from qmigrate.format.walk import Limits, Walker
 from tests import streams
+from tests.format.walked import HEAD, RAM, fault, names, of, same, walked
 from tests.streams import PAGE, command, described, device, field
-from tests.walking import CORPUS, corpus, entries, kept, rebuilt, until_fault
+from tests.walking import CORPUS, corpus, entries, until_fault
 
-T = TypeVar("T")
 ADVISE = PostcopyAdvise(sizes=PageSizes(summary=0x201000, target_page_size=PAGE))
 MINIMAL, POSTCOPY = streams.minimal(), streams.postcopy()
-HEAD = streams.header() + streams.configuration()
-RAM = streams.ram_start() + streams.ram()
-
-
-def walked(data: bytes, step: int | None = None, **options: Any) -> list[Entry]:
-    """All entries; the bytes of each are where it says, none is left out, and they come back the same."""
-    found = list(kept(entries(data, step, **options)))
-    at = 0
-    for entry in found:
-        assert entry.offset == at
-        assert entry.view == data[at : at + entry.length]
-        at += entry.length
-    assert at == len(data)
-    assert rebuilt(iter(found)) == data
-    return found
-
-
-def of(found: Sequence[Entry], kind: type[T]) -> list[T]:
-    """The records of one kind."""
-    return [entry.record for entry in found if isinstance(entry.record, kind)]
-
-
-def names(found: Sequence[Entry]) -> list[str]:
-    """The sections' names, of those that have their own header."""
-    return [header.idstr for header in of(found, SectionHeader)]
-
-
-def fault(data: bytes, **options: Any) -> str:
-    _, error = until_fault(data, **options)
-    assert error is not None
-    return str(error)
-
-
-def same(found: Sequence[Entry]) -> list[tuple[int, int, object, int]]:
-    """The entries with each run of pages whole, without their bytes."""
-    return [(entry.offset, entry.length, entry.record, entry.depth) for entry in coalesce(found)]
 
 
 # -- any split of the bytes
@@ -106,38 +71,6 @@ def test_a_whole_stream_gives_each_of_its_records() -> None:
     (text,) = of(found, VmDescription)
     assert text.description is not None
     assert text.fault is None
-
-
-def test_a_package_is_walked_with_its_depth() -> None:
-    found = walked(POSTCOPY)
-    inside = [entry for entry in found if entry.depth]
-    assert [entry.record.name for entry in inside if isinstance(entry.record, Command)] == [
-        *("POSTCOPY_LISTEN", "PING", "PING", "POSTCOPY_RUN")
-    ]
-    assert names(inside) == ["timer", "0000:00:04.0/serial"]
-    assert {record.reason for record in of(inside, Undecoded)} == {"no description in this stream"}
-
-
-def test_a_package_in_a_package_is_walked_too() -> None:
-    inner = command(Ping(token=3)) + device("a", b"x", section_id=3) + command(PostcopyRun())
-    data = HEAD + RAM + streams.package(command(Ping(token=1)), streams.package(inner)) + streams.eof()
-    assert [(entry.depth, entry.record.name) for entry in walked(data) if isinstance(entry.record, Command)] == [
-        *((0, "PACKAGED"), (1, "PING"), (1, "PACKAGED"), (2, "PING"), (2, "POSTCOPY_RUN"))
-    ]
-
-
-def test_packages_are_not_nested_without_end() -> None:
-    data = b""
-    for _ in range(20):
-        data = streams.package(data)
-    assert "packages nested deeper than 16" in fault(HEAD + data + streams.eof())
-
-
-def test_a_description_of_another_stream_decodes_the_package() -> None:
-    (text,) = of(walked(MINIMAL), VmDescription)
-    found = walked(POSTCOPY, description=text.description)
-    assert len(of(found, DeviceState)) == 2
-    assert of(found, Undecoded) == []
 
 
 @pytest.mark.parametrize("passes", [1, 2, 5])
@@ -255,12 +188,6 @@ def test_a_stream_without_footers_is_read() -> None:
     assert len(of(walked(data + known), DeviceState)) == 2
 
 
-def test_a_stream_without_description_is_read() -> None:
-    found = walked(HEAD + RAM + streams.devices() + streams.eof())
-    assert names(found) == ["ram", "timer", "0000:00:04.0/serial"]
-    assert len(of(found, Undecoded)) == 2
-
-
 @pytest.mark.parametrize("devices", [b"", streams.devices()])
 def test_a_description_of_length_0_is_none(devices: bytes) -> None:
     (text,) = of(walked(HEAD + RAM + devices + streams.eof() + b"\6\0\0\0\0"), VmDescription)
@@ -277,34 +204,10 @@ def test_a_description_that_is_none_is_kept_with_what_is_wrong_in_it(devices: by
     )
 
 
-def test_a_stream_of_a_background_snapshot_has_no_end_of_ram() -> None:
-    data = HEAD + streams.ram_start() + streams.ram_part(streams.zero(0, block="pc.ram")) + streams.devices()
-    found = walked(data + streams.eof() + streams.devices_described())
-    assert len(of(found, DeviceState)) == 2
-
-
 def test_a_stream_of_devices_alone_is_read() -> None:
     found = walked(streams.header() + streams.devices() + streams.eof())
     assert names(found) == ["timer", "0000:00:04.0/serial"]
     assert len(of(found, Undecoded)) == 2
-
-
-def test_an_early_section_before_ram_ends_at_its_footer() -> None:
-    early = device("virtio-mem-early", b"\1\2\x7e\0\0\0\x09\3", section_id=9)
-    ram = streams.ram_start()
-    for data in (
-        HEAD + early + ram + streams.eof(),
-        HEAD + early + device("another", b"", section_id=10) + ram + streams.eof(),
-        HEAD + early + command(Ping(token=1)) + ram + streams.eof(),
-        HEAD + ram + early + streams.ram_part() + streams.ram_end() + streams.devices() + streams.eof(),
-    ):
-        assert b"\1\2\x7e\0\0\0\x09\3" in [record.data for record in of(walked(data), Undecoded)]
-        assert same(walked(data, 1)) == same(walked(data))
-
-
-def test_an_early_section_whose_footer_never_comes_is_cut() -> None:
-    data = HEAD + streams.section(SectionType.FULL, "early", section_id=9) + bytes(1000)
-    assert fault(data) == f"{len(data):#x}: early: the stream ends here, in a section whose footer has not come"
 
 
 @pytest.mark.parametrize("behind", [b"x", bytes(100), MINIMAL])
@@ -489,14 +392,6 @@ def test_a_stream_that_is_cut_anywhere_ends_in_a_fault_and_gives_what_was_good_b
                 assert entry in given, (cut, entry)
 
 
-def test_a_stream_that_is_cut_in_a_package_gives_the_sections_before_the_cut() -> None:
-    end = POSTCOPY.find(b"serial", POSTCOPY.find(b"timer")) + 30
-    good, error = until_fault(POSTCOPY[:end])
-    assert names(good) == ["ram", "timer"]
-    assert isinstance(error, TruncatedError)
-    assert "PACKAGED: the stream ends here" in str(error)
-
-
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -514,3 +409,39 @@ def test_what_is_kept_at_once_has_a_limit(data: bytes, message: str) -> None:
 
 def test_parts_are_given_with_their_kind() -> None:
     assert [record.kind for record in of(walked(MINIMAL), SectionPart)] == [SectionType.PART, SectionType.END]
+
+
+def test_a_resumed_main_goes_on_with_the_blocks_of_before_which_its_first_record_names() -> None:
+    feed, again = Feed(), Feed()
+    walker = Walker(feed)
+    head = HEAD + streams.ram_start() + streams.ram_part(streams.page(0, block="pc.ram"))
+    feed.receive(head + streams.package(command(PostcopyRun())))
+    before = walker.run()
+    assert [entry for entry in iter(before.__next__, None) if entry.record == PostcopyRun()] != []
+    resumed = copy(walker)
+    after = resumed.resume(again)
+    again.receive(command(PostcopyResume()) + streams.ram_part(streams.page(PAGE, block="pc.ram")))
+    found = [entry.record for entry in iter(after.__next__, None)]
+    assert PostcopyResume() in found
+    assert [pages.block for pages in found if isinstance(pages, Pages)] == ["pc.ram"]
+    # Who waits for the end of the connection that broke is not disturbed.
+    feed.receive(streams.ram_part(streams.page(2 * PAGE, block="pc.ram"))[:-9])
+    assert [entry.record.block for entry in iter(before.__next__, None) if isinstance(entry.record, Pages)] == [
+        "pc.ram"
+    ]
+    again.receive(streams.ram_part(streams.page(3 * PAGE)) + streams.ram_end() + streams.eof())
+    again.end()
+    assert sum(isinstance(entry.record, Pages) for entry in after if entry is not None) == 1
+    feed.end()
+    with pytest.raises(TruncatedError, match="the stream ends here"):
+        list(before)
+
+
+def test_a_resumed_main_that_continues_a_block_is_refused() -> None:
+    feed, again = Feed(), Feed()
+    walker = Walker(feed)
+    feed.receive(HEAD + streams.ram_start() + streams.ram_part(streams.page(0, block="pc.ram")))
+    list(iter(walker.run().__next__, None))
+    again.receive(streams.ram_part(streams.page(PAGE)))
+    with pytest.raises(StreamError, match="the first page continues a block, and none was named"):
+        list(walker.resume(again))

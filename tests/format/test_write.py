@@ -18,7 +18,6 @@ from qmigrate.format.command import (
     PostcopyRamDiscard,
     RecvBitmap,
 )
-from qmigrate.format.device import Field, VmState
 from qmigrate.format.entry import (
     Configuration,
     ConfigurationSubsection,
@@ -45,6 +44,7 @@ from qmigrate.format.stream import (
     SubsectionHeader,
     VmDescriptionHeader,
 )
+from qmigrate.format.vm_state import Field, VmState
 from qmigrate.format.write import encode, write
 from tests import streams
 from tests.streams import PAGE, command, described, device, field, struct_of

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from qmigrate.analysis.devices import plain
 from qmigrate.analysis.extract import Extracted
-from qmigrate.format.device import VmState
+from qmigrate.format.vm_state import VmState
 from qmigrate.qmp.machine import Machine
 from tests.live import monitor
 from tests.live.recording import Kind

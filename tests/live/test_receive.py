@@ -183,12 +183,14 @@ async def test_a_saved_stream_loads_into_a_stock_qemu_and_the_guest_goes_on(
 @pytest.mark.parametrize("qemu", [qemu for qemu in installed() if qemu.number >= (7, 1)], ids=lambda qemu: qemu.name)
 async def test_requested_pages_come_on_the_preempt_channel(qemu: Qemu, tmp_path: Path) -> None:
     # A page that is asked for may be on its way already, and with a small guest now and then all are.
+    came = 0
     for attempt in ("first", "second", "third"):
         folder = tmp_path / attempt
         folder.mkdir()
-        if (await _preempted(qemu, folder)).get("preempt"):
-            return
-    pytest.fail("no page came on the preempt channel")
+        came = came or (await _preempted(qemu, folder)).get("preempt", 0)
+        if came:
+            break
+    assert came > 0
 
 
 async def _preempted(qemu: Qemu, folder: Path) -> Mapping[str, int]:

@@ -30,7 +30,8 @@ from qmigrate.format.return_path import RequestPagesId, read_return_path
 from qmigrate.operations.reading import Reading
 from qmigrate.operations.restore import Indexed, Restorer, ServingResult
 from qmigrate.operations.send import Sender
-from qmigrate.protocol.source import HostPages, Source
+from qmigrate.protocol.pages_to_send import HostPages
+from qmigrate.protocol.source import Source
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
@@ -114,9 +115,9 @@ class Withholding(Source):
     def __init__(self, blocks: Sequence[HostPages], **how: Any) -> None:
         super().__init__(blocks, **how)
         self._kept = blocks[-1]
-        self._dirty[self._kept.name] = bytearray(self._kept.count)
-        self._sent[self._kept.name] = bytearray(self._kept.count)  # so that it is discarded all the same
-        self._left -= self._kept.count
+        self.pages._dirty[self._kept.name] = bytearray(self._kept.count)
+        self.pages._sent[self._kept.name] = bytearray(self._kept.count)  # so that it is discarded all the same
+        self.pages.left -= self._kept.count
 
     def end(self) -> bytes:
         assert self.go_on.wait(TIMEOUT_S)

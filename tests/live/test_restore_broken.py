@@ -75,12 +75,30 @@ def cut(peers: list[socket.socket]) -> None:
 async def test_a_connection_that_breaks_is_made_anew(
     qemu: Qemu, tmp_path: Path, peers: list[socket.socket], breaking: type[Breaking]
 ) -> None:
-    """Once with pages missing, once with none; with its preempt channel where there is one."""
+    """With pages missing, and with its preempt channel where there is one."""
+    file = await saved(qemu, "pc-running", tmp_path / "saved")
+    breaking.acts = [partial(cut, peers)]
+    async with waiting(file, tmp_path / "d") as machine:
+        result = await restored(file, machine, tmp_path / "d", [])
+        assert (result.exit_code, result.message) == (0, "the guest runs, all its pages are in, brought back once")
+        assert result.counts.pages == result.counts.total
+        await console.assert_goes_on(tmp_path / "d" / "console")
+
+
+@every_qemu
+async def test_a_connection_that_breaks_twice_is_made_anew_twice(
+    qemu: Qemu, tmp_path: Path, peers: list[socket.socket], breaking: type[Breaking]
+) -> None:
+    """Once with pages missing, once with none.
+
+    Without its preempt channel: 10.0 is killed by SIGSEGV, about 1 time in 60 with eight such tests at a time on two
+    cores, where both connections break within milliseconds of a recovery.
+    """
     file = await saved(qemu, "pc-running", tmp_path / "saved")
     breaking.acts = [partial(cut, peers), partial(cut, peers)]
     said: list[LiveEvent] = []
     async with waiting(file, tmp_path / "d") as machine:
-        result = await restored(file, machine, tmp_path / "d", said)
+        result = await restored(file, machine, tmp_path / "d", said, preempt=False)
         assert (result.exit_code, result.message) == (
             0,
             "the guest runs, all its pages are in, brought back 2 times",
@@ -97,7 +115,7 @@ async def test_a_connection_is_made_anew_as_often_as_was_said(
     file = await saved(qemu, "pc-running", tmp_path / "saved")
     breaking.acts = [partial(cut, peers), partial(cut, peers)]
     async with waiting(file, tmp_path / "d") as machine:
-        result = await restored(file, machine, tmp_path / "d", [], recoveries=1)
+        result = await restored(file, machine, tmp_path / "d", [], recoveries=1, preempt=False)
         assert result.exit_code == 5
         assert "broke after one attempt to bring it back" in result.message
         assert "`qmigrate restore --resume` goes on" in result.message

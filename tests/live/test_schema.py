@@ -10,7 +10,7 @@ from qmigrate.analysis.devices import plain
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.schemas import SchemaCache, SchemaError
 from qmigrate.errors import QemuDiedError, QmpCommandError
-from qmigrate.format.device import VmState
+from qmigrate.format.vm_state import VmState
 from qmigrate.operations.schema import make_schema
 from tests.live.recording import KINDS, arguments_of, recorded
 from tests.live.versions import Qemu, installed

@@ -14,10 +14,10 @@ import pytest
 from qmigrate.analysis.check import check
 from qmigrate.analysis.extract import extract
 from qmigrate.capture.migration import Migration
-from qmigrate.format.device import Value, VmState
 from qmigrate.format.ram import NormalPage, RamFlag, RamRecord, RamWord
 from qmigrate.format.return_path import Pong, Shut
 from qmigrate.format.stream import SectionHeader, SectionPart, SectionType
+from qmigrate.format.vm_state import Value, VmState
 from qmigrate.format.walk import DeviceState, Entry
 from qmigrate.format.write import write
 from qmigrate.qmp.blocking import Blocking

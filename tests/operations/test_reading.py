@@ -18,7 +18,7 @@ from qmigrate.capture.kept_folder import KeptIndexes
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.placed import Kind
 from qmigrate.capture.saved import read_saved
-from qmigrate.capture.saved_guest import Saved
+from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import RefusedError, StreamError
 from qmigrate.events import Decided, LiveEvent
 from qmigrate.operations.reading import Reading, _nameless
@@ -49,7 +49,7 @@ def folder(tmp_path: Path) -> Path:
 @asynccontextmanager
 async def read(
     path: Path, folder: Path, *, channels: Sequence[Path] = (), keep: bool = True
-) -> AsyncGenerator[tuple[Reading, Saved]]:
+) -> AsyncGenerator[tuple[Reading, SavedGuest]]:
     with Reading(str(path), channels=tuple(map(str, channels)), folder=folder, keep=keep) as reading:
         async with asyncio.timeout(TIMEOUT_S):
             with await reading.saved() as saved:

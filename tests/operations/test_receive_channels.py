@@ -19,7 +19,7 @@ from qmigrate.events import ChannelCame, Latency, Paused, Troubled
 from qmigrate.format.command import DiscardRange, OpenReturnPath, PostcopyRamDiscard, PostcopyResume
 from qmigrate.format.multifd import InitialPacket, encode_packet
 from qmigrate.format.return_path import Pong, RequestPages, RequestPagesId, Shut, encode_message
-from qmigrate.operations import receive
+from qmigrate.operations import receive_channels
 from qmigrate.operations.control import ask
 from qmigrate.operations.traces import read_trace
 from tests import streams
@@ -176,7 +176,7 @@ async def test_multifd_waits_for_as_many_channels_as_are_said(tmp_path: Path) ->
 
 
 async def test_channels_that_do_not_come_are_missed_aloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(receive, "MULTIFD_PATIENCE_S", 0.01)
+    monkeypatch.setattr(receive_channels, "MULTIFD_PATIENCE_S", 0.01)
     async with (
         receiving(tmp_path, multifd=3) as receiver,
         source_of(receiver) as source,
@@ -211,7 +211,7 @@ async def test_a_multifd_channel_that_comes_too_late_ends_it_before_pages_are_lo
 
 async def _given(receiver: Receiving) -> None:
     async with asyncio.timeout(TIMEOUT_S):
-        while not receiver.receiver._multifd_given:  # noqa: ASYNC110 - no event tells it
+        while not receiver.receiver._channels._multifd_given:  # noqa: ASYNC110 - no event tells it
             await asyncio.sleep(0.01)
 
 
@@ -242,7 +242,7 @@ async def test_a_silent_connection_is_the_preempt_channel_where_that_is_said(tmp
 
 async def _waits(receiver: Receiving) -> None:
     """Until a connection that says nothing is known to."""
-    incoming = receiver.receiver._incoming
+    incoming = receiver.receiver._channels._incoming
     assert incoming is not None
     async with asyncio.timeout(TIMEOUT_S):
         while not incoming._unidentified:  # noqa: ASYNC110 - no event tells it

@@ -42,7 +42,7 @@ from tests import streams
 from tests.live.answers import messages_in
 from tests.live.receiving import Receiving, receiving
 from tests.operations.test_receive import END, EVERYTHING, PACKAGE, PAGE, PAGES, Source, advised, phase, source_of
-from tests.protocol.test_destination import built
+from tests.protocol.said import built
 from tests.uffd.kernel import needs_userfaultfd
 
 pytestmark = needs_userfaultfd

@@ -8,7 +8,8 @@ import pytest
 
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.saved import read_saved
-from qmigrate.endpoint.source import End, Server
+from qmigrate.endpoint.served import End
+from qmigrate.endpoint.source import Server
 from qmigrate.operations.restore import Restorer
 from tests import streams
 

@@ -1,8 +1,6 @@
 """The destination's core, without a socket: bytes and facts in, events and bytes out."""
 
-from collections.abc import Iterable, Iterator
 from itertools import pairwise
-from typing import Any
 
 import pytest
 from hypothesis import given
@@ -11,74 +9,36 @@ from hypothesis import strategies as st
 from qmigrate.errors import NoStreamError, SequenceError, StreamError, TruncatedError, UnsupportedError
 from qmigrate.format.command import (
     COMMANDS,
-    Command,
     CommandNumber,
     DiscardRange,
     OpenReturnPath,
     Packaged,
     Ping,
     PostcopyAdvise,
-    PostcopyListen,
-    PostcopyRamDiscard,
     PostcopyResume,
-    PostcopyRun,
     RecvBitmap,
 )
 from qmigrate.format.return_path import Message, Pong, ReceivedBitmap, ResumeAck, Shut
 from qmigrate.format.walk import Limits
-from qmigrate.protocol.destination import (
+from qmigrate.protocol.destination import Destination
+from qmigrate.protocol.destination_events import (
     Advised,
     BitmapAsked,
     BlocksListed,
     Configured,
-    Destination,
     Discarded,
-    Event,
     Loaded,
-    Package,
     PackageCame,
-    PageChannel,
-    PagesCame,
     Resumed,
-    SectionBegan,
     SyncPoint,
-    devices_of,
-    package_events,
 )
 from qmigrate.protocol.phases import ANY_TIME, INSIDE, Phase, allowed
 from tests import streams
 from tests.live.answers import messages_in
+from tests.protocol.said import built, said_by
 from tests.walking import CORPUS, corpus
 
 PAGE = streams.PAGE
-
-
-def frozen(event: Event) -> Any:
-    """What of an event lasts."""
-    if not isinstance(event, PagesCame):
-        return event
-    pages = event.pages
-    starts = [start for run in pages.runs for start in range(run.start, run.start + run.page_count * PAGE, PAGE)]
-    return [(pages.block, start, run_flag(event, start)) for start in starts]
-
-
-def run_flag(event: PagesCame, start: int) -> int:
-    (flag,) = [run.flag for run in event.pages.runs if 0 <= start - run.start < run.page_count * PAGE]
-    return flag
-
-
-def said_by(core: Destination, pieces: Iterable[bytes]) -> Iterator[Any]:
-    """All events; the package is loaded as soon as it has come.  Pages of one stretch may come in several."""
-    for piece in pieces:
-        core.receive_data(piece)
-        for event in core.events():
-            if isinstance(event, PagesCame):
-                yield from frozen(event)
-                continue
-            yield event
-            if isinstance(event, PackageCame):
-                core.listening()
-                core.running()
 
 
 def answers_of(core: Destination) -> list[Message]:
@@ -151,24 +111,6 @@ def test_a_real_stream_is_read_to_its_end(name: str) -> None:
     core.finished()
 
 
-def built(number: CommandNumber) -> bytes:
-    """This command, with something in it; a package with LISTEN and RUN."""
-    match number:
-        case CommandNumber.PING:
-            command: Command = Ping(token=9)
-        case CommandNumber.POSTCOPY_ADVISE:
-            command = PostcopyAdvise(sizes=None)
-        case CommandNumber.POSTCOPY_RAM_DISCARD:
-            command = PostcopyRamDiscard(block="pc.ram", ranges=(DiscardRange(start=0, length=PAGE),))
-        case CommandNumber.RECV_BITMAP:
-            command = RecvBitmap(block="pc.ram")
-        case CommandNumber.PACKAGED:
-            return streams.package(streams.command(PostcopyListen()), streams.command(PostcopyRun()))
-        case _:
-            command = COMMANDS[number]()
-    return streams.command(command)
-
-
 @pytest.mark.parametrize("phase", Phase)
 @pytest.mark.parametrize("number", CommandNumber, ids=lambda number: number.name)
 def test_a_command_that_may_not_come_now_is_refused_by_name_and_changes_nothing(
@@ -187,41 +129,8 @@ def test_a_command_that_may_not_come_now_is_refused_by_name_and_changes_nothing(
     assert core.data_to_send() == b""
 
 
-@pytest.mark.parametrize("phase", [Phase.ADVISED, Phase.DISCARDING, Phase.PRECOPY, Phase.RUNNING])
-@pytest.mark.parametrize("number", CommandNumber, ids=lambda number: number.name)
-def test_a_command_that_may_not_come_in_a_package_is_refused_by_name(phase: Phase, number: CommandNumber) -> None:
-    events = package_events(Package(built(number)), phase)
-    if number in allowed(phase, inside=True):
-        assert next(events) is not None
-        return
-    with pytest.raises(SequenceError, match=f"^0x[0-9a-f]+: {number.name} inside a package while {phase.name};"):
-        list(events)
-
-
 def test_the_tables_words_are_used_up_by_these_tests() -> None:
     assert set(COMMANDS) == set(CommandNumber) > ANY_TIME | INSIDE
-
-
-def test_a_package_says_when_to_listen_and_when_to_run_and_what_to_answer() -> None:
-    data = b"".join(
-        (
-            streams.command(PostcopyListen()),
-            streams.devices(),
-            streams.command(Ping(token=3)),
-            streams.command(Ping(token=0x42)),
-            streams.command(PostcopyRun()),
-        )
-    )
-    said = list(package_events(Package(data, offset=100), Phase.DISCARDING))
-    assert [type(event) for event in said] == [Phase, SectionBegan, SectionBegan, Ping, Ping, Phase]
-    assert said[0] is Phase.LISTENING
-    assert said[-1] is Phase.RUNNING
-    assert devices_of(Package(data)) == streams.devices()
-
-
-def test_a_package_without_run_is_refused() -> None:
-    with pytest.raises(TruncatedError, match="the package ends while LISTENING, before POSTCOPY_RUN"):
-        list(package_events(Package(streams.command(PostcopyListen())), Phase.ADVISED))
 
 
 def test_a_package_that_claims_too_much_is_refused_before_anything_is_kept() -> None:
@@ -304,36 +213,6 @@ def test_before_the_guest_runs_a_lost_connection_is_the_end() -> None:
     core = Destination()
     core.link_lost()
     assert core.phase is Phase.FAILED
-
-
-def test_what_is_kept_is_all_but_ram_and_commands() -> None:
-    core = Destination(keep=True)
-    list(said_by(core, [streams.minimal()]))
-    kept = core.kept
-    assert kept is not None
-    assert kept.opening == streams.header() + streams.configuration()
-    assert (bytes(kept.live), bytes(kept.devices)) == (b"", streams.devices())
-    assert kept.closing == streams.eof() + streams.devices_described()
-    assert (kept.footers, kept.ram and kept.ram.section_id) == (True, streams.RAM_ID)
-
-
-@given(st.integers(1, 5000))
-def test_the_preempt_channel_is_read_in_any_pieces(step: int) -> None:
-    data = streams.page(PAGE, block="pc.ram") + streams.zero(3 * PAGE) + streams.page(0, block="pc.rom") + streams.eos()
-    channel = PageChannel({"pc.ram": 16 * PAGE, "pc.rom": 2 * PAGE}, PAGE)
-    said: list[Any] = []
-    for at in range(0, len(data), step):
-        channel.feed.receive(data[at : at + step])
-        for came in channel.events():
-            said += frozen(came)
-    assert said == [("pc.ram", PAGE, 8), ("pc.ram", 3 * PAGE, 2), ("pc.rom", 0, 8)]
-
-
-def test_a_page_outside_its_block_on_the_preempt_channel_is_refused() -> None:
-    channel = PageChannel({"pc.ram": 2 * PAGE}, PAGE)
-    channel.feed.receive(streams.page(2 * PAGE, block="pc.ram"))
-    with pytest.raises(StreamError, match="page at 0x2000, the block ends at 0x2000"):
-        list(channel.events())
 
 
 @pytest.mark.parametrize("closing", [b"", streams.description()[:1] + bytes(4)], ids=["none", "empty"])

@@ -16,19 +16,13 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from qmigrate.errors import TruncatedError
 from qmigrate.format.ram import RamFlag
 from qmigrate.format.return_path import Message, RequestPages, RequestPagesId, Shut, encode_message
-from qmigrate.protocol.destination import (
-    BitmapAsked,
-    Destination,
-    Event,
-    Loaded,
-    PackageCame,
-    PageChannel,
-    PagesCame,
-    Resumed,
-)
+from qmigrate.protocol.destination import Destination
+from qmigrate.protocol.destination_events import BitmapAsked, Event, Loaded, PackageCame, PagesCame, Resumed
+from qmigrate.protocol.page_channel import PageChannel
 from qmigrate.protocol.page_map import PageMap, PageState
+from qmigrate.protocol.pages_to_send import HostPages, Span
 from qmigrate.protocol.phases import Phase
-from qmigrate.protocol.source import HostPages, Source, Span, Stopped
+from qmigrate.protocol.source import Source, Stopped
 from tests import streams
 
 PAGE = streams.PAGE
@@ -213,10 +207,10 @@ class Ends(RuleBasedStateMachine):
                 self._send_one()
 
     def _send_one(self) -> None:
-        span = self.source.next_in_turn() if self.preempt else self.source.next_span()
+        span = self.source.pages.next_in_turn() if self.preempt else self.source.pages.next_span()
         if span is not None:
             self.forward += b"".join(self.source.part(span, records_of(span)))
-        elif not self.source.left:
+        elif not self.source.pages.left:
             self.urgent += self.source.end_urgent() if self.preempt else b""
             self.forward += self.source.end()
             self.ended = True
@@ -224,7 +218,7 @@ class Ends(RuleBasedStateMachine):
     @precondition(lambda self: self.preempt and self.source.phase is Phase.RUNNING and not self.ended)
     @rule()
     def the_source_sends_what_is_asked_for(self) -> None:
-        if (span := self.source.next_requested()) is not None:
+        if (span := self.source.pages.next_requested()) is not None:
             self.urgent += b"".join(self.source.urgent(span, records_of(span)))
 
     # -- the link
@@ -324,7 +318,7 @@ TestEnds.settings = settings(max_examples=100, stateful_step_count=60, deadline=
 def test_a_precopy_in_any_pieces_gives_the_sources_memory(cuts: list[int]) -> None:
     source, destination, guest, gathering = _new_source(), Destination(), Guest(), Gathering()
     said = bytearray(streams.header() + streams.configuration() + source.open() + source.start())
-    while (span := source.next_span()) is not None:
+    while (span := source.pages.next_span()) is not None:
         said += b"".join(source.part(span, records_of(span)))
     said += source.finish_ram() + streams.devices() + streams.eof() + streams.devices_described()
     told: list[Event] = []

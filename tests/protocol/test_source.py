@@ -19,19 +19,20 @@ from qmigrate.format.return_path import (
     Shut,
     encode_message,
 )
-from qmigrate.protocol.destination import (
+from qmigrate.protocol.destination import Destination
+from qmigrate.protocol.destination_events import (
     Advised,
     BitmapAsked,
     BlocksListed,
-    Destination,
     Discarded,
     Loaded,
     PackageCame,
-    PageChannel,
     PagesCame,
 )
+from qmigrate.protocol.page_channel import PageChannel
+from qmigrate.protocol.pages_to_send import HostPages, Span
 from qmigrate.protocol.phases import Phase
-from qmigrate.protocol.source import HostPages, Ponged, Requested, Resumed, Source, Span, Stopped
+from qmigrate.protocol.source import Ponged, Requested, Resumed, Source, Stopped
 from tests import streams
 
 T = TypeVar("T")
@@ -113,7 +114,7 @@ class Joined:
         return [event for event in self.told if isinstance(event, kind)]
 
     def send_next(self) -> Span | None:
-        span = self.source.next_span()
+        span = self.source.pages.next_span()
         if span is not None:
             self.deliver(b"".join(self.source.part(span, records_of(span))))
         return span
@@ -210,7 +211,7 @@ def test_each_page_comes_once_whatever_is_asked_for(moves: list[tuple[HostPages,
         joined.ask(ask)
     joined.finish()
     assert joined.came == all_pages()
-    assert joined.source.left == 0
+    assert joined.source.pages.left == 0
     assert joined.told[-1] == Loaded(is_postcopy=True)
 
 
@@ -228,9 +229,9 @@ def test_what_is_asked_for_is_sent_next(moves: list[tuple[HostPages, int, int] |
         joined.ask(RequestPagesId(block=block.name, start=start, length=block.page_size))
         assert joined.heard[-1] == Requested(block.name, start, block.page_size, is_new=not is_here)
         if not is_here:
-            assert joined.source.waiting == 1
+            assert joined.source.pages.waiting == 1
             assert joined.send_next() == Span(block.name, start // PAGE, each, requested=True)
-        assert joined.source.waiting == 0
+        assert joined.source.pages.waiting == 0
 
 
 @given(requests)
@@ -240,7 +241,7 @@ def test_each_page_comes_once_over_either_of_two_channels(moves: list[tuple[Host
     source, urgent = joined.source, PageChannel({block.name: block.length for block in BLOCKS}, PAGE)
 
     def answer() -> None:
-        while (span := source.next_requested()) is not None:
+        while (span := source.pages.next_requested()) is not None:
             assert span.requested
             urgent.feed.receive(b"".join(source.urgent(span, records_of(span))))
         for event in urgent.events():
@@ -248,7 +249,7 @@ def test_each_page_comes_once_over_either_of_two_channels(moves: list[tuple[Host
 
     for move in moves:
         if move is None:
-            if (span := source.next_in_turn()) is not None:
+            if (span := source.pages.next_in_turn()) is not None:
                 assert not span.requested
                 joined.deliver(b"".join(source.part(span, records_of(span))))
             continue
@@ -270,12 +271,6 @@ def test_what_stands_behind_a_page_that_was_asked_for_comes_after_it() -> None:
         Span("pc.ram", 40, 1, requested=True),
         Span("pc.ram", 41, 5),
     ]
-
-
-def test_huge_pages_are_sent_whole() -> None:
-    source = new_source()
-    spans = list(iter(source.next_span, None))
-    assert {(span.first % 4, span.page_count) for span in spans if span.block == "huge"} == {(0, 4)}
 
 
 def test_a_request_without_a_name_is_for_the_block_before() -> None:
@@ -308,7 +303,7 @@ def test_a_message_that_a_source_would_refuse_is_refused(message: Message, error
     joined.begin()
     with pytest.raises(StreamError, match=error):
         joined.ask(message)
-    assert joined.source.waiting == 0
+    assert joined.source.pages.waiting == 0
 
 
 def test_shut_ends_it() -> None:
@@ -332,7 +327,7 @@ def test_what_had_not_arrived_comes_after_a_recovery(
     for _ in range(before):
         joined.send_next()
     for _ in range(lost):  # taken to be sent, and lost with the connection
-        joined.source.next_span()
+        joined.source.pages.next_span()
     joined.source.lose()
     joined.destination.link_lost()
     joined.destination.recover()

@@ -260,9 +260,10 @@ def test_a_very_long_migration_makes_no_very_long_page() -> None:
 
 
 numbers = st.none() | st.integers(0, 1 << 64)
+words = st.text(max_size=9) | st.sampled_from([HOSTILE, "</main><a href=x>", "<!--", "&lt;b&gt;"])
 
 
-@given(st.lists(st.tuples(st.integers(-(10**16), 10**16), numbers, numbers, numbers, st.text(max_size=9)), max_size=9))
+@given(st.lists(st.tuples(st.integers(-(10**16), 10**16), numbers, numbers, numbers, words), max_size=9))
 def test_any_numbers_and_words_make_a_page(told: list[tuple[Any, ...]]) -> None:
     story = Story()
     story.begins()
@@ -270,4 +271,7 @@ def test_any_numbers_and_words_make_a_page(told: list[tuple[Any, ...]]) -> None:
         story.status(at_us, SOURCE, words)
         story.guest(at_us, DESTINATION, running=bool(one))
         story.numbers(at_us, SOURCE, words, remaining_bytes=one, transferred_bytes=two, page_requests=three)
-    read(story.events)
+    found = read(story.events)
+    assert [tag for tag in found.tags if tag in ("html", "body", "main", "a")] == ["html", "body", "main"]
+    assert not [name for _, name, _ in found.attributes if name.startswith("on")]
+    assert "Migration without an end" in found.text

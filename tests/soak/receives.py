@@ -315,7 +315,7 @@ async def _recover(
     source: Machine, receiver: Receiving, folder: Path, index: int, cutter: _Cutter, *, fast: bool
 ) -> None:
     async with asyncio.timeout(TIMEOUT_S):
-        while not receiver.receiver._paused:  # noqa: ASYNC110 - the same event comes at each break
+        while not receiver.receiver.is_paused:  # noqa: ASYNC110 - the same event comes at each break
             await asyncio.sleep(0.01)
     inner = f"unix:{folder / f'in-{index}'}"
     assert await ask(receiver.receiver.control, "recover", inner) == inner

@@ -21,7 +21,7 @@ from qmigrate.analysis.extract import extract
 from qmigrate.capture.migration import Migration
 from qmigrate.endpoint.destination import Workload
 from qmigrate.endpoint.relay import Relay
-from qmigrate.endpoint.source import Moment
+from qmigrate.endpoint.served import Moment
 from qmigrate.errors import QmpTimeoutError
 from qmigrate.events import GuestChanged, LiveEvent
 from qmigrate.format.ram_flag import RamFlag
