@@ -82,6 +82,8 @@ class RecordingStory:
         """How many moments and requests were not kept."""
         self.flow = Flow()
         self.last_ns = 0
+        self.has_stream = False
+        """Did a migration stream begin on any connection?"""
         self._streams: list[tuple[_Stream, _Stream]] = []
         self._walker: Walker | None = None
         self._switched = False
@@ -102,7 +104,8 @@ class RecordingStory:
     def advance(self) -> Iterator[Moment]:
         """What is new, moment by moment."""
         for frame in self.recording.advance():
-            self._now = self.last_ns = frame.monotonic_ns - self.recording.header.monotonic_ns
+            time_ns = frame.monotonic_ns - self.recording.header.monotonic_ns
+            self._now = self.last_ns = max(time_ns, self._now)  # a clock that goes back is not the tap's
             self._frame(frame)
             yield from self._tell_on()
 
@@ -282,6 +285,7 @@ class RecordingStory:
                 self._say(stream, record.name, _command(record))
                 self._commanded(record)
             case FileHeader():
+                self.has_stream = True
                 self._say(stream, "HEADER", {})
                 self._phase("precopy")
             case Configuration():
@@ -364,6 +368,19 @@ class RecordingStory:
         self._tell(Moment(self._now, number, "return", message.name, _plain_request(request)), kept=False)
 
     # -- phases and moments
+
+    @property
+    def faults(self) -> list[tuple[int, str]]:
+        """What stopped making sense, and on which connection; but of those that a recovery made good."""
+        resumed_ns = max(
+            (each.opened_ns for each in self.channels if each.forward.kind is ChannelKind.RESUMED), default=0
+        )
+        return [
+            (each.number, fault)
+            for each in self.channels
+            if each.closed_ns is None or each.closed_ns > resumed_ns
+            for fault in each.faults
+        ]
 
     @property
     def bytes(self) -> int:

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from qmigrate.capture.frames import Direction
 from qmigrate.capture.open import Readable
-from qmigrate.capture.recording import Recording
+from qmigrate.capture.recording import RecordedStream, Recording
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors, TruncatedError
 from qmigrate.format.channel import Channel, ChannelKind, by_order
 from qmigrate.format.entry import Entry
@@ -143,6 +143,8 @@ class Joining:
                 feed = Feed()
                 for entry in self._guarded(part, walk(feed), feed):
                     yield entry._replace(channel=number)
+                if kind is ChannelKind.PREEMPT:
+                    self._faults += _unrecorded(part, feed.offset)
         if len(self._cuts) > len(self._of(ChannelKind.RESUMED)):  # none of them has the end
             self._faults.append(self._cuts[-1])
         for number, part in self._of(ChannelKind.RETURN_PATH):
@@ -275,6 +277,14 @@ def _missing(channels: Sequence[_Multifd]) -> Iterator[StreamError]:
             f"{count - packets} of {count} packets, by their numbers, are in none of the multifd channels that are "
             f"given ({here}): are there further ones?"
         )
+
+
+def _unrecorded(part: Part, end: int) -> Iterator[StreamError]:
+    """That a tap had ended before this connection did: no record is the last of preempt, so pages leave no trace."""
+    stream = part.readable
+    if isinstance(stream, RecordedStream) and stream.connection.closed is None:
+        message = "the recording ends before this connection did: pages that came on it may be missing"
+        yield TruncatedError(message, offset=end, trail=(part.name,))
 
 
 def _named(fault: StreamError, part: Part) -> StreamError:

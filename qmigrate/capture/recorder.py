@@ -83,10 +83,10 @@ class Recorder:
             if not self._has_content(overwrite=overwrite):
                 self.begin()
         except BaseException:
-            os.close(self._descriptor)
-            if is_new and self._begun:  # else it may be another's who was a moment sooner
+            if self._begun:  # else it may be another's who was a moment sooner
                 with suppress(OSError):
-                    Path(path).unlink()
+                    Path(path).unlink() if is_new else os.ftruncate(self._descriptor, 0)
+            os.close(self._descriptor)
             raise
 
     def _has_content(self, *, overwrite: bool) -> bool:

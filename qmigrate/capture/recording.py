@@ -5,8 +5,10 @@ The file's layout is declared in ``frames``.  It is read by offsets, and may sti
 
 import fcntl
 import os
+import stat
 from array import array
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -45,6 +47,7 @@ __all__ = ["Connection", "Pieces", "RecordedChannel", "RecordedStream", "Recordi
 _STOPPED: Final = "the recording stopped before the migration ended"
 _WINDOW: Final = 1 << 14
 _PIECE: Final = 1 << 16
+_MOST_KINDS: Final = 5  # that are named
 _MOST_BEFORE_BLOCKS: Final = 1 << 26  # bytes of main in which its block list is looked for
 
 
@@ -103,7 +106,7 @@ class Recording:
     def __init__(self, path: str | os.PathLike[str], *, name: str | None = None) -> None:
         self.path = os.fspath(path)
         self.name = self.path if name is None else name
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # of a pipe, nobody is waited for
         self.connections: list[Connection] = []
         self.stopped: Stopped | None = None
         """Why the recording stopped before the tap did."""
@@ -158,6 +161,8 @@ class Recording:
         return False
 
     def _read_header(self) -> RecordingHeader:
+        if not stat.S_ISREG(os.fstat(self._descriptor).st_mode):
+            raise NoStreamError("no recording of qmigrate tap: it is no regular file, which is read by offsets")
         with about_file(self.name):
             data = os.pread(self._descriptor, HEADER.size, 0)
         if data[:8] != MAGIC:
@@ -175,6 +180,10 @@ class Recording:
 
     def advance(self) -> Iterator[Frame]:
         """The frames behind those that were read before, as long as they are whole."""
+        if self.fault is None and self.size < self.position:
+            self.fault = StreamError(
+                f"the recording became shorter while it was read: it has {self.size} bytes", offset=self.position
+            )
         while self.fault is None and not self.ended:
             try:
                 frame = self._next()
@@ -368,8 +377,13 @@ class Recording:
             stream = self.stream(connection.number, Direction.FORWARD)
             if stream.classify(None).kind is ChannelKind.MAIN:
                 return stream
-        count = len(self.connections)
-        raise NoStreamError(f"a recording in which no connection is a main channel; {count} are there")
+        if not self.connections:
+            raise NoStreamError("no migration stream: the recording has no connections")
+        kinds = Counter(
+            channel.channel.name for channel in self.channels() if channel.direction is Direction.FORWARD
+        ).most_common(_MOST_KINDS)
+        found = ", ".join(f"{count} {name}" for name, count in kinds)
+        raise NoStreamError(f"no migration stream: no recorded connection is a main channel; there are {found}")
 
 
 @dataclass(frozen=True)

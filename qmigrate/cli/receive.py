@@ -158,6 +158,8 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 def _recorder(args: argparse.Namespace) -> "AbstractContextManager[Recorder | None]":
     if args.record is None:
         return nullcontext()
+    if args.record == "-":
+        raise RefusedError("--record wants a file: a recording is read by offsets, and - is none")
     from qmigrate.capture.recorder import Recorder
 
     allow_many_files()

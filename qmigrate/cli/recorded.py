@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Final, TextIO
 
-from qmigrate.cli.tell import tell_faults
+from qmigrate.cli.tell import BAD_STREAM, NOTHING_DONE, tell, tell_faults
 from qmigrate.errors import NoStreamError, StreamError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ def write_recorded(args: argparse.Namespace, migration: "Migration", recording: 
     """The story of all channels in the order of time, then what they hold, joined, as of any stream."""
     from qmigrate.analysis.described import describe_recording, read_story
 
-    story, contents = read_story(recording), _joined(migration)
+    story, (contents, has_stream) = read_story(recording), _joined(migration)
     if args.report is not None:
         _write_page(args.report, story, migration.source.name)
     if args.json:
@@ -42,7 +42,8 @@ def write_recorded(args: argparse.Namespace, migration: "Migration", recording: 
             paper.line()
             write_story(contents, f"{migration.source.name}: its channels, joined", paper)
     out.flush()
-    return tell_faults(migration.source.name, contents.errors)
+    status = tell_faults(migration.source.name, contents.errors)
+    return status if has_stream else NOTHING_DONE
 
 
 def write_moments(recording: "Recording", out: TextIO, *, file: str | None) -> int:
@@ -60,18 +61,21 @@ def write_moments(recording: "Recording", out: TextIO, *, file: str | None) -> i
         for moment in story.finish():
             write_json_line(named | moment.plain(), out)
     out.flush()
-    return _tell_recording(recording.name, story)
+    return max(_tell_streams(recording, story), _tell_recording(recording.name, story))
 
 
 def follow(args: argparse.Namespace, file: str, out: TextIO) -> int:
     """What a tap records into ``file``, while it does, until it ends."""
     from qmigrate.analysis.recording import RecordingStory
     from qmigrate.capture.recording import Recording
+    from qmigrate.cli.asked import answer_with
+    from qmigrate.report import units
     from qmigrate.report.json import write_json_line
     from qmigrate.report.paper import Paper
     from qmigrate.report.recording import moment_line, write_ending
 
     with Recording(file) as recording:
+        answer_with(lambda: f"{file}: {units.size(recording.position)} of the recording read")
         story, paper = RecordingStory(recording), Paper(out)
         for moment in _moments(story):
             if args.ndjson:
@@ -82,7 +86,7 @@ def follow(args: argparse.Namespace, file: str, out: TextIO) -> int:
         if not args.ndjson:
             write_ending(story, paper)
         out.flush()
-        return _tell_recording(file, story)
+        return max(_tell_streams(recording, story), _tell_recording(file, story))
 
 
 def _moments(story: "RecordingStory") -> "Iterator[Moment]":
@@ -105,14 +109,31 @@ def _write_page(path: str, story: "RecordingStory", name: str) -> None:
         file.finish(recording_page(story, name))
 
 
-def _joined(migration: "Migration") -> "Contents":
-    """What the channels hold; nothing where there is no main channel."""
+def _joined(migration: "Migration") -> "tuple[Contents, bool]":
+    """What the channels hold, and whether that is a stream at all."""
     from qmigrate.capture.migration import Contents
 
     try:
-        return migration.contents
+        return migration.contents, True
     except NoStreamError as exc:
-        return Contents(errors=[StreamError(str(exc)), *migration.recording_faults])
+        return Contents(errors=[StreamError(str(exc)), *migration.recording_faults]), False
+
+
+def _tell_streams(recording: "Recording", story: "RecordingStory") -> int:
+    """Is there no stream, or what is wrong with those that are there?  Told by who does not join them."""
+    if not story.has_stream:
+        try:
+            number = recording.main().connection.number
+            why = next(iter(story.channels[number].faults), "no migration stream").removeprefix("forward: ")
+        except NoStreamError as exc:
+            why = str(exc)
+        tell(recording.name, why)
+        return NOTHING_DONE
+    status = 0
+    for number, fault in story.faults:
+        tell(recording.name, f"connection {number}, {fault}")
+        status = BAD_STREAM
+    return status
 
 
 def _tell_recording(name: str, story: "RecordingStory") -> int:

@@ -1,6 +1,7 @@
 """``qmigrate tap``: stand between a source and a destination, and record all that passes."""
 
 import argparse
+import shlex
 import sys
 import time
 from collections.abc import Awaitable
@@ -73,6 +74,8 @@ def run(args: argparse.Namespace, _out: TextIO) -> int:
         SocketAddress.parse(args.listen), SocketAddress.parse(args.forward)
     except ValueError as exc:
         args.usage_error(str(exc))
+    if args.output == "-":
+        args.usage_error("-o wants a file: a recording is read by offsets, and - is none")
     allow_many_files()
     with Recorder(args.output, overwrite=args.overwrite, reserve=args.reserve, on_stop=_stopped) as recorder:
         try:
@@ -127,7 +130,7 @@ async def _until_over(
         open_ones = "1 open connection has" if tap.open_count == 1 else f"{tap.open_count} open connections have"
         screen.line(f"ending when {open_ones} closed; Ctrl-C again cuts them")
         await _first(again.wait(), tap.wait_until_closed())
-    return tap.open_count > 0
+    return tap.open_count > len(tap.left_open)
 
 
 async def _first(*waits: Awaitable[object]) -> None:
@@ -191,7 +194,8 @@ class _Screen:
             case tap.ConnectionClosed():
                 passed = f"{units.size(event.forward_bytes)} forward, {units.size(event.return_bytes)} back"
                 why = f", {event.error}" if event.error else ""
-                open_end = "; its return path has no end: it may be recovered" if event.unfinished else ""
+                open_end = "; its return path has no end" if event.unfinished else ""
+                open_end += ": it may be recovered" if event.broken else ""
                 self.line(f"connection {event.number} closed, {passed}{why}{open_end}")
 
     async def show(self, tap: "Tap", recorder: "Recorder") -> None:
@@ -217,7 +221,7 @@ class _Screen:
 
         count = units.plural(len(tap.connections), "connection")
         sizes = f"{units.size(_passed(tap))} passed on, {units.size(recorder.size)} recorded"
-        self.line(f"{count}, {sizes}: qmigrate dissect {path}")
+        self.line(f"{count}, {sizes}: qmigrate dissect {shlex.quote(path)}")
 
 
 def _passed(tap: "Tap") -> int:

@@ -22,6 +22,7 @@ from typing import Final
 
 from qmigrate.capture.frames import LONGEST_PIECE, Direction
 from qmigrate.capture.recorder import Recorder
+from qmigrate.endpoint.way_back import WayBack
 from qmigrate.format.channel import Channel, classify
 from qmigrate.format.feed import Feed
 
@@ -29,8 +30,6 @@ __all__ = ["Joined"]
 
 _BACK_PIECE: Final = 1 << 16
 _HEAD: Final = 512  # bytes that are looked at to tell what it is
-_TAIL: Final = 8  # bytes of the return path's last message
-_SHUT: Final = b"\x00\x01\x00\x04"
 _SNDBUFFORCE: Final = 32  # SO_SNDBUFFORCE of asm-generic/socket.h, which Python lacks
 _ON_ITS_WAY: Final = 1 << 20  # bytes
 _WORTH_WAITING: Final = 1 << 15  # bytes: less is a page that somebody waits for
@@ -45,8 +44,10 @@ _tee.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint]
 class Joined:
     """A connection through us.  Closes both sockets, which are blocking ones, when both directions have ended.
 
-    The counts are of bytes passed on; ``error`` is what broke it, empty where nothing did.  ``on_told(channel)`` is
-    called when its first bytes say what it is, ``on_closed()`` at the end, both from a thread of its own.
+    The counts are of bytes passed on; ``error`` is what broke it, empty where nothing did; ``back`` tells what the
+    destination said.  ``on_told(channel)`` is called when its first bytes say what it is, ``on_said_all()`` when the
+    source has closed its side and all that it sent is passed on, ``on_closed()`` at the end; each from a thread of
+    the connection.
     """
 
     def __init__(
@@ -57,17 +58,20 @@ class Joined:
         *,
         recorder: Recorder | None = None,
         on_told: Callable[[Channel], None] | None = None,
+        on_said_all: Callable[[], None] | None = None,
         on_closed: Callable[[], None] | None = None,
     ) -> None:
         self.number = number
         self.forward_bytes = 0
         self.return_bytes = 0
         self.error = ""
-        self.is_open = True
+        self.back = WayBack()
+        self.opened_ns = time.monotonic_ns()
+        self.closed_ns: int | None = None
+        self.has_said_all = False
         self._source, self._destination = source, destination
         self._recorder = recorder
-        self._on_told, self._on_closed = on_told, on_closed
-        self._tail = b""
+        self._on_told, self._on_said_all, self._on_closed = on_told, on_said_all, on_closed
         self._lock = threading.Lock()
         self._running = 2
         self._is_ending = False
@@ -76,18 +80,21 @@ class Joined:
         self._stays = 0  # for so many pieces
 
     @property
-    def is_unfinished(self) -> bool:
-        """Did its return path end without SHUT?  Then a postcopy may be resumed on another connection."""
-        return self.return_bytes > 0 and self._tail[:4] != _SHUT
+    def is_open(self) -> bool:
+        return self.closed_ns is None
 
     def start(self) -> None:
         """Pass on, in the background."""
+        self._hurry()
         for work in (self._pass_forward, self._pass_back):
             threading.Thread(target=self._run, args=(work,), name=f"connection {self.number}", daemon=True).start()
 
-    def cut(self) -> None:
-        """End it now, both ways."""
-        self._is_ending = True
+    def cut(self, why: str = "") -> None:
+        """End it now, both ways; ``why`` becomes its error, unless it has one, or ends already."""
+        with self._lock:
+            if not self._is_ending and not self.error:
+                self.error = why
+            self._is_ending = True
         for peer in (self._source, self._destination):
             with suppress(OSError):
                 peer.shutdown(socket.SHUT_RDWR)
@@ -107,10 +114,7 @@ class Joined:
 
     def _broke(self, exc: OSError) -> None:
         """Where one direction breaks, the other ends too; only the first of them says why."""
-        with self._lock:
-            if not self._is_ending and not self.error:
-                self.error = exc.strerror or str(exc)
-        self.cut()
+        self.cut(exc.strerror or str(exc))
 
     def _close(self) -> None:
         self._source.close()
@@ -119,7 +123,7 @@ class Joined:
             self._recorder.closed(
                 self.number, forward_bytes=self.forward_bytes, return_bytes=self.return_bytes, error=self.error
             )
-        self.is_open = False
+        self.closed_ns = time.monotonic_ns()
         if self._on_closed is not None:
             self._on_closed()
 
@@ -134,6 +138,9 @@ class Joined:
                     count -= step
         with suppress(OSError):  # it is gone already: the other thread finds that out
             self._destination.shutdown(socket.SHUT_WR)
+        self.has_said_all = not self._is_ending
+        if self.has_said_all and self._on_said_all is not None:
+            self._on_said_all()
 
     def _take_into(self, through: "_Pipe") -> int:
         """Wait for bytes of the source, and take all that is there, as far as one piece goes; 0 at its end.
@@ -182,6 +189,13 @@ class Joined:
                 self._destination.setsockopt(socket.SOL_SOCKET, option, _ON_ITS_WAY)
                 return
 
+    def _hurry(self) -> None:
+        """No page and no request waits in tcp until the one before it is acknowledged, as they don't without us."""
+        for peer in (self._source, self._destination):
+            if peer.family in (socket.AF_INET, socket.AF_INET6):
+                with suppress(OSError):
+                    peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
     def _record_forward(self, through: "_Pipe", beside: "_Pipe", count: int) -> int:
         """Record the front of what is in the pipe; how much that was."""
         if self._recorder is None or self._recorder.stopped is not None:
@@ -211,7 +225,7 @@ class Joined:
                 self._recorder.data(self.number, Direction.RETURN, piece)
             self._source.sendall(piece)
             self.return_bytes += count
-            self._tail = (self._tail + bytes(piece[-_TAIL:]))[-_TAIL:]
+            self.back.take(piece)
         self.cut()
 
     def _look(self) -> None:

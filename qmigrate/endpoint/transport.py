@@ -2,11 +2,15 @@
 
 import asyncio
 import errno
+import os
 import socket
+from typing import Final
 
 from qmigrate.value import Value
 
 __all__ = ["SocketAddress", "connect", "is_served", "listen", "listen_anew"]
+
+_LONGEST_PATH: Final = 107  # bytes: sun_path has one more, which is zero
 
 
 class SocketAddress(Value):
@@ -26,6 +30,13 @@ class SocketAddress(Value):
         if scheme == "tcp" and port.isascii() and port.isdigit() and int(port) < 1 << 16:
             return cls(host=host.removeprefix("[").removesuffix("]"), port=int(port))
         raise ValueError(f"{uri!r} is no socket: expected unix:PATH or tcp:HOST:PORT")
+
+    @property
+    def unreachable(self) -> str | None:
+        """Why nobody can ever connect to it; None where that can't be seen from it."""
+        if self.path is None:
+            return None if self.port else "it has no port"
+        return None if len(os.fsencode(self.path)) <= _LONGEST_PATH else f"longer than {_LONGEST_PATH} bytes"
 
     def __str__(self) -> str:
         if self.path is not None:

@@ -14,9 +14,10 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 from qmigrate.capture.recorder import Recorder
 from qmigrate.endpoint.joined import Joined
@@ -29,6 +30,12 @@ __all__ = ["ConnectionClosed", "ConnectionOpened", "ConnectionRefused", "Connect
 
 _CONNECT_TIMEOUT_S: Final = 10.0
 _BUSY_S: Final = 0.2
+_CLOSING_S: Final = 2.0
+_CUT: Final = "cut, for the tap ended"
+_LEFT_OPEN: Final = "cut: the migration was over, and the destination kept it open"
+
+
+_Way: TypeAlias = tuple[str, int, str, int]
 
 
 class ConnectionOpened(LiveEvent):
@@ -47,13 +54,17 @@ class ConnectionTold(LiveEvent):
 
 
 class ConnectionClosed(LiveEvent):
-    """Both sides are closed.  ``error`` is empty where all went well."""
+    """Both sides are closed.  ``error`` is empty where all went well.
+
+    ``unfinished``: its return path has no end; ``broken``: and it had come to a postcopy, which may be resumed.
+    """
 
     number: int
     forward_bytes: int
     return_bytes: int
     error: str
     unfinished: bool
+    broken: bool
 
 
 class ConnectionRefused(LiveEvent):
@@ -69,8 +80,8 @@ class Tap:
     ``listen`` and ``forward`` are URIs, ``unix:PATH`` or ``tcp:HOST:PORT``; ``address`` says where it listens, with
     the port that was taken.  ``on_event`` hears of connections, in the event loop.
     The recorder begins when it listens: before that an older recording is as it was.
-    Raises ``OSError`` where it can't listen or begin to record, ``RefusedError`` where it would connect to itself,
-    ``ValueError`` for a URI of another kind.
+    Raises ``OSError`` where it can't listen or begin to record, ``RefusedError`` where it would connect to itself or
+    nobody can be at ``forward``, ``ValueError`` for a URI of another kind.
     """
 
     def __init__(
@@ -79,8 +90,9 @@ class Tap:
         self.address = SocketAddress.parse(listen)
         self.forward = SocketAddress.parse(forward)
         self.connections: list[Joined] = []
+        self._open: set[Joined] = set()  # until it has been told that they closed
         self._refused = 0
-        self._outgoing: set[tuple[object, object]] = set()  # from where to where
+        self._outgoing: set[_Way] = set()
         self._recorder = recorder
         self._on_event = on_event
         self._listener: socket.socket | None = None
@@ -90,6 +102,8 @@ class Tap:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
+        if (why := self.forward.unreachable) is not None:
+            raise RefusedError(f"nobody can listen at FORWARD, {self.forward}: {why}")
         if _same(self.address, self.forward):
             raise RefusedError(f"LISTEN and FORWARD are the same, {self.forward}: it would connect to itself")
         self._listener = await listen_anew(self.address)
@@ -108,29 +122,44 @@ class Tap:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop_listening()
+        left = self.left_open
         for connection in self.connections:
-            connection.cut()
-        await self.wait_until_closed()
+            connection.cut(_LEFT_OPEN if connection in left else _CUT)
+        await self._wait_for(lambda: not self.open_count)
 
     @property
     def open_count(self) -> int:
         """How many connections are open."""
-        return sum(1 for each in self.connections if each.is_open)
+        return len(self._open)
+
+    @property
+    def left_open(self) -> list[Joined]:
+        """Connections of a migration that is over, which its destination does not close.
+
+        QEMU 5.2 does that after a postcopy with multifd, until it quits.  Main was closed after SHUT, and theirs has
+        been closed by the source, all that came from it was passed on, and no answer is due.
+        """
+        ended_ns = max((each.closed_ns or 0 for each in self.connections if each.back.is_shut), default=0)
+        return [
+            each for each in self._open if each.has_said_all and not each.back.is_used and each.opened_ns < ended_ns
+        ]
 
     @property
     def is_over(self) -> bool:
-        """Was there a migration, is nothing open, and did its return path, if it has one, come to its end?"""
+        """Was there a migration, is nothing open but what was left so, and is there no postcopy that broke?"""
         used = [each for each in self.connections if each.forward_bytes]
-        with_return = [each for each in used if each.return_bytes]
-        return bool(used) and not self.open_count and not (with_return and with_return[-1].is_unfinished)
+        with_return = [each for each in used if each.back.is_used]
+        return bool(used and self._is_quiet and not (with_return and with_return[-1].back.is_broken))
 
     async def wait_until_over(self) -> None:
         """Until the first migration is over, its recoveries too."""
         await self._wait_for(lambda: self.is_over)
+        await self._give_time_to_close()
 
     async def wait_until_closed(self) -> None:
-        """Until no connection is open."""
-        await self._wait_for(lambda: not self.open_count)
+        """Until no connection is open, but those that were left so."""
+        await self._wait_for(lambda: self._is_quiet)
+        await self._give_time_to_close()
 
     async def stop_listening(self) -> None:
         """No more connections."""
@@ -145,6 +174,16 @@ class Tap:
                 Path(self.address.path).unlink(missing_ok=True)
 
     # -- inside
+
+    @property
+    def _is_quiet(self) -> bool:
+        return self.open_count == len(self.left_open)
+
+    async def _give_time_to_close(self) -> None:
+        """Nearly all destinations close what is left open here, a moment later."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_CLOSING_S):
+                await self._wait_for(lambda: not self.open_count)
 
     async def _wait_for(self, condition: Callable[[], bool]) -> None:
         async with self._changed:
@@ -169,7 +208,7 @@ class Tap:
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 destination = await connect(self.forward)
             if self.forward.path is None:
-                self._outgoing.add((destination.getsockname(), destination.getpeername()))
+                self._outgoing.add(_way(destination.getsockname(), destination.getpeername()))
         except (OSError, TimeoutError) as exc:
             self._refuse(number, source, exc)
             return
@@ -181,15 +220,17 @@ class Tap:
             destination,
             recorder=self._recorder,
             on_told=lambda channel: self._from_thread(lambda: self._told(number, channel)),
+            on_said_all=lambda: self._from_thread(self._changes),
             on_closed=lambda: self._from_thread(lambda: self._closed(joined)),
         )
         self.connections.append(joined)
+        self._open.add(joined)
         self._tell(ConnectionOpened(number=number, peer=peer))
         joined.start()
 
     def _check_is_not_ours(self, source: socket.socket) -> None:
         """Of tcp the same place has several addresses: it can't be seen before.  Raises ``OSError``."""
-        if self.address.path is None and (source.getpeername(), source.getsockname()) in self._outgoing:
+        if self.address.path is None and _way(source.getpeername(), source.getsockname()) in self._outgoing:
             raise OSError(errno.ELOOP, "we connected to ourselves: nobody but us listens there")
 
     def _refuse(self, number: int, source: socket.socket, exc: Exception) -> None:
@@ -209,15 +250,21 @@ class Tap:
         self._tell(ConnectionTold(number=number, channel=channel.name, reason=channel.reason))
 
     def _closed(self, joined: Joined) -> None:
+        self._open.discard(joined)
         self._tell(
             ConnectionClosed(
                 number=joined.number,
                 forward_bytes=joined.forward_bytes,
                 return_bytes=joined.return_bytes,
                 error=joined.error,
-                unfinished=joined.is_unfinished,
+                unfinished=joined.back.is_used and not joined.back.is_shut,
+                broken=joined.back.is_broken,
             )
         )
+        self._changes()
+
+    def _changes(self) -> None:
+        """Those who wait look again."""
         task = self._loop.create_task(self._notify())
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -235,6 +282,17 @@ def _same(listen: SocketAddress, forward: SocketAddress) -> bool:
     if listen.path is None or forward.path is None:
         return listen == forward and listen.port > 0
     return os.path.realpath(listen.path) == os.path.realpath(forward.path)
+
+
+def _way(begin: Any, end: Any) -> _Way:
+    """Of a tcp connection, from where to where: the same whichever of its ends tells it."""
+    return _host(begin[0]), begin[1], _host(end[0]), end[1]
+
+
+def _host(name: str) -> str:
+    """An address without its scope, which only one end may have; one of IPv4 as such, where IPv6 mapped it."""
+    address = ip_address(name.partition("%")[0])
+    return str(getattr(address, "ipv4_mapped", None) or address)
 
 
 def _uri(address: object) -> str:

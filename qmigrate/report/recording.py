@@ -60,6 +60,8 @@ def _verdict(story: RecordingStory) -> Text:
 
 
 def _channels(story: RecordingStory, paper: Paper) -> None:
+    if not story.channels:
+        return
     paper.heading("Channels")
     rows = []
     for channel in story.channels[:_MOST_LINES]:
@@ -100,6 +102,8 @@ def _phases(story: RecordingStory, paper: Paper) -> None:
 
 
 def _timeline(story: RecordingStory, paper: Paper) -> None:
+    if not story.timeline:
+        return
     paper.heading("Timeline", ("seconds from the recording's start; → forward, ← return", DIM))
     groups = list(_folded(in_order(story)))
     for same in groups[:_MOST_LINES]:

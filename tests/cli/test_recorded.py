@@ -1,6 +1,7 @@
 """``qmigrate dissect`` of what ``qmigrate tap`` recorded."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import pytest
 import qmigrate
 from qmigrate.analysis.story import Flow
 from qmigrate.capture import recorder as recorder_module
-from qmigrate.capture.frames import Direction
+from qmigrate.capture.frames import HEADER, Direction, End, Stopped, build_frame
 from qmigrate.capture.recorder import Recorder
+from qmigrate.capture.recording import Recording
 from qmigrate.cli.main import main
 from qmigrate.format.command import PostcopyResume, RecvBitmap, encode_command
 from qmigrate.format.ram import RamFlag
@@ -119,15 +121,115 @@ def test_the_recording_of_a_killed_tap_is_told_as_far_as_it_goes(recording: str,
 
 
 def test_a_recording_that_stopped_says_so(tmp_path: Path, capsys: Output) -> None:
-    from qmigrate.capture.frames import Stopped, build_frame, build_header
-
     when = {"monotonic_ns": 1, "time_ns": 2}
     stopped = build_frame(Stopped(reason="No space left on device"), connection=0, **when)
-    (tmp_path / "a.tap").write_bytes(build_header(**when) + stopped)
-    assert main(["dissect", str(tmp_path / "a.tap")]) == 1
-    said = capsys.readouterr()
-    assert "a recording that stopped: No space left on device, 0 connections" in said.out
-    assert "the recording stopped before the migration ended: No space left on device" in said.err
+    with Recorder(tmp_path / "a.tap") as recorder:
+        opened(recorder, 0)
+        recorder.data(0, FORWARD, streams.minimal())
+    end = len(build_frame(End(), connection=0, **when))
+    (tmp_path / "a.tap").write_bytes((tmp_path / "a.tap").read_bytes()[:-end] + stopped)
+    for more in (), ("--json",), ("--json", "--jobs", "1"), ("--ndjson",), ("--live",):
+        assert main(["dissect", *more, str(tmp_path / "a.tap")]) == 1
+        said = capsys.readouterr()
+        assert "the recording stopped before the migration ended: No space left on device" in said.err
+        is_text = more in ((), ("--live",))
+        assert ("a recording that stopped: No space left on device, 1 connection" in said.out) == is_text
+        assert re.search(r"-\d+ [a-zµ]", said.out) is None  # though the last frame's time is before the others'
+
+
+VIEWS = (
+    ["dissect"],
+    ["dissect", "--json"],
+    ["dissect", "--json", "--jobs", "1"],
+    ["dissect", "--ndjson"],
+    ["dissect", "--live"],
+    ["dissect", "--live", "--ndjson"],
+    ["dissect", "--report", "page.html"],
+    ["dissect", "--structure"],
+    ["dissect", "--ram"],
+    ["dissect", "--device", "cpu"],
+    ["check"],
+    ["check", "--json"],
+    ["extract", "--raw", "raw"],
+    ["diff", "whole.tap"],
+)
+TLS, HTTP = b"\x16\x03\x01" + bytes(100), b"GET / HTTP/1.0\r\n\r\n"
+NO_MAIN = "no migration stream: no recorded connection is a main channel; there are "
+
+
+@pytest.mark.parametrize(
+    ("connections", "wrong"),
+    [
+        ([], "no migration stream: the recording has no connections"),
+        ([(b"", b"")], f"{NO_MAIN}1 unknown"),
+        ([(b"", encode_message(Pong(token=1)))], f"{NO_MAIN}1 unknown"),
+        ([(TLS, TLS), (TLS, TLS), (HTTP, b"")], f"{NO_MAIN}2 TLS, 1 unknown"),
+        ([(bytes.fromhex("1122334400000001"), b"")], f"{NO_MAIN}1 multifd"),
+        ([(b"QE", b"")], f"{NO_MAIN}1 unknown"),
+        ([(b"QEVM\0\0", encode_message(Pong(token=1)))], "no migration stream: 6 bytes are there, its header has 8"),
+    ],
+)
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_a_recording_without_a_stream_is_2_for_all_who_read_it(
+    connections: list[tuple[bytes, bytes]],
+    wrong: str,
+    is_killed: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Output,
+) -> None:
+    """Nothing could be done; the story of the connections is told nevertheless."""
+    monkeypatch.chdir(tmp_path)
+    written("whole.tap", [(streams.minimal(), b"")])
+    written("a.tap", connections)
+    if is_killed:
+        Path("a.tap").write_bytes(Path("a.tap").read_bytes()[: -HEADER.size])
+    for view in VIEWS:
+        assert main([*view, "a.tap"]) == 2, view
+        said = capsys.readouterr()
+        assert f"qmigrate: a.tap: {wrong}\n" in said.err, view
+        assert said.err.count(wrong) == 1
+        assert view != ["dissect", "--json"] or json.loads(said.out)["channels"] is not None
+    assert "TLS" not in wrong or "what is inside can" in Path("page.html").read_text()
+
+
+def test_a_main_that_is_cut_behind_its_header_is_1_for_all_who_read_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    written("whole.tap", [(streams.minimal(), b"")])
+    written("a.tap", [(streams.minimal()[:8], b"")])
+    for view in VIEWS:
+        assert main([*view, "a.tap"]) == 1, view
+        assert "0x8: the stream ends here, 1 bytes too soon\n" in capsys.readouterr().err, view
+
+
+def test_a_preempt_channel_whose_end_was_not_recorded_may_have_more(tmp_path: Path, capsys: Output) -> None:
+    """No record is its last: what a killed tap, or a full disk, has left out leaves no trace."""
+    path = tmp_path / "a.tap"
+    for is_closed in (True, False):
+        with Recorder(path, overwrite=True) as recorder:
+            opened(recorder, 0)
+            recorder.data(0, FORWARD, streams.postcopy())
+            opened(recorder, 1)
+            recorder.data(1, FORWARD, zero_page(0x3000))
+            for number in range(1 + is_closed):
+                recorder.closed(number, forward_bytes=1, return_bytes=0)
+        assert main(["check", str(path)]) == (0 if is_closed else 1)
+        said = capsys.readouterr().err
+        assert ("preempt: the recording ends before this connection did: pages that" in said) == (not is_closed)
+
+
+def written(path: str, connections: list[tuple[bytes, bytes]]) -> None:
+    """A recording of what went forward and back on each."""
+    with Recorder(path) as recorder:
+        recorder.begin()
+        for number, (forward, back) in enumerate(connections):
+            opened(recorder, number)
+            for direction, data in ((FORWARD, forward), (RETURN, back)):
+                if data:
+                    recorder.data(number, direction, data)
+            recorder.closed(number, forward_bytes=len(forward), return_bytes=len(back))
 
 
 def test_names_in_a_recording_are_data(tmp_path: Path, capsys: Output) -> None:
@@ -135,7 +237,7 @@ def test_names_in_a_recording_are_data(tmp_path: Path, capsys: Output) -> None:
         recorder.opened(0, peer="\x1b[31mred[bold]", listen="", forward="")
         recorder.data(0, FORWARD, encode_command(RecvBitmap(block="\x1b[2J")))
         recorder.closed(0, forward_bytes=1, return_bytes=0, error="\x07")
-    assert main(["dissect", str(tmp_path / "a.tap")]) == 1
+    assert main(["dissect", str(tmp_path / "a.tap")]) == 2
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err
     assert "\\x1b[31mred[bold]" in said.out
@@ -154,10 +256,30 @@ def test_what_has_ended_is_followed_to_its_end(recording: str, capsys: Output) -
     assert capsys.readouterr().out == live
 
 
-def test_live_wants_a_recording(tmp_path: Path, capsys: Output) -> None:
-    (tmp_path / "b.mig").write_bytes(streams.minimal())
-    assert main(["dissect", "--live", str(tmp_path / "b.mig")]) == 2
-    assert "no recording of qmigrate tap: it does not begin with its magic" in capsys.readouterr().err
+def test_live_wants_a_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Output) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("b.mig").write_bytes(streams.minimal())
+    Path("empty").touch()
+    Path("folder").mkdir()
+    os.mkfifo("pipe")  # that nobody writes: it must not be waited for
+    for name, wrong in {
+        "b.mig": "no recording of qmigrate tap: it does not begin with its magic",
+        "empty": "no recording of qmigrate tap: it does not begin with its magic",
+        "folder": "no recording of qmigrate tap: it is no regular file, which is read by offsets",
+        "pipe": "no recording of qmigrate tap: it is no regular file, which is read by offsets",
+        "none": "No such file or directory",
+    }.items():
+        assert main(["dissect", "--live", name]) == 2
+        assert capsys.readouterr().err == f"qmigrate: {name}: {wrong}\n"
+
+
+def test_a_recording_that_is_replaced_while_it_is_followed_is_a_fault(tmp_path: Path) -> None:
+    with Recorder(tmp_path / "a.tap") as recorder, Recording(tmp_path / "a.tap") as followed:
+        opened(recorder, 0)
+        assert len(list(followed.advance())) == 1
+        os.truncate(tmp_path / "a.tap", HEADER.size)
+        assert list(followed.advance()) == []
+        assert str(followed.fault).endswith("the recording became shorter while it was read: it has 36 bytes")
 
 
 def test_a_page_shows_the_channels_on_one_axis(recording: str, tmp_path: Path, capsys: Output) -> None:
@@ -212,7 +334,7 @@ def test_names_on_the_page_are_data(tmp_path: Path, capsys: Output) -> None:
         recorder.opened(0, peer="<script>\x1b", listen="", forward="")
         recorder.data(0, FORWARD, encode_command(RecvBitmap(block="<b>\udcff")))
         recorder.closed(0, forward_bytes=1, return_bytes=0, error="</td>")
-    assert main(["dissect", "--report", str(page), str(tmp_path / "a.tap")]) == 1
+    assert main(["dissect", "--report", str(page), str(tmp_path / "a.tap")]) == 2
     capsys.readouterr()
     said = page.read_text()
     assert "&lt;script&gt;\\x1b" in said

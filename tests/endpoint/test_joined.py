@@ -85,3 +85,13 @@ def test_the_end_of_a_source_is_met_after_what_it_sent(taken: Taken) -> None:
     source.shutdown(socket.SHUT_WR)
     assert take() == MUCH
     assert take() == 0
+
+
+def test_no_requested_page_waits_in_tcp_for_the_one_before_to_be_acknowledged() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        peers = [(socket.create_connection(listener.getsockname()), listener.accept()[0]) for _ in range(2)]
+    (source, ours), (theirs, destination) = peers
+    with source, ours, theirs, destination:
+        Joined(0, ours, theirs).start()
+        for peer in (ours, theirs):
+            assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -110,6 +110,21 @@ async def test_a_postcopy_of_7_2_answers_on_main(tmp_path: Path) -> None:
         assert names.index("OPEN_RETURN_PATH") < names.index(between) < names.index("SHUT")
 
 
+async def test_once_ends_though_5_2_keeps_multifd_open_after_a_postcopy(tmp_path: Path) -> None:
+    async with pair(qemu_named("5.2"), tmp_path) as two:
+        async with tapped(tmp_path, two.uri) as (listen, recording):
+            plan = broken_plan(two, uri=listen, multifd=2, postcopy_bandwidth=0)
+            result = await migrate(*two.sessions, plan)
+            assert result.exit_code == 0, result.message
+        await two.assert_guest_goes_on()
+        await assert_recording_holds_what_the_source_has(recording, two.source, tmp_path)
+    answer = await dissected(recording)
+    assert [kind for _, kind, _ in kinds(answer)] == ["main", "return path", "multifd", "multifd"]
+    errors = [channel["error"] for channel in answer["channels"]]
+    kept_open = "cut: the migration was over, and the destination kept it open"
+    assert errors == ["", kept_open, kept_open]
+
+
 async def test_a_recovery_is_told_as_a_second_main_channel(tmp_path: Path) -> None:
     """What breaks it stands behind the tap: it sees one connection close, and another come."""
     cutter = Cutter([MIB])

@@ -20,12 +20,13 @@ import pytest
 
 from qmigrate.capture.frames import Direction
 from qmigrate.capture.recording import Recording
-from qmigrate.format.return_path import Pong, Shut, encode_message
+from qmigrate.format.return_path import Pong, RequestPages, Shut, encode_message
 
 TIMEOUT_S: Final = 30.0
 MIB: Final = 1 << 20
 HEAD: Final = b"QEVM\0\0\0\3"
 PONG, SHUT = encode_message(Pong(token=1)), encode_message(Shut(value=0))
+REQUEST = encode_message(RequestPages(start=0x3000, length=4096))
 
 
 @dataclass
@@ -65,7 +66,7 @@ def connected(uri: str) -> socket.socket:
             raise
         return peer
     host, _, port = rest.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout=TIMEOUT_S)
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=TIMEOUT_S)
 
 
 def limited(length: int) -> Callable[[], None]:
@@ -277,16 +278,97 @@ def test_once_ends_with_the_migration(tmp_path: Path) -> None:
 
 def test_once_waits_for_the_recovery_of_a_postcopy_that_broke(tmp_path: Path) -> None:
     with tapped(tmp_path, "--once") as tap:
-        for answer in (PONG, SHUT):
+        for answer in (PONG + REQUEST, SHUT):
             source, destination = tap.connect()
             with source, destination:
                 source.sendall(HEAD)
                 assert received(destination, len(HEAD)) == HEAD
                 destination.sendall(answer)
                 assert received(source, len(answer)) == answer
+            if answer != SHUT:
+                wait_for_line(tap, "connection 0 closed, 8 bytes forward, 24 bytes back; its return path has no end: ")
+                with pytest.raises(subprocess.TimeoutExpired):
+                    tap.process.wait(0.5)  # long enough for it to end, where it thinks that all is over
+        code, _ = tap.end()
+        assert code == 0
+
+
+def test_once_ends_when_a_precopy_has_failed_which_can_t_be_recovered(tmp_path: Path) -> None:
+    with tapped(tmp_path, "--once") as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            source.sendall(HEAD)
+            assert received(destination, len(HEAD)) == HEAD
+            destination.sendall(PONG)
+            assert received(source, len(PONG)) == PONG
         code, said = tap.end()
         assert code == 0
-        assert "connection 0 closed, 8 bytes forward, 8 bytes back; its return path has no end" in said
+        assert "connection 0 closed, 8 bytes forward, 8 bytes back; its return path has no end\n" in said
+
+
+LEFT_OPEN: Final = "cut: the migration was over, and the destination kept it open"
+
+
+def test_what_the_destination_does_not_close_when_all_is_over_is_cut(tmp_path: Path) -> None:
+    """QEMU 5.2 keeps its multifd channels open after a postcopy, until it quits."""
+    with tapped(tmp_path, "--once") as tap:
+        pairs = [tap.connect() for _ in range(2)]
+        (main, to_main), (multifd, to_multifd) = pairs
+        with main, to_main, multifd, to_multifd:
+            for source, destination in pairs:
+                source.sendall(HEAD)
+                assert received(destination, len(HEAD)) == HEAD
+            to_main.sendall(SHUT)
+            assert received(main, len(SHUT)) == SHUT
+            main.close()
+            to_main.close()
+            wait_for_line(tap, "connection 0 closed, ")
+            with pytest.raises(subprocess.TimeoutExpired):
+                tap.process.wait(3)  # longer than it waits for a destination to close: the source may have more to say
+            multifd.sendall(HEAD)
+            multifd.close()
+            assert received(to_multifd, 100) == HEAD  # and then the end
+            code, said = tap.end()
+        assert code == 0
+        assert f"connection 1 closed, 16 bytes forward, 0 bytes back, {LEFT_OPEN}\n" in said
+        with tap.read() as recording:
+            assert (recording.fault, recording.ended) == (None, True)
+            assert [each.closed and each.closed.error for each in recording.connections] == ["", LEFT_OPEN]
+
+
+def test_a_load_that_takes_its_time_is_not_cut(tmp_path: Path) -> None:
+    """Without a return path nothing tells when a destination has read all but its own end."""
+    with tapped(tmp_path, "--once") as tap:
+        pairs = [tap.connect() for _ in range(2)]
+        (main, to_main), (multifd, to_multifd) = pairs
+        with main, to_main, multifd, to_multifd:
+            for source, destination in pairs:
+                source.sendall(HEAD)
+                source.close()
+                assert received(destination, 100) == HEAD
+            to_multifd.close()
+            with pytest.raises(subprocess.TimeoutExpired):
+                tap.process.wait(3)
+            to_main.close()
+            assert tap.end()[0] == 0
+
+
+def test_the_first_interrupt_does_not_wait_for_what_the_destination_never_closes(tmp_path: Path) -> None:
+    with tapped(tmp_path) as tap:
+        pairs = [tap.connect() for _ in range(2)]
+        (main, to_main), (multifd, to_multifd) = pairs
+        with main, to_main, multifd, to_multifd:
+            to_main.sendall(SHUT)
+            assert received(main, len(SHUT)) == SHUT
+            main.close()
+            to_main.close()
+            multifd.close()
+            assert to_multifd.recv(1) == b""
+            wait_for_line(tap, "connection 0 closed, ")
+            tap.process.send_signal(signal.SIGINT)
+            code, said = tap.end()
+        assert code == 0
+        assert LEFT_OPEN in said
 
 
 def test_the_first_interrupt_waits_for_open_connections_and_the_second_cuts_them(tmp_path: Path) -> None:
@@ -303,10 +385,15 @@ def test_the_first_interrupt_waits_for_open_connections_and_the_second_cuts_them
                 connected(tap.listen)
             tap.process.send_signal(signal.SIGINT)
             assert (source.recv(1), destination.recv(1)) == (b"", b"")
-        code, _ = tap.end()
+        code, said = tap.end()
         assert code == 130
+        *_, closed, summary = said.splitlines()
+        assert closed == "qmigrate: connection 0 closed, 16 bytes forward, 0 bytes back, cut, for the tap ended"
+        assert summary.startswith("qmigrate: 1 connection, 16 bytes passed on, ")
         with tap.read() as recording:
             assert (recording.fault, recording.ended) == (None, True)
+            assert recording.connections[0].closed is not None
+            assert recording.connections[0].closed.error == "cut, for the tap ended"
 
 
 def test_a_terminal_that_closes_cuts_nothing(tmp_path: Path) -> None:
@@ -382,19 +469,40 @@ def test_it_does_not_connect_to_itself(tmp_path: Path) -> None:
     assert ran.returncode == 2
     assert ran.stderr.startswith("qmigrate: LISTEN and FORWARD are the same")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("listen", "forward"),
+    [
+        ("0.0.0.0", "127.0.0.1"),
+        ("0.0.0.0", "127.0.0.2"),
+        ("127.0.0.1", "localhost"),
+        ("localhost", ""),
+        ("", "localhost"),
+        ("", "0.0.0.0"),
+        ("[::]", "127.0.0.1"),
+        ("[::]", "[::1]"),
+        ("[::]", "[::ffff:127.0.0.1]"),
+        ("[::]", "localhost"),
+        ("[::1]", "[0:0::1]"),
+    ],
+)
+def test_of_tcp_its_own_connection_is_refused_and_with_it_the_first(listen: str, forward: str, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command[4:6] = [f"tcp:0.0.0.0:{port}", f"tcp:127.0.0.1:{port}"]
+    command = [sys.executable, "-m", "qmigrate", "tap", f"tcp:{listen}:{port}", f"tcp:{forward}:{port}"]
+    command += ["-o", str(tmp_path / "a.tap")]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         assert "listening" in process.stderr.readline()
-        with connected(f"tcp:127.0.0.1:{port}") as source, suppress(ConnectionError):
+        reached = "[::1]" if listen == "[::1]" else "127.0.0.1"
+        with connected(f"tcp:{reached}:{port}") as source, suppress(ConnectionError):
             source.sendall(HEAD)
             assert source.recv(1) == b""
         process.send_signal(signal.SIGINT)
         said = process.communicate(timeout=TIMEOUT_S)[1]
     assert process.returncode == 0
-    assert "connection 1 refused: tcp:127.0.0.1:" in said
+    assert f"connection 1 refused: tcp:{forward}:" in said
     assert "we connected to ourselves: nobody but us listens there" in said
     assert "connection 2" not in said
 
@@ -419,15 +527,25 @@ def test_quietly_it_says_nothing_and_leaves_nothing_but_the_recording(tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "wrong"),
     [
-        (["udp:1:2", "unix:/b"], "'udp:1:2' is no socket: expected unix:PATH or tcp:HOST:PORT"),
-        (["unix:/a", "b"], "'b' is no socket: expected unix:PATH or tcp:HOST:PORT"),
+        (["udp:1:2", "unix:/b"], " tap: error: 'udp:1:2' is no socket: expected unix:PATH or tcp:HOST:PORT"),
+        (["unix:/a", "b"], " tap: error: 'b' is no socket: expected unix:PATH or tcp:HOST:PORT"),
+        (
+            ["unix:/a", "unix:/b", "-o", "-"],
+            " tap: error: -o wants a file: a recording is read by offsets, and - is none",
+        ),
+        (["tcp::0", "tcp:::0"], ": nobody can listen at FORWARD, tcp:[:]:0: it has no port"),
+        (["tcp::0", f"unix:/{'x' * 107}"], f": nobody can listen at FORWARD, unix:/{'x' * 107}: longer than 107 bytes"),
+        (["tcp::0", "unix:b", "-o", "."], ": .: Is a directory"),
     ],
 )
-def test_what_is_no_socket_is_a_usage_error(arguments: list[str], wrong: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "qmigrate", "tap", *arguments, "-o", str(tmp_path / "a.tap")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
-    assert (ran.returncode, ran.stderr.splitlines()[-1]) == (2, f"qmigrate tap: error: {wrong}")
-    assert not (tmp_path / "a.tap").exists()
+def test_what_can_t_be_is_refused_and_leaves_nothing(arguments: list[str], wrong: str, tmp_path: Path) -> None:
+    for already in (False, True):
+        if already:
+            (tmp_path / "a.tap").touch()
+        command = [sys.executable, "-m", "qmigrate", "tap", "-o", "a.tap", *arguments]
+        ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S, cwd=tmp_path)
+        assert (ran.returncode, ran.stderr.splitlines()[-1]) == (2, f"qmigrate{wrong}")
+        assert [(each.name, each.stat().st_size) for each in tmp_path.iterdir()] in ([], [("a.tap", 0)])
 
 
 def test_a_recording_is_followed_while_it_grows(tmp_path: Path) -> None:
