@@ -30,7 +30,7 @@ def answer_file(
         with Migration(path, description=description, page_size=page_size, limits=limits) as migration:
             return named | answer(migration)
     except (QmigrateError, OSError, RecursionError, MemoryError) as exc:
-        return named | {"error": why(exc)}
+        return named | {"error": why(exc).removeprefix(f"{named['file']}: ")}  # a connection of a recording names it
 
 
 def why(failure: BaseException) -> str:

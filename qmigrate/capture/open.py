@@ -360,10 +360,7 @@ class Source(Readable):
             raise
 
     def _recording(self) -> "Recording | None":
-        try:
-            if not self.can_rewind or os.pread(self._file.fileno(), _LONGEST_MAGIC, 0) != _RECORDING:
-                return None
-        except OSError:  # it is told when it is read
+        if not self.can_rewind:
             return None
         with about_file(self.name):
             if os.pread(self._file.fileno(), _LONGEST_MAGIC, 0) != _RECORDING:

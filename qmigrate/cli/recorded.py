@@ -116,7 +116,9 @@ def _joined(migration: "Migration") -> "tuple[Contents, bool]":
     try:
         return migration.contents, True
     except NoStreamError as exc:
-        return Contents(errors=[StreamError(str(exc)), *migration.recording_faults]), False
+        why = StreamError(str(exc.args[0]))
+        why.input = exc.input
+        return Contents(errors=[why, *migration.recording_faults]), False
 
 
 def _tell_streams(recording: "Recording", story: "RecordingStory") -> int:

@@ -211,9 +211,9 @@ def test_of_a_compressed_channel_that_is_cut_all_that_can_be_unpacked_is_read(fi
     with Migration(main, channels=channels) as migration:
         contents = migration.contents
     unread, cut = contents.errors
-    name = contents.channels[1].name
-    assert str(unread).startswith(f"{size:#x}: {name}: the input can't be read on: gzip: Compressed file ended before")
-    assert str(cut).startswith(f"{size:#x}: {name}: the stream ends here")
+    here, name = f"{channels[0]}: {size:#x}", contents.channels[1].name
+    assert str(unread).startswith(f"{here}: {name}: the input can't be read on: gzip: Compressed file ended before")
+    assert str(cut).startswith(f"{here}: {name}: the stream ends here")
     assert contents.devices
     assert contents.channels[2].length == channels[1].stat().st_size
 

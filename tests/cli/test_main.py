@@ -163,15 +163,9 @@ def test_a_file_whose_name_is_empty_is_told_of(
     assert capsys.readouterr() == ("", "qmigrate: '' (an empty name): No such file or directory\n")
 
 
-@pytest.mark.parametrize("channel", ["/dev/null", "FOLDER"])
-def test_a_channel_that_is_no_file_is_named(channel: str, stream: Path, tmp_path: Path, capsys: Output) -> None:
-    path = str(tmp_path) if channel == "FOLDER" else channel
-    assert main(["check", "--channel", path, str(stream)]) == 2
-    said = {
-        "/dev/null": "/dev/null is no file: the channels of a migration are told by looking at files",
-        "FOLDER": f"{path}: a directory, expected a migration stream",
-    }
-    assert capsys.readouterr() == ("", f"qmigrate: {stream}: {said[channel]}\n")
+def test_a_channel_that_is_no_file_is_named(stream: Path, tmp_path: Path, capsys: Output) -> None:
+    assert main(["check", "--channel", str(tmp_path), str(stream)]) == 2
+    assert capsys.readouterr() == ("", f"qmigrate: {tmp_path}: a directory, expected a migration stream\n")
 
 
 @pytest.mark.parametrize("command", ["extract", "diff", "send"])
