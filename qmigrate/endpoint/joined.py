@@ -44,6 +44,8 @@ _tee.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_size_t, ctypes.c_uint]
 class Joined:
     """A connection through us.  Closes both sockets, which are blocking ones, when both directions have ended.
 
+    ``opened_ns``: when the source's was accepted, of the monotonic clock; without it, now.
+
     The counts are of bytes passed on; ``error`` is what broke it, empty where nothing did; ``back`` tells what the
     destination said.  ``on_told(channel)`` is called when its first bytes say what it is, ``on_said_all()`` when the
     source has closed its side and all that it sent is passed on, ``on_closed()`` at the end; each from a thread of
@@ -56,6 +58,7 @@ class Joined:
         source: socket.socket,
         destination: socket.socket,
         *,
+        opened_ns: int | None = None,
         recorder: Recorder | None = None,
         on_told: Callable[[Channel], None] | None = None,
         on_said_all: Callable[[], None] | None = None,
@@ -66,7 +69,7 @@ class Joined:
         self.return_bytes = 0
         self.error = ""
         self.back = WayBack()
-        self.opened_ns = time.monotonic_ns()
+        self.opened_ns = time.monotonic_ns() if opened_ns is None else opened_ns
         self.closed_ns: int | None = None
         self.has_said_all = False
         self._source, self._destination = source, destination

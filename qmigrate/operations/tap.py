@@ -12,6 +12,7 @@ import asyncio
 import errno
 import os
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from ipaddress import ip_address
@@ -197,9 +198,9 @@ class Tap:
             except OSError:  # no more files; the peer has gone
                 await asyncio.sleep(_BUSY_S)
                 continue
-            await self._join(peer, _uri(address))
+            await self._join(peer, _uri(address), time.monotonic_ns())
 
-    async def _join(self, source: socket.socket, peer: str) -> None:
+    async def _join(self, source: socket.socket, peer: str, accepted_ns: int) -> None:
         number = len(self.connections) + self._refused
         if self._recorder is not None:
             self._recorder.opened(number, peer=peer, listen=str(self.address), forward=str(self.forward))
@@ -218,6 +219,7 @@ class Tap:
             number,
             source,
             destination,
+            opened_ns=accepted_ns,  # before its destination could have it, and end the migration
             recorder=self._recorder,
             on_told=lambda channel: self._from_thread(lambda: self._told(number, channel)),
             on_said_all=lambda: self._from_thread(self._changes),
