@@ -13,8 +13,8 @@ from tempfile import TemporaryDirectory
 from typing import Any, Final
 
 from qmigrate.capture.migration import Migration
-from qmigrate.capture.schemas import Schema, SchemaError, read_schema
-from qmigrate.errors import QmpError, RefusedError
+from qmigrate.capture.schemas import Schema, read_schema
+from qmigrate.errors import QmpError, RefusedError, about_file
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import START_TIMEOUT_S, Machine
 
@@ -31,8 +31,9 @@ REFUSED: Final = frozenset({"incoming", "daemonize", "preconfig"})
 async def make_schema(command: Sequence[str], *, timeout_s: float = TIMEOUT_S) -> Schema:
     """The schema of the machine that the command line ``command`` makes.
 
-    Raises ``RefusedError`` where the command line leaves no guest to migrate, ``QmpError`` where QEMU does not start
-    or does not migrate, ``SchemaError`` where its stream has no description or can't be kept.
+    Raises ``RefusedError`` where the command line leaves no guest to migrate, ``OSError`` where there is no room for
+    its stream in $TMPDIR, ``QmpError`` where QEMU does not start or does not migrate, ``SchemaError`` where its stream
+    has no description.
     """
     if not command or not command[0]:
         raise RefusedError("the command line names no program")
@@ -55,12 +56,12 @@ async def _migrate_into(stream: Path, command: Sequence[str], timeout_s: float) 
 
     async def take(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
-            with stream.open("wb", buffering=0) as file:
-                while piece := await reader.read(1 << 20):
+            with about_file(stream.parent), stream.open("wb") as file:
+                while piece := await _read(reader):
                     file.write(piece)
             taken.set_result(None)
         except OSError as exc:
-            taken.set_exception(SchemaError(f"{stream.parent}: what QEMU sends can't be kept there: {exc.strerror}"))
+            taken.set_exception(exc)
         finally:
             writer.close()
 
