@@ -60,11 +60,11 @@ async def test_a_package_is_decoded_by_the_schema_of_a_stopped_machine(qemu: Qem
 @every_qemu
 @pytest.mark.parametrize("room", [1000, 1 << 16])
 async def test_that_there_is_no_room_for_its_stream_is_not_said_of_qemu(room: int, qemu: Qemu) -> None:
+    machine = ["-machine", "none"] if room < 1 << 16 else ["-accel", "tcg", "-m", "8", "-nodefaults"]
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
     try:
         with pytest.raises(OSError, match="File too large") as caught:
-            machine = ["-machine", "none"] if room < 1 << 16 else ["-accel", "tcg", "-m", "8", "-nodefaults"]
             await make_schema([str(qemu.path), *machine])
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
