@@ -28,7 +28,7 @@ from qmigrate.format.ram import RamBlock
 __all__ = ["KeptError", "KeptHeader", "Stamp", "read_header", "read_kept", "write_kept"]
 
 _MAGIC: Final = b"\x89QIDX\r\n\x1a"
-_VERSION: Final = 2
+_VERSION: Final = 3  # 2 lacks sections that could not be told apart
 _ENTRY_BYTES: Final = 8
 _CHECK_BYTES: Final = 4
 _AT_ONCE: Final = 1 << 30
