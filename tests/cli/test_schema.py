@@ -208,19 +208,20 @@ def test_a_folder_for_the_socket_whose_path_is_too_long_is_told(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_whatever_ends_it_neither_a_qemu_nor_a_folder_is_left(tmp_path: Path, number: signal.Signals) -> None:
     """The program never says a word of QMP."""
-    program, started, temporary = tmp_path / "qemu", tmp_path / "started", tmp_path / "temporary"
+    program, started = tmp_path / "qemu", tmp_path / "started"
     program.write_text(f"#!/bin/sh\necho $$ > {started}.part; mv {started}.part {started}; exec sleep 1000\n")
     program.chmod(0o755)
-    temporary.mkdir()
     command = [sys.executable, "-m", "qmigrate", "schema", "make", "--", str(program)]
-    with subprocess.Popen(command, env={**os.environ, "TMPDIR": str(temporary)}, stderr=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 30
-        while not started.exists():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-        process.send_signal(number)
-        assert (process.wait(timeout=30), process.stderr and process.stderr.read()) == (130, b"")
-    assert list(temporary.iterdir()) == []
+    with tempfile.TemporaryDirectory() as temporary:  # tmp_path may be too long for a socket in it
+        with subprocess.Popen(command, env={**os.environ, "TMPDIR": temporary}, stderr=subprocess.PIPE) as process:
+            deadline = time.monotonic() + 30
+            while not started.exists():
+                assert process.poll() is None
+                assert time.monotonic() < deadline
+                time.sleep(0.01)
+            process.send_signal(number)
+            assert (process.wait(timeout=30), process.stderr and process.stderr.read()) == (130, b"")
+        assert list(Path(temporary).iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)
 
