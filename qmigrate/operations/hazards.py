@@ -16,13 +16,17 @@ _NO_SOCKET: Final = ("exec:", "file:")
 
 @dataclass(frozen=True)
 class Situation:
-    """What is about to be done.  Capabilities that will be on; releases as (major, minor)."""
+    """What is about to be done.  Capabilities that will be on; releases as (major, minor).
+
+    ``recovers``: where it breaks it is to be brought back.
+    """
 
     uri: str
     capabilities: frozenset[str]
     releases: Mapping[Side, tuple[int, int]]
     guest_runs: bool
     block_devices: tuple[str, ...] = ()
+    recovers: bool = False
 
     @property
     def postcopy(self) -> bool:
@@ -46,6 +50,11 @@ def _multifd_with_preempt(it: Situation) -> bool:
     return {"multifd", "postcopy-preempt"} <= it.capabilities and it.has((7, 2))
 
 
+def _multifd_brought_back(it: Situation) -> bool:
+    wanted = it.recovers and it.postcopy and "multifd" in it.capabilities
+    return wanted and it.releases[Side.SOURCE] == (5, 2)
+
+
 def _bitmaps_with_postcopy(it: Situation) -> bool:
     return it.postcopy and "dirty-bitmaps" in it.capabilities and it.releases[Side.DESTINATION] in ((7, 2), (10, 0))
 
@@ -65,6 +74,10 @@ def _unnamed_block_migration(it: Situation) -> bool:
 _KNOWN: Final[tuple[tuple[Callable[[Situation], bool], str], ...]] = (
     (_multifd_with_postcopy, "multifd with postcopy: a destination of QEMU 7.2 aborts at the very end"),
     (_multifd_with_preempt, "multifd with preempt: QEMU 7.2 hangs in postcopy"),
+    (
+        _multifd_brought_back,
+        "multifd with postcopy: from a source of QEMU 5.2 it never completes once it broke and was brought back",
+    ),
     (
         _bitmaps_with_postcopy,
         "dirty-bitmaps with postcopy: a destination of QEMU 7.2 or 10.0 aborts when a bitmap is not sent at the switch",

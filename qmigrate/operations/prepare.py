@@ -54,7 +54,7 @@ async def prepare(sides: Mapping[Side, Watched], plan: Plan) -> Prepared:
     listen = plan.listen or plan.uri or default_uri(destination)
     uri = plan.uri or (uri_of(destination.info) if listens else reachable(listen))
     if not plan.force:
-        await _check_hazards(source, destination, settings, features, uri)
+        await _check_hazards(source, destination, settings, features, uri, recovers=plan.recoveries != 0)
 
     async def set_up_destination() -> None:
         await _apply(destination, settings[Side.DESTINATION])
@@ -103,6 +103,8 @@ async def _check_hazards(
     settings: Mapping[Side, Settings],
     features: Mapping[Side, Features],
     uri: str,
+    *,
+    recovers: bool,
 ) -> None:
     states = features[Side.SOURCE].capabilities | dict(settings[Side.SOURCE].capabilities)
     capabilities = frozenset(name for name, state in states.items() if state)
@@ -116,6 +118,7 @@ async def _check_hazards(
         {each.side: release_of(each.session.greeting) for each in (source, destination)},
         source.running,
         devices,
+        recovers,
     )
     known = list(hazards(situation))
     if known:

@@ -166,9 +166,10 @@ def situation(
     destination: tuple[int, int] = (11, 1),
     uri: str = "tcp:a:1",
     guest_runs: bool = True,
+    recovers: bool = False,
 ) -> Situation:
     releases = {Side.SOURCE: source, Side.DESTINATION: destination}
-    return Situation(uri, frozenset(capabilities), releases, guest_runs, ("disk", ""))
+    return Situation(uri, frozenset(capabilities), releases, guest_runs, ("disk", ""), recovers)
 
 
 @pytest.mark.parametrize(
@@ -176,6 +177,7 @@ def situation(
     [
         (situation("multifd", "postcopy-ram", destination=(7, 2)), "aborts at the very end"),
         (situation("multifd", "postcopy-ram", "postcopy-preempt", source=(7, 2)), "hangs in postcopy"),
+        (situation("multifd", "postcopy-ram", source=(5, 2), recovers=True), "never completes once it broke"),
         (situation("dirty-bitmaps", "postcopy-ram", destination=(10, 0)), "when a bitmap is not sent"),
         (situation("postcopy-ram", uri="exec:cat"), "never completes"),
         (situation("x-postcopy-ram", guest_runs=False), "after postcopy it would run"),
@@ -193,6 +195,8 @@ def test_what_is_known_to_end_badly_is_named(dangerous: Situation, sentence: str
         situation("multifd", "postcopy-ram"),
         situation("multifd", "postcopy-ram", source=(7, 2)),
         situation("multifd", destination=(7, 2)),
+        situation("multifd", "postcopy-ram", source=(5, 2)),
+        situation("multifd", source=(5, 2), recovers=True),
         situation("dirty-bitmaps", "postcopy-ram"),
         situation(uri="exec:cat", guest_runs=False),
         situation("postcopy-ram", "postcopy-preempt", source=(7, 2), destination=(7, 2)),
