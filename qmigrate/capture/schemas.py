@@ -8,6 +8,7 @@ by name, instance and version; whether it decodes them only the bytes tell.
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 import time
@@ -292,6 +293,8 @@ def _parse_head(line: bytes) -> dict[str, Any]:
         "sha256": str,
     }
     wrong = [name for name, kind in kinds.items() if not isinstance(head.get(name), kind) or name not in head]
+    if "made_at" not in wrong and not abs(head["made_at"]) < math.inf:  # JSON as Python reads it has such
+        wrong.append("made_at")
     if wrong or not all(map(_is_key, head["sections"])):
         raise SchemaError(f"its first line has no good {', '.join(wrong) or 'sections'}")
     return head
