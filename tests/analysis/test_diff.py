@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from qmigrate.analysis.diff_ram import SpoolError
 from qmigrate.format.command import PostcopyListen, PostcopyRun
 from qmigrate.format.stream import SectionType, SubsectionHeader
 from tests import streams
+from tests.capture.test_joining import of_two, state
 from tests.streams import PAGE, TIMER_FIELDS, described, description, device, field, struct_of
 from tests.walking import CORPUS, InMemory, corpus
 
@@ -350,6 +352,25 @@ def test_live_sections_that_travelled_otherwise_are_not_said_to_be_the_same() ->
     assert compared(one, other, ignore=("dirty-bitmap",)).not_compared == []
     (lone,) = compared(one, with_live()).structure
     assert (lone.what, lone.name, lone.a, lone.b) == ("live section", "dirty-bitmap/0", 1, None)
+
+
+def test_device_state_over_channels_is_the_same_where_its_pieces_are(tmp_path: Path) -> None:
+    def held_to(*epochs: Sequence[bytes]) -> Diff:
+        with ExitStack() as stack:
+            sides = []
+            for name, given_epochs in (("a", [[state(b"one"), state(b"two")]]), ("b", epochs)):
+                (tmp_path / name).mkdir(exist_ok=True)
+                with of_two(tmp_path / name, *given_epochs) as migration:
+                    sides.append(read_side(migration, name, stack))
+            return diff(*sides)
+
+    found = held_to([state(b"two"), b""], [b"", state(b"one")])
+    assert (found.same, found.as_bytes[2:], found.not_compared) == (True, ["0000:00:05.0/vfio/0"], [])
+    for other in (state(b"twx"), b"", state(b"two") + state(b"two")):
+        found = held_to([state(b"one"), other])
+        (each,) = found.not_compared
+        reason = "the pieces of its state that came over multifd channels are not the same on both sides"
+        assert (each.name, each.reason, found.as_bytes[2:]) == ("0000:00:05.0/vfio/0", reason, [])
 
 
 def test_ram_that_is_left_out_is_not_said_to_be_the_same() -> None:
