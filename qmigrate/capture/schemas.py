@@ -133,7 +133,10 @@ class SchemaCache:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.folder)) from exc
         path = self.folder / f"{schema.id}{_SUFFIX}"
         # Not by the process's number: those that share the folder may each have one of the same (containers).
-        descriptor, name = tempfile.mkstemp(_PART, f".{schema.id}.", self.folder)
+        try:
+            descriptor, name = tempfile.mkstemp(_PART, f".{schema.id}.", self.folder)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, str(self.folder)) from exc
         temporary = Path(name)
         try:
             with about_file(path), os.fdopen(descriptor, "wb") as file:

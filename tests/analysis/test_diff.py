@@ -476,6 +476,16 @@ def test_what_is_to_be_ignored_and_is_nowhere_is_told(pattern: str, is_something
 # -- damaged
 
 
+def test_blocks_that_a_cut_mapped_file_has_not_listed_yet_are_not_missing() -> None:
+    whole = mapped({"pc.ram": [contents_of(0), contents_of(PAGE)], "pc.rom": [contents_of(0)]})
+    cut = whole[: whole.index(b"pc.rom") - PAGE]
+    for pair in ((whole, cut), (cut, whole)):
+        found = compared(*pair)
+        assert (found.complete, found.structure) == (False, [])
+    shorter = mapped({"pc.ram": [contents_of(0)]})
+    assert [(each.name, each.a, each.b) for each in compared(shorter, cut).structure] == [("pc.ram", PAGE, 2 * PAGE)]
+
+
 def test_of_a_stream_that_ends_early_what_is_there_is_compared() -> None:
     whole = streams.minimal()
     for cut in range(30, len(whole), 997):

@@ -209,6 +209,12 @@ def test_where_the_folder_should_be_is_something_else(tmp_path: Path) -> None:
         assert cache.schemas() == []
 
 
+def test_a_folder_in_which_nothing_can_be_made_is_named() -> None:
+    folder = Path("/proc/self/task")  # as root may write elsewhere whatever it has no right to
+    with pytest.raises(OSError, match=r"'/proc/self/task'$"):
+        SchemaCache(folder).add(SCHEMA)
+
+
 def test_a_folder_that_cannot_be_read_is_told_and_the_stream_is_read_without(tmp_path: Path) -> None:
     folder = tmp_path / "schemas"
     folder.symlink_to(folder)  # as root reads whatever it has no right to
