@@ -159,11 +159,14 @@ def _after(path: str, name: str) -> str | None:
 def _descend(tree: Plain, path: str) -> Iterator[Plain]:
     if not path:
         yield tree
-    elif isinstance(tree, dict):
+        return
+    if isinstance(tree, dict):
         for name in sorted((name for name in tree if path.startswith(name)), key=len, reverse=True):
             rest = _after(path, name)
             if rest is not None:
                 yield from _descend(tree[name], rest)
-    elif isinstance(tree, list) and (index := _INDEX.match(path)) and int(index[1]) < len(tree):
+    if index := _INDEX.match(path):
+        elements = tree if isinstance(tree, list) else [tree]  # QEMU describes an array of one as if it were none
         rest = path[index.end() :]
-        yield from _descend(tree[int(index[1])], rest[1:] if rest[:1] in (".", "/") else rest)
+        for element in elements[int(index[1]) :][:1]:
+            yield from _descend(element, rest[1:] if rest[:1] in (".", "/") else rest)

@@ -94,6 +94,8 @@ class Side:
     """What could not even be told apart as sections."""
     live: "dict[str, _Hash]" = field(default_factory=dict)
     """Of live sections other than ram: a hash of all their records."""
+    pieces: dict[str, list[bytes]] = field(default_factory=dict)
+    """Of state that came over multifd channels, by ``name/instance``: a hash of each piece, in no order."""
 
     @property
     def complete(self) -> bool:
@@ -173,6 +175,8 @@ def read_side(migration: Migration, name: str, stack: ExitStack, *, ram: bool = 
                     faults.append(exc)
         if isinstance(entry.record, Undecoded) and not entry.channel:
             side.keep(entry.offset, entry.record.data)
+        elif entry.channel:
+            _keep_piece(side, entry.record)
     if ram:
         faults += (StreamError(sentence) for sentence in missing_pages(contents))
     if side.spool is not None:
@@ -181,6 +185,14 @@ def read_side(migration: Migration, name: str, stack: ExitStack, *, ram: bool = 
         contents.errors += faults
         contents.complete = False
     return side
+
+
+def _keep_piece(side: Side, record: object) -> None:
+    from qmigrate.format.multifd import DeviceStatePacket
+
+    if isinstance(record, DeviceStatePacket):
+        key = f"{record.header.idstr}/{record.header.instance_id}"
+        side.pieces.setdefault(key, []).append(sha256(record.data).digest())
 
 
 class _Live:
@@ -272,8 +284,13 @@ def _machine(a: Side, b: Side) -> Iterator[StructureDifference]:
     if (one.blocks and other.blocks) or (a.complete and b.complete):
         for name in dict.fromkeys((*one.blocks, *other.blocks)):
             length, another = (each.blocks[name].length if name in each.blocks else None for each in (one, other))
-            if length != another:
+            if length != another and not any(name not in side.contents.blocks and _may_list(side) for side in (a, b)):
                 yield StructureDifference("block", name, length, another)
+
+
+def _may_list(side: Side) -> bool:
+    """May it list further blocks behind its end?  Of mapped-ram each stands behind the pages of the one before."""
+    return not side.complete and "mapped-ram" in side.contents.capabilities
 
 
 def _uuid(side: Side) -> str | None:
@@ -302,6 +319,21 @@ def _devices(found: Diff, ignored: Ignored) -> None:
         if key not in ours and a.complete:
             _lone(found, ignored, b.contents.sections[index], "b", a)
     _spans(found)
+    _pieces(found, ignored)
+
+
+def _pieces(found: Diff, ignored: Ignored) -> None:
+    """State over multifd channels stays bytes, and how many pieces it is cut into may be how it travelled."""
+    a, b = found.a, found.b
+    for key in dict.fromkeys((*a.pieces, *b.pieces)):
+        ours, theirs = (sorted(side.pieces.get(key, ())) for side in (a, b))
+        sections = (section for side in (a, b) for section in side.contents.sections if section.key == key)
+        section = next(sections, None)
+        if ours == theirs:
+            found.as_bytes.append(key)
+        elif section is None or not ignored.matches(section, key):
+            reason = "the pieces of its state that came over multifd channels are not the same on both sides"
+            found.not_compared.append(NotCompared(key, reason))
 
 
 _SPANS: Final = "sections that can't be told apart"

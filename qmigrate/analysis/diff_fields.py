@@ -67,6 +67,9 @@ def _unequal(path: str, a: Any, b: Any) -> Iterator[Unequal]:
         return
     elif _is_list(a) and _is_list(b):
         yield from _unequal_elements(path, a, b)
+    elif _is_list(a) != _is_list(b):
+        # QEMU describes an array of one element as if it were none.
+        yield from _unequal_elements(path, *(each if _is_list(each) else (each,) for each in (a, b)))
     elif type(a) is type(b) and _is_layout(a):
         for name in members(a):
             yield from _unequal(f"{path}.{name}", getattr(a, name), getattr(b, name))

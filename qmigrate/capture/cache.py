@@ -11,7 +11,15 @@ def cache_folder(kind: str) -> Path:
     """The folder of what is of this kind: below $QMIGRATE_CACHE, or qmigrate's in $XDG_CACHE_HOME or ~/.cache."""
     if named := os.environ.get("QMIGRATE_CACHE"):
         return Path(named).absolute() / kind
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "qmigrate" / kind
+    return Path(os.environ.get("XDG_CACHE_HOME") or _home() / ".cache").absolute() / "qmigrate" / kind
+
+
+def _home() -> Path:
+    """/ for a user whom nobody has told of, as containers have them: nothing is there, and nothing can be put there."""
+    try:
+        return Path.home()
+    except RuntimeError:
+        return Path("/")
 
 
 def index_name(files: Sequence[tuple[int, int]]) -> str:

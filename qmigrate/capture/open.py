@@ -6,6 +6,7 @@ Files are read into a reused window and never mapped: one that shrinks meanwhile
 """
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -85,6 +86,8 @@ _RECORDING: Final = b"\x89QTAP\r\n\x1a"
 _LONGEST_MAGIC: Final = 8
 _HEAD: Final = 1 << 16  # bytes that are read to tell what a channel is; few are needed
 _HEAD_PACKED: Final = 1 << 20  # bytes: more than a block of bzip2, whose damage shows at its end
+_ZEROS: Final = bytes(1 << 19)
+_LEAST_HOLE: Final = 1 << 16  # bytes; less is read
 _READ_ERRORS: Final = (EOFError, OSError, ValueError)
 _UNPACKED_AT_ONCE: Final = 1 << 14  # bytes: what is unpacked in the same step as a fault is lost with it
 
@@ -95,14 +98,27 @@ class _File(io.RawIOBase):
     def __init__(self, descriptor: int, position: int) -> None:
         self._descriptor = descriptor
         self.position = position
+        status = os.fstat(descriptor)
+        self._has_holes = status.st_blocks * 512 < status.st_size
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        count = os.preadv(self._descriptor, [buffer], self.position)
+        count = min(self._hole(), len(buffer), len(_ZEROS)) if self._has_holes else 0
+        if count >= _LEAST_HOLE:  # reading it would take as long as reading data, and fill the page cache with zeros
+            buffer[:count] = memoryview(_ZEROS)[:count]
+        else:
+            count = os.preadv(self._descriptor, [buffer], self.position)
         self.position += count
         return count
+
+    def _hole(self) -> int:
+        """How far it is from here to the next data, or to the end."""
+        try:
+            return os.lseek(self._descriptor, self.position, os.SEEK_DATA) - self.position
+        except OSError as exc:
+            return os.fstat(self._descriptor).st_size - self.position if exc.errno == errno.ENXIO else 0
 
 
 class _Pipe(io.RawIOBase):

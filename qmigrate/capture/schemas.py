@@ -8,6 +8,7 @@ by name, instance and version; whether it decodes them only the bytes tell.
 import errno
 import hashlib
 import json
+import math
 import os
 import stat
 import time
@@ -132,7 +133,10 @@ class SchemaCache:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(self.folder)) from exc
         path = self.folder / f"{schema.id}{_SUFFIX}"
         # Not by the process's number: those that share the folder may each have one of the same (containers).
-        descriptor, name = tempfile.mkstemp(_PART, f".{schema.id}.", self.folder)
+        try:
+            descriptor, name = tempfile.mkstemp(_PART, f".{schema.id}.", self.folder)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror, str(self.folder)) from exc
         temporary = Path(name)
         try:
             with about_file(path), os.fdopen(descriptor, "wb") as file:
@@ -292,6 +296,8 @@ def _parse_head(line: bytes) -> dict[str, Any]:
         "sha256": str,
     }
     wrong = [name for name, kind in kinds.items() if not isinstance(head.get(name), kind) or name not in head]
+    if "made_at" not in wrong and not abs(head["made_at"]) < math.inf:  # JSON as Python reads it has such
+        wrong.append("made_at")
     if wrong or not all(map(_is_key, head["sections"])):
         raise SchemaError(f"its first line has no good {', '.join(wrong) or 'sections'}")
     return head

@@ -17,6 +17,7 @@ from qmigrate.report.units import count, plural, size
 
 __all__ = ["write_diff"]
 
+_SHOWN_BYTES: Final = 16  # of a buffer that the other side lacks
 _MOST: Final = 20  # fields, things of the structure, and ranges of a block, unless all are asked for
 
 
@@ -135,8 +136,9 @@ def _value(value: Any, each: FieldDifference, index: int) -> Text:
         case _ if value is ABSENT:
             return text(("absent", ODD))
         case bytes():
-            more = "" if each.lengths is None else f"  of {plural(each.lengths[index], 'byte')}"
-            return text(value.hex(" ") or "empty", (more, DIM))
+            length = len(value) if each.lengths is None else each.lengths[index]
+            more = "" if each.lengths is None and length <= _SHOWN_BYTES else f"  of {plural(length, 'byte')}"
+            return text(value[:_SHOWN_BYTES].hex(" ") or "empty", (more, DIM))
         case None:
             return text("NULL")
         case bool():

@@ -2,6 +2,7 @@
 
 import json
 import struct
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from qmigrate.analysis.diff_ram import SpoolError
 from qmigrate.format.command import PostcopyListen, PostcopyRun
 from qmigrate.format.stream import SectionType, SubsectionHeader
 from tests import streams
+from tests.capture.test_joining import of_two, state
 from tests.streams import PAGE, TIMER_FIELDS, described, description, device, field, struct_of
 from tests.walking import CORPUS, InMemory, corpus
 
@@ -169,6 +171,25 @@ def test_arrays_of_different_lengths_differ_in_the_elements_that_one_lacks() -> 
         for length in (2, 3)
     ]
     assert [(each.path, each.a, each.b) for each in compared(*both).fields] == [("a/0.x[2]", ABSENT, 0)]
+
+
+@pytest.mark.parametrize("is_struct", [False, True])
+def test_an_array_of_one_is_held_to_the_first_of_many(is_struct: bool) -> None:
+    """QEMU does not describe it as an array: so it is when one machine has one CPU and the other has several."""
+    pair = struct_of("pair", field("y", "uint8", 1))
+    one = field("x", "struct", 1, struct=pair) if is_struct else field("x", "uint8", 1)
+    knowns = [description(described("a", one)), description(described("a", one | {"array_len": 3}))]
+    for first in (b"\1", b"\5"):
+        data = (b"\1", first + b"\2\3")
+        both = [stream(device("a", each, section_id=3), known=known) for each, known in zip(data, knowns, strict=True)]
+        found = compared(*both)
+        inner = ".y" if is_struct else ""
+        differs = [] if first == b"\1" else [f"a/0.x[0]{inner}"]
+        assert paths(found) == [*differs, "a/0.x[1]", "a/0.x[2]"]
+        assert paths(compared(*reversed(both))) == paths(found)
+        contents = found.a.contents
+        assert [value for *_, value in find_field(contents, f"a.x[0]{inner}")] == [1]
+        assert find_field(contents, f"a.x[1]{inner}") == []
 
 
 @given(st.binary(min_size=6, max_size=6), st.binary(min_size=6, max_size=6))
@@ -352,6 +373,25 @@ def test_live_sections_that_travelled_otherwise_are_not_said_to_be_the_same() ->
     assert (lone.what, lone.name, lone.a, lone.b) == ("live section", "dirty-bitmap/0", 1, None)
 
 
+def test_device_state_over_channels_is_the_same_where_its_pieces_are(tmp_path: Path) -> None:
+    def held_to(*epochs: Sequence[bytes]) -> Diff:
+        with ExitStack() as stack:
+            sides = []
+            for name, given_epochs in (("a", [[state(b"one"), state(b"two")]]), ("b", epochs)):
+                (tmp_path / name).mkdir(exist_ok=True)
+                with of_two(tmp_path / name, *given_epochs) as migration:
+                    sides.append(read_side(migration, name, stack))
+            return diff(*sides)
+
+    found = held_to([state(b"two"), b""], [b"", state(b"one")])
+    assert (found.same, found.as_bytes[2:], found.not_compared) == (True, ["0000:00:05.0/vfio/0"], [])
+    for other in (state(b"twx"), b"", state(b"two") + state(b"two")):
+        found = held_to([state(b"one"), other])
+        (each,) = found.not_compared
+        reason = "the pieces of its state that came over multifd channels are not the same on both sides"
+        assert (each.name, each.reason, found.as_bytes[2:]) == ("0000:00:05.0/vfio/0", reason, [])
+
+
 def test_ram_that_is_left_out_is_not_said_to_be_the_same() -> None:
     """x-ignore-shared: it is in a file that both ends share."""
     shared = corpus("odd/pc-shared-7.2")
@@ -434,6 +474,16 @@ def test_what_is_to_be_ignored_and_is_nowhere_is_told(pattern: str, is_something
 
 
 # -- damaged
+
+
+def test_blocks_that_a_cut_mapped_file_has_not_listed_yet_are_not_missing() -> None:
+    whole = mapped({"pc.ram": [contents_of(0), contents_of(PAGE)], "pc.rom": [contents_of(0)]})
+    cut = whole[: whole.index(b"pc.rom") - PAGE]
+    for pair in ((whole, cut), (cut, whole)):
+        found = compared(*pair)
+        assert (found.complete, found.structure) == (False, [])
+    shorter = mapped({"pc.ram": [contents_of(0)]})
+    assert [(each.name, each.a, each.b) for each in compared(shorter, cut).structure] == [("pc.ram", PAGE, 2 * PAGE)]
 
 
 def test_of_a_stream_that_ends_early_what_is_there_is_compared() -> None:

@@ -451,14 +451,14 @@ def test_of_a_page_on_main_and_on_a_channel_in_one_epoch_no_order_is_known_eithe
         assert extracted(migration, tmp_path / "ram")["pc.ram"] == bytes(0x8000)
 
 
+def state(data: bytes, *, instance_id: int = 0) -> bytes:
+    name = b"0000:00:05.0/vfio".ljust(256, b"\0")
+    header = DeviceStateHeader(name=name, instance_id=instance_id, next_packet_size=len(data))
+    return encode_packet(DeviceStatePacket(header, data))
+
+
 def test_device_state_on_channels_is_counted_and_kept(tmp_path: Path) -> None:
     """As vfio sends it since 10.0: pieces over any channel."""
-
-    def state(data: bytes, *, instance_id: int = 0) -> bytes:
-        name = b"0000:00:05.0/vfio".ljust(256, b"\0")
-        header = DeviceStateHeader(name=name, instance_id=instance_id, next_packet_size=len(data))
-        return encode_packet(DeviceStatePacket(header, data))
-
     pieces = state(b"x" * 500), state(b"y" * 3, instance_id=1)
     with of_two(tmp_path, [pieces[0] + sent((0x3000, A)), b"".join(pieces)], [b"", pieces[0]]) as migration:
         checked = check(migration)

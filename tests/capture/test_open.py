@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -310,3 +311,33 @@ def test_two_walks_of_one_file_do_not_disturb_one_another(tmp_path: Path) -> Non
         inner = [(entry.offset, entry.length) for entry in source.entries()]
         rest = [(entry.offset, entry.length) for entry in outer]
     assert inner == [(first.offset, first.length), *rest] == alone
+
+
+def test_holes_of_a_file_are_zeros_and_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = streams.header() + streams.configuration(capabilities=["mapped-ram"])
+    pages: list[bytes | None] = [None] * 4096  # 16 MiB
+    for number in (0, 1, 700, 701, 4095):
+        pages[number] = bytes([number % 255 + 1]) * streams.PAGE
+    data = begin + streams.mapped_ram_start({"pc.ram": pages}, begin=len(begin)) + streams.ram_end()
+    data += streams.devices() + streams.eof()
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        for at in range(0, len(data), streams.PAGE):
+            if any(data[at : at + streams.PAGE]):
+                os.pwrite(file.fileno(), data[at : at + streams.PAGE], at)
+        file.truncate(len(data))
+    if path.stat().st_blocks * 512 > len(data) // 2:
+        pytest.skip(f"no holes in files of {tmp_path}")
+    read = 0
+
+    def preadv(*arguments: Any) -> int:
+        nonlocal read
+        read += (count := real(*arguments))
+        return count
+
+    real = os.preadv
+    monkeypatch.setattr(os, "preadv", preadv)
+    with Source(path) as source:
+        found = b"".join(bytes(entry.view) for entry in source.entries())
+    assert found == data
+    assert read < 6 << 20

@@ -9,6 +9,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 from hypothesis import given
@@ -89,6 +90,16 @@ def test_the_folder_is_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert cache_folder() == tmp_path / "own" / "schemas"
 
 
+def test_a_user_without_a_home_has_no_schemas(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody() -> NoReturn:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("QMIGRATE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(Path, "home", nobody)
+    assert cache_folder() == Path("/.cache/qmigrate/schemas")
+
+
 def test_names_from_a_stream_are_kept_whatever_they_are(cache: SchemaCache) -> None:
     name = "../\x1b[31m\udc80"
     schema = made(streams.description(described("x", field("x", "uint8", 1))), device("x", b"1", section_id=3))
@@ -138,6 +149,8 @@ def test_a_damaged_file_is_passed_over_and_told(cache: SchemaCache) -> None:
         (whole[:-1], "its description is not what was written there"),
         (whole + b"x", "its description is not what was written there"),
         (with_head(made_at="now"), "its first line has no good made_at"),
+        (with_head(made_at=float("nan")), "its first line has no good made_at"),
+        (with_head(made_at=float("inf")), "its first line has no good made_at"),
         (with_head(sections=[["a", 0]]), "its first line has no good sections"),
         (with_head(sections=[["a", 0, True]]), "its first line has no good sections"),
         (with_head(qemu="9.9"), "it holds "),
@@ -194,6 +207,12 @@ def test_where_the_folder_should_be_is_something_else(tmp_path: Path) -> None:
         with pytest.raises(NotADirectoryError, match=f"Not a directory: '{cache.folder}'"):
             cache.add(SCHEMA)
         assert cache.schemas() == []
+
+
+def test_a_folder_in_which_nothing_can_be_made_is_named() -> None:
+    folder = Path("/proc/self/task")  # as root may write elsewhere whatever it has no right to
+    with pytest.raises(OSError, match=r"'/proc/self/task'$"):
+        SchemaCache(folder).add(SCHEMA)
 
 
 def test_a_folder_that_cannot_be_read_is_told_and_the_stream_is_read_without(tmp_path: Path) -> None:

@@ -317,6 +317,21 @@ def test_hostile_names_are_shown_escaped(tmp_path: Path, capsys: Output) -> None
     assert r"  [bold]\x1b[31m\x07/0.[bold]\x1b[31m\x07  1  against  2" in out
 
 
+def test_of_bytes_that_one_side_lacks_the_first_are_shown(tmp_path: Path, capsys: Output) -> None:
+    paths = []
+    for fields in ([], [streams.field("data", "buffer", 5000)]):
+        path = tmp_path / str(len(fields))
+        paths.append(str(path))
+        known = streams.description(streams.described("a", streams.field("x", "uint8", 1), *fields))
+        data = b"\1" + bytes(5000 * len(fields))
+        path.write_bytes(
+            streams.header() + streams.configuration() + streams.ram_start() + streams.ram()
+            + streams.device("a", data, section_id=3) + streams.eof() + known
+        )  # fmt: skip
+    assert main(["diff", *paths]) == 1
+    assert f"  a/0.data  absent  against  {bytes(16).hex(' ')}  of 5,000 bytes\n" in capsys.readouterr().out
+
+
 def test_of_much_the_first_is_shown_unless_all_is_asked_for(tmp_path: Path, capsys: Output) -> None:
     known = streams.description(streams.described("a", streams.field("x", "uint8", 1, array_len=50)))
     paths = []

@@ -205,6 +205,58 @@ def test_a_folder_for_the_socket_whose_path_is_too_long_is_told(
     assert list(deep.iterdir()) == []
 
 
+SPEAKER = """\
+import json, re, socket, sys
+qmp = socket.socket(fileno=int(re.search(r"fd=(\\d+)", " ".join(sys.argv))[1]))
+say = lambda message: qmp.sendall(json.dumps(message).encode() + b"\\n")
+say({"QMP": {"version": {"qemu": {"major": 9, "minor": 0, "micro": 0}, "package": ""}, "capabilities": []}})
+decoder, said = json.JSONDecoder(), ""
+while piece := qmp.recv(1 << 16):
+    said += piece.decode()
+    while said.strip():
+        message, end = decoder.raw_decode(said.lstrip())
+        said = said.lstrip()[end:]
+        returned = {"query-migrate": {"status": "completed"}, "query-migrate-capabilities": []}
+        if message["execute"] == "migrate":
+            CONNECT
+        say({"return": returned.get(message["execute"], {}), "id": message.get("id")})
+        if message["execute"] == "quit":
+            sys.exit()
+"""
+
+
+@pytest.mark.parametrize(
+    ("connect", "told"),
+    [
+        ("pass", "speaker: its stream has not ended after 1 s"),
+        ("CONNECTED", "speaker: its stream has not ended after 1 s"),
+        ("CONNECTED; stream.close()", "no migration stream: it begins with 6e6f6e73, expected 5145564d (QEVM)"),
+        ("CONNECTED; stream.close(); CONNECTED; stream.close()", "no migration stream: it begins with 6e6f6e73"),
+        ("import time; time.sleep(60)", "speaker: its stream has not ended after 1 s"),
+    ],
+    ids=["none", "no end", "no stream", "two", "no answer"],
+)
+def test_a_program_that_speaks_qmp_and_sends_no_stream_is_one_line(
+    connect: str, told: str, tmp_path: Path, capfd: Output
+) -> None:
+    connected = "stream = socket.socket(socket.AF_UNIX); stream.connect(message['arguments']['uri'][5:])"
+    connect = connect.replace("CONNECTED", f"{connected}; stream.send(b'nonsense')")
+    program = tmp_path / "speaker"
+    body = SPEAKER.replace("CONNECT\n", f"{connect}\n")
+    program.write_text(f"#!{sys.executable}\n{body}")
+    program.chmod(0o755)
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", temporary)  # tmp_path may be too long for a socket in it
+        assert main(["schema", "make", "--timeout", "1", "--", str(program)]) == 2
+        assert list(Path(temporary).iterdir()) == []
+    assert time.monotonic() - start < 20
+    err = capfd.readouterr().err
+    assert err.startswith("qmigrate: ")
+    assert told in err
+    assert err.count("\n") == 1
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_whatever_ends_it_neither_a_qemu_nor_a_folder_is_left(tmp_path: Path, number: signal.Signals) -> None:
     """The program never says a word of QMP."""

@@ -58,6 +58,15 @@ async def test_a_package_is_decoded_by_the_schema_of_a_stopped_machine(qemu: Qem
 
 
 @every_qemu
+async def test_a_machine_that_wants_to_migrate_over_many_channels_or_with_answers_does_so_over_one(qemu: Qemu) -> None:
+    machine = [str(qemu.path), "-accel", "tcg", "-m", "8", "-nodefaults"]
+    plain_one = await make_schema(machine, timeout_s=30)
+    for capabilities in (("multifd",), ("return-path", "postcopy-ram")):
+        words = [word for name in capabilities for word in ("-global", f"migration.x-{name}=on")]
+        assert (await make_schema([*machine, *words], timeout_s=30)).id == plain_one.id
+
+
+@every_qemu
 @pytest.mark.parametrize("room", [1000, 1 << 16])
 async def test_that_there_is_no_room_for_its_stream_is_not_said_of_qemu(room: int, qemu: Qemu) -> None:
     machine = ["-machine", "none"] if room < 1 << 16 else ["-accel", "tcg", "-m", "8", "-nodefaults"]
