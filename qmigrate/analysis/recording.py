@@ -107,7 +107,10 @@ class RecordingStory:
         for frame in self.recording.advance():
             time_ns = frame.monotonic_ns - self.recording.header.monotonic_ns
             self._now = self.last_ns = max(time_ns, self._now)  # a clock that goes back is not the tap's
-            self._frame(frame)
+            try:
+                self._frame(frame)
+            except StreamError as exc:  # its bytes are gone: the file was cut a moment ago
+                self.recording.fault = exc
             yield from self._tell_on()
 
     def finish(self) -> Iterator[Moment]:

@@ -71,6 +71,8 @@ class Recorder:
     ) -> None:
         self.path = os.fspath(path)
         self.stopped: OSError | None = None
+        self.is_gone = False
+        """Once it is closed: had somebody deleted the file, and what was recorded with it?"""
         self._reserve = reserve
         self._begun = False
         self._on_stop = on_stop
@@ -175,6 +177,7 @@ class Recorder:
             return
         if self._begun:
             self._end()
+            self.is_gone = not os.fstat(self._descriptor).st_nlink
         os.close(self._descriptor)
         self._descriptor = -1
 

@@ -251,6 +251,21 @@ def test_a_full_disk_stops_the_recording_and_not_the_migration(tmp_path: Path) -
         subprocess.run(["umount", str(small)], check=True)
 
 
+def test_a_recording_that_was_deleted_meanwhile_is_told(tmp_path: Path) -> None:
+    with tapped(tmp_path) as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            source.sendall(HEAD)
+            assert received(destination, len(HEAD)) == HEAD
+            tap.recording.unlink()
+        tap.process.send_signal(signal.SIGINT)
+        code, said = tap.end()
+    assert code == 1
+    assert said.splitlines()[-1] == (
+        f"qmigrate: {tap.recording}: it was deleted while it was written: what was recorded is lost"
+    )
+
+
 def test_a_source_that_has_said_all_still_hears_the_answer(tmp_path: Path) -> None:
     with tapped(tmp_path) as tap:
         source, destination = tap.connect()
