@@ -60,7 +60,7 @@ class _Stream:
 
     story: ChannelStory
     is_forward: bool
-    feed: Feed = field(default_factory=lambda: Feed(window=_PIECE))
+    feed: Feed = field(default_factory=lambda: Feed(window=_PIECE, grows=True))
     parser: _Parser | None = None
     ended: bool = False
     in_end: bool = False

@@ -15,7 +15,7 @@ from qmigrate.format._record import Record
 __all__ = ["Feed"]
 
 WINDOW: Final = 1 << 20  # fits a core's second-level cache: RAM streams through it once
-_FIRST_WINDOW: Final = 512  # a recording may have thousands of connections on which next to nothing came
+_FIRST_WINDOW: Final = 512
 _SMALL: Final = 8  # bytes of a record that is kept, for when it comes again
 _LONGEST_RECORD: Final = 1 << 18  # a page is at most 64 KiB
 _LONGEST_AHEAD: Final = 1 << 16  # of a record inside CONFIGURATION or the block list
@@ -33,14 +33,15 @@ class Feed:
 
     ``offset`` counts the bytes consumed, from the start of the stream.  A view that was given out holds until
     the parser is next resumed.  No claim in the stream makes the window grow: long things are collected by
-    ``take()``, as they come.  It is small at first, and as long as ``window`` says once so much has come.
+    ``take()``, as they come.  With ``grows`` it is small at first, and as long as ``window`` says once it was filled:
+    for where there may be thousands, on which next to nothing comes.
     """
 
-    def __init__(self, *, offset: int = 0, window: int = WINDOW) -> None:
+    def __init__(self, *, offset: int = 0, window: int = WINDOW, grows: bool = False) -> None:
         self.offset = offset
         self.ended = False
         self._window = window
-        self._buffer = bytearray(min(window, _FIRST_WINDOW))
+        self._buffer = bytearray(min(window, _FIRST_WINDOW) if grows else window)
         self._view = memoryview(self._buffer)
         self._begin = 0
         self._end = 0
