@@ -60,7 +60,7 @@ class _Stream:
 
     story: ChannelStory
     is_forward: bool
-    feed: Feed = field(default_factory=lambda: Feed(window=_PIECE))
+    feed: Feed = field(default_factory=lambda: Feed(window=_PIECE, grows=True))
     parser: _Parser | None = None
     ended: bool = False
     in_end: bool = False
@@ -88,6 +88,7 @@ class RecordingStory:
         self._walker: Walker | None = None
         self._switched = False
         self._main: int | None = None
+        self._first_main: ChannelStory | None = None
         self._answering: set[int] = set()  # connections that have a return path, whether or not it is used
         self._now = 0
         self._told: list[Moment] = []
@@ -106,7 +107,10 @@ class RecordingStory:
         for frame in self.recording.advance():
             time_ns = frame.monotonic_ns - self.recording.header.monotonic_ns
             self._now = self.last_ns = max(time_ns, self._now)  # a clock that goes back is not the tap's
-            self._frame(frame)
+            try:
+                self._frame(frame)
+            except StreamError as exc:  # its bytes are gone: the file was cut a moment ago
+                self.recording.fault = exc
             yield from self._tell_on()
 
     def finish(self) -> Iterator[Moment]:
@@ -201,18 +205,25 @@ class RecordingStory:
         """First what it is, then what it says."""
         channel = yield from classify(stream.feed, blocks=self._blocks)
         story = stream.story
-        before = [each.forward for each in self.channels[: story.number]]
-        others = before if stream.is_forward else [story.forward]
+        others = self._mains_before(story.number) if stream.is_forward else [story.forward]
         if stream.is_forward or story.number in self._answering:
             channel = by_order(channel, is_forward=stream.is_forward, others=others)
         if not channel.is_silent:
             self._classified(stream, channel)
         yield from self._read(stream, channel)
 
+    def _mains_before(self, number: int) -> list[Channel]:
+        """The first connection known to be main, where it is before this one: all that ``by_order`` asks for."""
+        first = self._first_main
+        return [first.forward] if first is not None and first.number < number else []
+
     def _classified(self, stream: _Stream, channel: Channel) -> None:
         story = stream.story
         if stream.is_forward:
             story.forward = channel
+            is_main = channel.kind in (ChannelKind.MAIN, ChannelKind.RESUMED)
+            if is_main and (self._first_main is None or story.number < self._first_main.number):
+                self._first_main = story
         else:
             story.back = channel
         details: dict[str, Any] = {"channel": channel.name, "known_by": channel.known_by.value}

@@ -162,7 +162,7 @@ class Joining:
 
     def _multifd(self, number: int, part: Part) -> Iterator[Entry]:
         """The packets, read once main has said how long a page is."""
-        feed = Feed(window=WINDOW)
+        feed = Feed(window=WINDOW, grows=True)
         ram = self._walker.ram
         step = read_channel(
             feed,

@@ -20,6 +20,7 @@ from typing import Final, Self
 
 from qmigrate.capture.frames import (
     HEADER,
+    MOST_CONNECTIONS,
     Closed,
     Direction,
     End,
@@ -70,6 +71,8 @@ class Recorder:
     ) -> None:
         self.path = os.fspath(path)
         self.stopped: OSError | None = None
+        self.is_gone = False
+        """Once it is closed: had somebody deleted the file, and what was recorded with it?"""
         self._reserve = reserve
         self._begun = False
         self._on_stop = on_stop
@@ -141,6 +144,8 @@ class Recorder:
     def opened(self, connection: int, *, peer: str, listen: str, forward: str) -> None:
         """A connection was made, the next number.  Raises ``OSError`` where ``begin()`` was not called, and fails."""
         self.begin()
+        if connection >= MOST_CONNECTIONS:
+            self._attempt(_refuse_connection)
         self._frame(Opened(peer=_short(peer), listen=_short(listen), forward=_short(forward)), connection)
 
     def closed(self, connection: int, *, forward_bytes: int, return_bytes: int, error: str = "") -> None:
@@ -172,6 +177,7 @@ class Recorder:
             return
         if self._begun:
             self._end()
+            self.is_gone = not os.fstat(self._descriptor).st_nlink
         os.close(self._descriptor)
         self._descriptor = -1
 
@@ -315,6 +321,11 @@ def _reserve(descriptor: int, length: int) -> None:
     if _fallocate(descriptor, _KEEP_SIZE, 0, length):
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
+
+
+def _refuse_connection() -> None:
+    """Nobody reads more.  Raises ``OSError``."""
+    raise OSError(errno.EOVERFLOW, f"a recording has at most {MOST_CONNECTIONS} connections")
 
 
 def _now() -> dict[str, int]:

@@ -357,14 +357,14 @@ class Recording:
         A way back on which nothing came is left out.
         """
         found: list[RecordedChannel] = []
-        forward: list[Channel] = []
+        forward: dict[ChannelKind, Channel] = {}  # one of each: there may be thousands of connections
         blocks: set[str] | None = None
         for connection in self.connections:
             stream = self.stream(connection.number, Direction.FORWARD)
-            channel = by_order(stream.classify(blocks), is_forward=True, others=forward)
+            channel = by_order(stream.classify(blocks), is_forward=True, others=forward.values())
             if channel.kind is ChannelKind.MAIN:
                 blocks = stream.announced_blocks()
-            forward.append(channel)
+            forward.setdefault(channel.kind, channel)
             found.append(RecordedChannel(channel, Direction.FORWARD, stream))
             back = self.stream(connection.number, Direction.RETURN)
             if back.size:

@@ -10,7 +10,7 @@ from qmigrate.cli.input import add_limits
 from qmigrate.cli.migrate import positive
 from qmigrate.cli.receiving import ReceiveLines
 from qmigrate.cli.seen import Seen, add_seen
-from qmigrate.cli.tap import allow_many_files
+from qmigrate.cli.tap import allow_many_files, tell_if_gone
 from qmigrate.cli.tell import tell
 from qmigrate.errors import RefusedError
 
@@ -148,11 +148,15 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
 
     with Seen(args, out) as seen, _recorder(args) as recorder:
         try:
-            return asyncio.run(_receive(args, out, seen, recorder))
+            code = asyncio.run(_receive(args, out, seen, recorder))
         except (OSError, RefusedError):
             if recorder is not None and recorder.is_empty:  # it could not even listen
                 Path(args.record).unlink(missing_ok=True)
             raise
+        if recorder is not None:
+            recorder.close()
+            tell_if_gone(recorder)
+        return code
 
 
 def _recorder(args: argparse.Namespace) -> "AbstractContextManager[Recorder | None]":

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from qmigrate.events import LiveEvent
     from qmigrate.operations.tap import Tap
 
-__all__ = ["add_arguments", "allow_many_files", "run"]
+__all__ = ["add_arguments", "allow_many_files", "run", "tell_if_gone"]
 
 HELP = "relay a migration, and record every channel both ways"
 DESCRIPTION = (
@@ -29,7 +29,7 @@ DESCRIPTION = (
     "FORWARD, and what passes is recorded, both ways, with times. A killed tap leaves a file that dissect reads; a "
     "full disk stops the recording, never the migration. Ends with Ctrl-C, when its terminal closes, or with --once: "
     "where connections are open then, when they have closed (a second Ctrl-C cuts them). The exit code is 0, 1 where "
-    "the recording stopped early, 2 where nothing could be done, 130 where connections were cut."
+    "the recording stopped early or was deleted, 2 where nothing could be done, 130 where connections were cut."
 )
 EXAMPLES = (
     "qmigrate tap unix:/run/tap.sock unix:/run/incoming.sock -o migration.tap",
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, _out: TextIO) -> int:
     with Recorder(args.output, overwrite=args.overwrite, reserve=args.reserve, on_stop=_stopped) as recorder:
         try:
             return asyncio.run(_tap(args, recorder))
-        except (OSError, RefusedError):
+        except (OSError, RefusedError, KeyboardInterrupt):
             if recorder.is_empty:  # it could not even listen
                 Path(args.output).unlink(missing_ok=True)
             raise
@@ -111,10 +111,11 @@ async def _tap(args: argparse.Namespace, recorder: "Recorder") -> int:
             showing.cancel()
             await asyncio.gather(showing, return_exceptions=True)
             screen.erase()
+    recorder.close()
     screen.end(tap, recorder, args.output)
     if was_cut:
         return exit_codes.INTERRUPTED
-    return STOPPED_EARLY if recorder.stopped is not None else 0
+    return STOPPED_EARLY if recorder.stopped is not None or recorder.is_gone else 0
 
 
 async def _until_over(
@@ -144,6 +145,13 @@ async def _first(*waits: Awaitable[object]) -> None:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def tell_if_gone(recorder: "Recorder") -> bool:
+    """Of a recorder that is closed."""
+    if recorder.is_gone:
+        tell(recorder.path, "it was deleted while it was written: what was recorded is lost")
+    return recorder.is_gone
 
 
 def allow_many_files() -> None:
@@ -221,7 +229,8 @@ class _Screen:
 
         count = units.plural(len(tap.connections), "connection")
         sizes = f"{units.size(_passed(tap))} passed on, {units.size(recorder.size)} recorded"
-        self.line(f"{count}, {sizes}: qmigrate dissect {shlex.quote(path)}")
+        if not tell_if_gone(recorder):
+            self.line(f"{count}, {sizes}: qmigrate dissect {shlex.quote(path)}")
 
 
 def _passed(tap: "Tap") -> int:

@@ -20,7 +20,7 @@ from dataclasses import asdict
 from types import TracebackType
 from typing import Any, Final, NamedTuple, Self
 
-from qmigrate.endpoint.link import Link, LinkClosedError, Said
+from qmigrate.endpoint.link import Link, LinkClosedError, NoDescriptorError, Said
 from qmigrate.endpoint.own_python import environment, own_python
 from qmigrate.errors import QmigrateError
 from qmigrate.format.walk import Limits
@@ -34,7 +34,7 @@ _PROCESSES: Final = ("listener", "guest", "pager")
 
 
 class ProcessDiedError(QmigrateError):
-    """One of the three ended before its time: a fault of ours, or somebody killed it."""
+    """One of the three ended before its time, or can't be understood: a fault of ours, or somebody killed it."""
 
 
 class Touch(NamedTuple):
@@ -71,7 +71,7 @@ class Destination:
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
         self._links: dict[str, Link] = {}
         self._lifeline = -1
-        self._queue: asyncio.Queue[tuple[str, Said | None]] = asyncio.Queue()
+        self._queue: asyncio.Queue[tuple[str, Said | ProcessDiedError | None]] = asyncio.Queue()
 
     async def __aenter__(self) -> Self:
         reader, self._lifeline = os.pipe()
@@ -180,6 +180,8 @@ class Destination:
         """What the processes tell, in the order in which it came.  Raises ``ProcessDiedError``."""
         while True:
             name, said = await self._queue.get()
+            if isinstance(said, ProcessDiedError):
+                raise said
             if said is not None:
                 yield said
             elif (status := await asyncio.to_thread(self._processes[name].wait)) != 0:
@@ -188,6 +190,9 @@ class Destination:
     def _hear(self, name: str) -> None:
         try:
             self._queue.put_nowait((name, self._links[name].hear()))
+        except NoDescriptorError:
+            why = f"what the {name}'s process has can't be taken: too many files are open"
+            self._queue.put_nowait((name, ProcessDiedError(why)))
         except LinkClosedError:
             asyncio.get_running_loop().remove_reader(self._links[name].fileno())
             self._queue.put_nowait((name, None))

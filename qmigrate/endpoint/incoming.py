@@ -28,6 +28,10 @@ __all__ = ["Arrived", "ChannelKind", "Incoming"]
 EXEC_TIMEOUT_S: Final = 5.0
 SETTLE_TIMEOUT_S: Final = 5.0
 ACCEPT_AGAIN_S: Final = 0.1
+MOST_SILENT: Final = 300
+"""Connections that may say nothing for as long as they like: a migration has one such, and 256 more for a moment."""
+MOST_UNIDENTIFIED: Final = 400
+SILENT_S: Final = 1.0
 
 
 class ChannelKind(Enum):
@@ -212,6 +216,8 @@ class Incoming:
     async def _accept(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
+            while len(self._unidentified) >= MOST_UNIDENTIFIED:  # noqa: ASYNC110 - it is not worth an event
+                await asyncio.sleep(ACCEPT_AGAIN_S)
             try:
                 peer, _ = await loop.sock_accept(listener)
             except OSError:  # no descriptor is free, mostly: who comes waits in the listener's queue
@@ -223,12 +229,19 @@ class Incoming:
             task.add_done_callback(self._tasks.discard)
 
     async def _identify(self, peer: socket.socket) -> None:
-        """Wait for its first byte, and leave that where it is."""
+        """Wait for its first byte, and leave that where it is.
+
+        Each has a descriptor meanwhile: where there are many who say nothing, those who come then have a moment for
+        it, and are closed, so that a source can still come.
+        """
         with peer:
             if peer.family != socket.AF_UNIX:
                 peer.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 _keep_alive(peer)
-            said = self._unidentified[peer] = asyncio.get_running_loop().create_future()
+            loop = asyncio.get_running_loop()
+            said = self._unidentified[peer] = loop.create_future()
+            if len(self._unidentified) > MOST_SILENT:
+                loop.call_later(SILENT_S, _settle, said)
             try:
                 kind = await _said(peer, said)
             except OSError:

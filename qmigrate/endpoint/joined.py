@@ -87,10 +87,15 @@ class Joined:
         return self.closed_ns is None
 
     def start(self) -> None:
-        """Pass on, in the background."""
+        """Pass on, in the background.  Where there is no thread for that, it is broken, and closes."""
         self._hurry()
         for work in (self._pass_forward, self._pass_back):
-            threading.Thread(target=self._run, args=(work,), name=f"connection {self.number}", daemon=True).start()
+            thread = threading.Thread(target=self._run, args=(work,), name=f"connection {self.number}", daemon=True)
+            try:
+                thread.start()
+            except RuntimeError as exc:  # of memory or processes, a limit is reached
+                self.cut(str(exc))
+                self._ended()
 
     def cut(self, why: str = "") -> None:
         """End it now, both ways; ``why`` becomes its error, unless it has one, or ends already."""
@@ -109,6 +114,10 @@ class Joined:
             work()
         except OSError as exc:
             self._broke(exc)
+        self._ended()
+
+    def _ended(self) -> None:
+        """One direction did; the last of them closes."""
         with self._lock:
             self._running -= 1
             if self._running:

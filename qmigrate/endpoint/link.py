@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, NoReturn
 
-__all__ = ["Link", "LinkClosedError", "Said", "end_with_parent"]
+__all__ = ["Link", "LinkClosedError", "NoDescriptorError", "Said", "end_with_parent"]
 
 _HEAD: Final = struct.Struct("=II")  # bytes of JSON, descriptors
 _AT_ONCE: Final = 200  # descriptors in one message: the kernel takes 253
@@ -20,6 +20,10 @@ _AT_ONCE: Final = 200  # descriptors in one message: the kernel takes 253
 
 class LinkClosedError(Exception):
     """The other process has gone: there is nobody to tell."""
+
+
+class NoDescriptorError(Exception):
+    """Descriptors came and could not be taken, as too many files are open: they are lost."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ class Link:
             raise LinkClosedError from exc
 
     def hear(self) -> Said:
-        """The next one; waits for it.  Raises ``LinkClosedError``."""
+        """The next one; waits for it.  Raises ``LinkClosedError``, ``NoDescriptorError``."""
         length, count = _HEAD.unpack(self._read(_HEAD.size))
         kind, values = json.loads(self._read(length))
         descriptors: list[int] = []
@@ -91,6 +95,10 @@ class Link:
         data, descriptors, _, _ = socket.recv_fds(self.peer, 1, count)
         if not data:
             raise LinkClosedError
+        if len(descriptors) < count:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise NoDescriptorError
         return list(descriptors)
 
 

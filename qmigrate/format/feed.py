@@ -15,6 +15,7 @@ from qmigrate.format._record import Record
 __all__ = ["Feed"]
 
 WINDOW: Final = 1 << 20  # fits a core's second-level cache: RAM streams through it once
+_FIRST_WINDOW: Final = 512
 _SMALL: Final = 8  # bytes of a record that is kept, for when it comes again
 _LONGEST_RECORD: Final = 1 << 18  # a page is at most 64 KiB
 _LONGEST_AHEAD: Final = 1 << 16  # of a record inside CONFIGURATION or the block list
@@ -32,13 +33,15 @@ class Feed:
 
     ``offset`` counts the bytes consumed, from the start of the stream.  A view that was given out holds until
     the parser is next resumed.  No claim in the stream makes the window grow: long things are collected by
-    ``take()``, as they come.
+    ``take()``, as they come.  With ``grows`` it is small at first, and as long as ``window`` says once it was filled:
+    for where there may be thousands, on which next to nothing comes.
     """
 
-    def __init__(self, *, offset: int = 0, window: int = WINDOW) -> None:
+    def __init__(self, *, offset: int = 0, window: int = WINDOW, grows: bool = False) -> None:
         self.offset = offset
         self.ended = False
-        self._buffer = bytearray(window)
+        self._window = window
+        self._buffer = bytearray(min(window, _FIRST_WINDOW) if grows else window)
         self._view = memoryview(self._buffer)
         self._begin = 0
         self._end = 0
@@ -51,14 +54,16 @@ class Feed:
 
     def space(self) -> memoryview:
         """Where the next bytes go; never empty.  Moves what is at hand to the front when room runs out."""
-        if self._begin == self._end:
+        if self._end == len(self._buffer) < self._window:  # it was filled: more is to come
+            self._grow(min(8 * len(self._buffer), self._window))
+        elif self._begin == self._end:
             self._begin = self._end = 0
         elif self._begin and len(self._buffer) - self._end < len(self._buffer) // 2:
             kept = self._end - self._begin
             self._buffer[:kept] = self._buffer[self._begin : self._end]
             self._begin, self._end = 0, kept
         if self._end == len(self._buffer):
-            self._grow()
+            self._grow(2 * len(self._buffer))
         return self._view[self._end :]
 
     def received(self, count: int) -> None:
@@ -78,8 +83,8 @@ class Feed:
         """No more bytes will come."""
         self.ended = True
 
-    def _grow(self) -> None:
-        buffer = bytearray(2 * len(self._buffer))
+    def _grow(self, length: int) -> None:
+        buffer = bytearray(length)
         buffer[: self._end - self._begin] = self._view[self._begin : self._end]
         self._buffer, self._view = buffer, memoryview(buffer)
         self._begin, self._end = 0, self._end - self._begin

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["MULTIFD_PATIENCE_S", "ReceiveChannels"]
 
 MULTIFD_PATIENCE_S: Final = 5.0
+_MOST_MULTIFD: Final = 255  # migration/options.c: a channel's number has a byte
 
 
 class ReceiveChannels:
@@ -104,6 +105,8 @@ class ReceiveChannels:
                 self._destination.connect_preempt(arrived.descriptor)
             case ChannelKind.MULTIFD if self._multifd_given:
                 self._destination.too_late()
+            case ChannelKind.MULTIFD if len(self._multifd) == _MOST_MULTIFD:
+                self._told.trouble(f"a connection came (multifd), there are {_MOST_MULTIFD} already: it is closed")
             case ChannelKind.MULTIFD:
                 self._came(ChannelKind.MULTIFD)
                 self._multifd.append(os.dup(arrived.descriptor))

@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +17,7 @@ from qmigrate.analysis.recording import RecordingStory
 from qmigrate.capture.frames import (
     HEADER,
     LONGEST_PIECE,
+    MOST_CONNECTIONS,
     Direction,
     End,
     FrameHeader,
@@ -32,7 +33,7 @@ from qmigrate.capture.frames import (
 from qmigrate.capture.recorder import Recorder
 from qmigrate.capture.recording import Recording
 from qmigrate.errors import NoStreamError, RefusedError, StreamError, TruncatedError
-from qmigrate.format.channel import ChannelKind, How
+from qmigrate.format.channel import Channel, ChannelKind, How, by_order
 from qmigrate.format.command import PostcopyResume, RecvBitmap, encode_command
 from qmigrate.format.ram import RamFlag
 from qmigrate.format.return_path import Pong, Shut, encode_message
@@ -303,6 +304,56 @@ def test_memory_follows_what_is_there_and_not_what_is_claimed(tmp_path: Path) ->
     assert (ran.stderr, ran.stdout) == ("", f"{(24 << 20) // 37}\n")
 
 
+def test_thousands_of_connections_cost_what_came_on_them(tmp_path: Path) -> None:
+    """Beside a migration 4,000 more, each with the front of a multifd channel and of a way back."""
+    path = tmp_path / "many.tap"
+    with Recorder(path) as recorder:
+        opened(recorder, 0)
+        recorder.data(0, FORWARD, streams.postcopy())
+        for number in range(1, 4000):
+            opened(recorder, number)
+            recorder.data(number, FORWARD, b"\x11\x22\x33\x44")
+            recorder.data(number, RETURN, PONG)
+    code = (
+        "import sys; from qmigrate.analysis.recording import RecordingStory\n"
+        "from qmigrate.capture.migration import Migration; from qmigrate.capture.recording import Recording\n"
+        "with Recording(sys.argv[1]) as recording: print(len(RecordingStory(recording).read().channels))\n"
+        "with Migration(sys.argv[1]) as migration: print(len(migration.contents.channels))"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=_limited(300 << 20),
+    )
+    assert (ran.stderr, ran.stdout) == ("", "4000\n7999\n")
+
+
+def test_a_silent_connection_is_told_without_a_look_at_all_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "silent.tap"
+    with Recorder(path) as recorder:
+        opened(recorder, 0)
+        recorder.data(0, FORWARD, streams.postcopy())
+        for number in range(1, 100):
+            opened(recorder, number)
+    looked: list[int] = []
+
+    def counted(channel: Channel, *, is_forward: bool, others: Iterable[Channel]) -> Channel:
+        looked.append(len(list(others)))
+        return by_order(channel, is_forward=is_forward, others=others)
+
+    monkeypatch.setattr("qmigrate.capture.recording.by_order", counted)
+    monkeypatch.setattr("qmigrate.analysis.recording.by_order", counted)
+    with Recording(path) as recording:
+        story = RecordingStory(recording).read()
+        assert [each.channel.kind for each in recording.channels()][1:] == [ChannelKind.PREEMPT] * 99
+        assert max(looked) <= len(ChannelKind)
+        assert len(story.channels) == 100
+
+
 def _limited(length: int) -> Callable[[], None]:
     return lambda: resource.setrlimit(resource.RLIMIT_AS, (length, length))
 
@@ -453,3 +504,14 @@ def test_what_was_passed_on_and_is_not_here_is_told(path: Path) -> None:
     size = len(streams.postcopy())
     assert fault.message == f"of connection 0: {size} bytes were passed on forward, {size - lost.length} are here"
     assert fault.trail == ("frame", "CLOSED")
+
+
+def test_no_more_connections_are_recorded_than_are_read(tmp_path: Path) -> None:
+    stops: list[str | None] = []
+    with Recorder(tmp_path / "full.tap", on_stop=lambda exc: stops.append(exc.strerror)) as recorder:
+        opened(recorder, MOST_CONNECTIONS)
+    with Recording(tmp_path / "full.tap").read() as recording:
+        assert [str(fault) for fault in recording.faults] == [
+            "the recording stopped before the migration ended: a recording has at most 65536 connections"
+        ]
+    assert stops == ["a recording has at most 65536 connections"]

@@ -282,6 +282,24 @@ def test_a_recording_that_is_replaced_while_it_is_followed_is_a_fault(tmp_path: 
         assert str(followed.fault).endswith("the recording became shorter while it was read: it has 36 bytes")
 
 
+def test_what_was_told_before_the_file_was_cut_is_told(
+    recording: str, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    """Between its frames being read and what is in them."""
+    read_into = Recording.read_into
+
+    def cut(self: Recording, buffer: bytearray, offset: int) -> int:
+        if offset > 1000:
+            os.truncate(self.path, 1000)
+        return read_into(self, buffer, offset)
+
+    monkeypatch.setattr(Recording, "read_into", cut)
+    assert main(["dissect", "--live", recording]) == 1
+    said = capsys.readouterr()
+    assert "HEADER" in said.out
+    assert "the recording became shorter while it was read" in said.err
+
+
 def test_a_page_shows_the_channels_on_one_axis(recording: str, tmp_path: Path, capsys: Output) -> None:
     page = tmp_path / "page.html"
     assert main(["dissect", "--report", str(page), recording]) == 0

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -292,6 +292,20 @@ def test_a_flood_is_endured_in_little_memory(name: str, tmp_path: Path) -> None:
     pongs = [message.token for message in messages_in(ended.told) if isinstance(message, Pong)]
     assert pongs == [1, *([7] * PINGS if name == "pings" else []), 3]
     assert ended.memory < MOST_MEMORY
+
+
+def test_no_more_multifd_channels_are_kept_than_there_can_be(tmp_path: Path) -> None:
+    with command(tmp_path) as receive, ExitStack() as stack:
+        receive.send(streams.header())
+        receive.wait_for('"precopy"')
+        for _ in range(256):
+            peer = stack.enter_context(socket.socket(socket.AF_UNIX))
+            peer.connect(str(tmp_path / "in"))
+            peer.sendall(b"\x11\x22\x33\x44")
+        receive.wait_for("a connection came (multifd), there are 255 already: it is closed")
+        receive.interrupt(3)
+        ended = receive.ended()
+    assert ended.exit_code == 3, ended.said
 
 
 SILENT: Final = {

@@ -116,6 +116,36 @@ def bytes_of(recording: Recording, number: int, direction: Direction) -> bytes:
     return recording.stream(number, direction).read_at(0, 1 << 30)
 
 
+def few_threads() -> None:
+    """Room for the stacks of tens, not of hundreds."""
+    resource.setrlimit(resource.RLIMIT_AS, (1 << 30, 1 << 30))
+
+
+def test_connections_for_which_there_are_no_threads_close_and_the_next_is_served(tmp_path: Path) -> None:
+    with tapped(tmp_path, before=few_threads) as tap:
+        silent: list[tuple[socket.socket, socket.socket]] = []
+        closed: list[socket.socket] = []
+        while not closed:
+            silent.append(tap.connect())
+            closed = select.select([silent[-1][0]], [], [], 0.1)[0]
+            assert len(silent) < 500
+        for pair in silent:
+            for peer in pair:
+                peer.close()
+        for _ in range(100):  # until the threads of those have ended
+            source, destination = tap.connect()
+            with source, destination, suppress(OSError):
+                source.sendall(HEAD)
+                if received(destination, len(HEAD)) == HEAD:
+                    break
+        else:
+            pytest.fail("no connection is served any more")
+        tap.process.send_signal(signal.SIGINT)
+        code, said = tap.end()
+        assert code == 0, said
+        assert "can't start new thread" in said
+
+
 @pytest.mark.parametrize("kind", ["unix", "tcp"])
 def test_both_directions_arrive_and_are_recorded(kind: str, tmp_path: Path) -> None:
     stream = HEAD + os.urandom(3 * MIB)
@@ -219,6 +249,21 @@ def test_a_full_disk_stops_the_recording_and_not_the_migration(tmp_path: Path) -
             assert_goes_on_without_its_recording(tap, "No space left on device")
     finally:
         subprocess.run(["umount", str(small)], check=True)
+
+
+def test_a_recording_that_was_deleted_meanwhile_is_told(tmp_path: Path) -> None:
+    with tapped(tmp_path) as tap:
+        source, destination = tap.connect()
+        with source, destination:
+            source.sendall(HEAD)
+            assert received(destination, len(HEAD)) == HEAD
+            tap.recording.unlink()
+        tap.process.send_signal(signal.SIGINT)
+        code, said = tap.end()
+    assert code == 1
+    assert said.splitlines()[-1] == (
+        f"qmigrate: {tap.recording}: it was deleted while it was written: what was recorded is lost"
+    )
 
 
 def test_a_source_that_has_said_all_still_hears_the_answer(tmp_path: Path) -> None:
