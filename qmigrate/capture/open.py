@@ -6,6 +6,7 @@ Files are read into a reused window and never mapped: one that shrinks meanwhile
 """
 
 import bz2
+import errno
 import gzip
 import io
 import lzma
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from qmigrate.capture.recording import Recording
     from qmigrate.format.channel import Channel
 
-__all__ = ["Readable", "Reader", "Source"]
+__all__ = ["Readable", "Reader", "Source", "hole_at"]
 
 T = TypeVar("T")
 
@@ -103,6 +104,27 @@ class _File(io.RawIOBase):
         count = os.preadv(self._descriptor, [buffer], self.position)
         self.position += count
         return count
+
+    def skip_hole(self) -> int:
+        """Go on behind the hole that begins here, if one does: how many bytes it has."""
+        count = hole_at(self._descriptor, self.position)
+        self.position += count
+        return count
+
+
+def hole_at(descriptor: int, position: int) -> int:
+    """How many bytes the hole has that begins at this place of a file; 0 where none does."""
+    try:
+        before = os.lseek(descriptor, 0, os.SEEK_CUR)  # of standard input it is not ours alone
+        try:
+            end = os.lseek(descriptor, position, os.SEEK_DATA)
+        finally:
+            os.lseek(descriptor, before, os.SEEK_SET)
+    except OSError as exc:
+        if exc.errno != errno.ENXIO:  # the file system does not tell
+            return 0
+        end = os.fstat(descriptor).st_size  # no data behind here
+    return max(end - position, 0)
 
 
 class _Pipe(io.RawIOBase):
@@ -311,6 +333,9 @@ class Readable(ABC):
 
     def fill(self, feed: Feed, reader: Reader) -> None:
         """Give the feed what comes next, or end it.  Raises ``StreamError`` where reading fails."""
+        if feed.takes_holes and not len(feed) and isinstance(reader, _File) and (count := reader.skip_hole()):
+            feed.received_hole(count)
+            return
         try:
             count = reader.readinto(feed.space())
         except self.read_errors as exc:

@@ -13,6 +13,7 @@ from typing import IO, Final
 from qmigrate.capture.index import PageIndex
 from qmigrate.capture.kind import MOST_FILES
 from qmigrate.capture.migration import Migration
+from qmigrate.capture.open import hole_at
 from qmigrate.capture.places import Channels, Input
 from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import NoStreamError, RefusedError, StreamError, UnsupportedError
@@ -102,6 +103,12 @@ class _Sparing:
         self._position += count
         return count
 
+    def skip_hole(self) -> int:
+        """Go on behind the hole that begins here, if one does: how many bytes it has."""
+        count = hole_at(self._descriptor, self._position)
+        self._position += count
+        return count
+
 
 def _without_contents(descriptor: int, start: int, known: Description | Chooser | None) -> Iterator[Entry]:
     """The walk of a file, the pages of mapped-ram unread: where they are is known from their bitmap.
@@ -131,6 +138,9 @@ def _without_contents(descriptor: int, start: int, known: Description | Chooser 
 
 
 def _fill(feed: Feed, reader: _Sparing) -> None:
+    if feed.takes_holes and not len(feed) and (hole := reader.skip_hole()):
+        feed.received_hole(hole)
+        return
     try:
         count = reader.readinto(feed.space())
     except OSError as exc:

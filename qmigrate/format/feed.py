@@ -38,6 +38,9 @@ class Feed:
     def __init__(self, *, offset: int = 0, window: int = WINDOW) -> None:
         self.offset = offset
         self.ended = False
+        self.takes_holes = False
+        """Who parses says so: zeros may come as their number, by ``received_hole()``."""
+        self._hole = 0
         self._buffer = bytearray(window)
         self._view = memoryview(self._buffer)
         self._begin = 0
@@ -64,6 +67,10 @@ class Feed:
     def received(self, count: int) -> None:
         """``count`` bytes were written to the front of ``space()``."""
         self._end += count
+
+    def received_hole(self, count: int) -> None:
+        """In place of ``count`` zeros, where ``takes_holes``, and nothing is at hand."""
+        self._hole = count
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
         """Take in ``data``, all of it."""
@@ -100,13 +107,19 @@ class Feed:
         self._begin += count
         self.offset += count
 
+    def skip_hole(self) -> int:
+        """Consume the zeros that came as their number; how many."""
+        count, self._hole = self._hole, 0
+        self.offset += count
+        return count
+
     def more(self) -> Generator[None, None, bool]:
         """Wait for at least one more byte than has come; False where the stream has ended.
 
         Whoever drives may consume meanwhile: it is bytes that came that count, not those at hand.
         """
         had = self.offset + len(self)
-        while self.offset + len(self) == had:
+        while self.offset + len(self) + self._hole == had:
             if self.ended:
                 return False
             yield

@@ -16,10 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from qmigrate.capture.open import Source
+from qmigrate.analysis.check import check
+from qmigrate.analysis.summary import summarize
+from qmigrate.capture.migration import Migration
+from qmigrate.capture.open import Source, hole_at
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors
-from qmigrate.format.entry import Entry
+from qmigrate.format.entry import Entry, Trailing
 from qmigrate.format.ram import RamFlag
+from qmigrate.format.write import encode
 from tests import streams
 from tests.walking import entries, kept, until_fault
 
@@ -310,3 +314,43 @@ def test_two_walks_of_one_file_do_not_disturb_one_another(tmp_path: Path) -> Non
         inner = [(entry.offset, entry.length) for entry in source.entries()]
         rest = [(entry.offset, entry.length) for entry in outer]
     assert inner == [(first.offset, first.length), *rest] == alone
+
+
+def test_a_hole_behind_a_stream_costs_nothing_and_is_counted(tmp_path: Path) -> None:
+    path, tebibyte = tmp_path / "a.mig", 1 << 40
+    path.write_bytes(STREAM)
+    with path.open("r+b") as file:
+        file.seek(tebibyte)
+        file.write(b"behind")
+        file.truncate(2 * tebibyte)
+    with Migration(path) as migration:
+        checked = check(migration)
+        contents = checked.gathering.contents
+        assert migration.source.position == checked.length == contents.length == 2 * tebibyte
+    assert contents.trailing == 2 * tebibyte - len(STREAM)
+    assert (contents.trailing_head, contents.complete, checked.identical) == (bytes(8), True, True)
+    assert checked.opaque["undecoded sections"] == contents.trailing
+
+
+def test_where_a_hole_is_read_changes_no_answer(tmp_path: Path) -> None:
+    path, behind = tmp_path / "a.mig", bytes(5 << 20) + b"QEVM" + bytes(3 << 20)
+    path.write_bytes(STREAM)
+    with path.open("r+b") as file:
+        file.seek(len(STREAM) + (5 << 20))
+        file.write(b"QEVM")
+        file.truncate(len(STREAM) + len(behind))
+    with Source(path) as sparse:
+        found = [encode(entry.record) for entry in sparse.entries() if isinstance(entry.record, Trailing)]
+    assert b"".join(found) == behind
+    with Migration(path) as sparse_one, fed(tmp_path / "pipe", STREAM + behind) as pipe, Migration(pipe) as piped:
+        assert summarize(sparse_one.contents) == summarize(piped.contents)
+
+
+def test_to_look_for_a_hole_leaves_the_file_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "a.mig"
+    path.write_bytes(STREAM)
+    with path.open("r+b") as file:
+        file.truncate(1 << 24)
+        assert hole_at(file.fileno(), 1 << 20) == (1 << 24) - (1 << 20)
+        assert hole_at(file.fileno(), 0) == 0
+        assert file.tell() == 0
