@@ -45,7 +45,7 @@ def extract(
     migration's files or of ``inputs``.
     """
     folder = Path(directory)
-    kept = {source.identity for source in migration.sources} | set(_identities(inputs))
+    kept = {each.identity for each in migration.sources if each.identity is not None}.union(_identities(inputs))
     refuse_input(folder / _INDEX, kept)
     folder.mkdir(parents=True, exist_ok=True)
     gathering = migration.gather()

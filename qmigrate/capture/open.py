@@ -333,8 +333,8 @@ class Readable(ABC):
 
     def fill(self, feed: Feed, reader: Reader) -> None:
         """Give the feed what comes next, or end it.  Raises ``StreamError`` where reading fails."""
-        if feed.takes_holes and not len(feed) and isinstance(reader, _File) and (count := reader.skip_hole()):
-            feed.received_hole(count)
+        if feed.takes_holes and not len(feed) and isinstance(reader, _File) and (hole := reader.skip_hole()):
+            feed.received_hole(hole)
             return
         try:
             count = reader.readinto(feed.space())
