@@ -6,6 +6,8 @@ zeros its byte too, of any page the size and time of all inputs.  Where no word 
 packet of multifd) it is these alone.
 """
 
+import errno
+import mmap
 import os
 import struct
 import zlib
@@ -19,8 +21,10 @@ from qmigrate.capture.places import Input
 from qmigrate.errors import StreamError
 from qmigrate.format.ram import RamBlock, RamFlag
 
-__all__ = ["KIND_BITS", "Kind", "Placed", "PlacedPages"]
+__all__ = ["KIND_BITS", "Kind", "Placed", "PlacedPages", "lazy_entries"]
 
+_ENTRY_BYTES: Final = 8
+_LAZILY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap names since 3.13
 _PAGE: Final = int(RamFlag.PAGE)
 _ZERO: Final = int(RamFlag.ZERO)
 _CONTINUE: Final = int(RamFlag.CONTINUE)
@@ -32,6 +36,14 @@ _WORD_BYTES: Final = 8
 _SHORT: Final = 9  # bytes of the record of a page of zeros
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
 _COUNTED_AT_ONCE: Final = 1 << 14
+
+
+def lazy_entries(page_count: int) -> mmap.mmap:
+    """Room for entries, all absent; what is not written to takes no memory.  Raises ``OSError``, also for too many."""
+    try:
+        return mmap.mmap(-1, _ENTRY_BYTES * page_count, flags=_LAZILY)
+    except (OverflowError, ValueError) as exc:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from exc
 
 
 class Placed(NamedTuple):
@@ -90,6 +102,10 @@ class PlacedPages:
     def entries(self, block: str) -> memoryview:
         """As they are kept: eight bytes a page, in this host's order."""
         return self._of(block)
+
+    def noted(self, block: str) -> list[tuple[int, int]]:
+        """Where entries may differ from zero, as (first page, end), in order; all others are absent."""
+        return [(0, len(self._of(block)))]
 
     @property
     def spill(self) -> int | None:

@@ -16,7 +16,7 @@ from qmigrate.capture.migration import Migration
 from qmigrate.capture.open import hole_at
 from qmigrate.capture.places import Channels, Input
 from qmigrate.capture.saved_guest import SavedGuest
-from qmigrate.errors import NoStreamError, RefusedError, StreamError, UnsupportedError
+from qmigrate.errors import NoStreamError, RefusedError, StreamError, UnsupportedError, counted
 from qmigrate.format.command import Command
 from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, Undecoded, VmDescription
 from qmigrate.format.feed import Feed
@@ -43,6 +43,8 @@ __all__ = ["read_saved"]
 
 _OF_FILE: Final = "mapped-ram"
 _CANT_BE: Final = "x-ignore-shared"
+_MOST_ABSENT: Final = 1 << 28  # pages: those of a TiB that virtio-mem could plug in
+_MOST_ABSENT_EACH: Final = 64  # for each page that came, where these are more
 _BLOCK: Final = "block"  # disks' contents, until 9.0
 
 
@@ -170,6 +172,12 @@ def _check(saved: SavedGuest) -> None:
                 "(multifd, preempt), or was it begun as postcopy elsewhere?"
             )
         saved.absent += absent
+    there = sum(block.used_length // saved.page_size for block in saved.blocks) - saved.absent
+    if saved.absent > max(_MOST_ABSENT, _MOST_ABSENT_EACH * there):
+        raise RefusedError(
+            f"its blocks have {counted(saved.absent, 'pages')} that are not in it, and {there} that are: to serve so "
+            "many takes memory for each"
+        )
 
 
 class _Reading:

@@ -106,20 +106,21 @@ class RamSection:
             yield self._consume(head, at)
             yield from self._mapped_blocks(total, trail)
             return
-        blocks: list[RamBlock] = []
+        blocks: dict[str, RamBlock] = {}
         left = total
         while left:
             block, at = yield from self._listed_block(at, left, trail)
-            if block.name in self.blocks:
+            if block.name in blocks:
                 raise StreamError(f"{block.name} is listed twice", offset=start, trail=trail)
             if at > _LONGEST_BLOCK_LIST:
                 raise UnsupportedError(
                     f"the list is longer than {_LONGEST_BLOCK_LIST} bytes", offset=start, trail=trail
                 )
-            self.blocks[block.name] = block.used_length
-            blocks.append(block)
+            blocks[block.name] = block
             left -= block.used_length
-        yield self._consume(BlockList(total=total, blocks=tuple(blocks)), at)
+        # Not before all are known: pages on other channels are held to them, whatever becomes of this one.
+        self.blocks = {name: block.used_length for name, block in blocks.items()}
+        yield self._consume(BlockList(total=total, blocks=tuple(blocks.values())), at)
 
     @property
     def is_mapped(self) -> bool:
@@ -136,15 +137,16 @@ class RamSection:
                 raise StreamError(f"{block.name} is listed twice", offset=start, trail=trail)
             header, at = yield from self.feed.ahead(MappedRamHeader, at, trail)
             mapped = MappedBlock(block=block, header=header)
-            self.blocks[block.name] = block.used_length
             left -= block.used_length
             if mapped.is_left_out:
                 check_header(mapped, end=start + at, trail=trail)
+                self.blocks[block.name] = block.used_length
                 self.page_size, self.page_size_is_known = header.page_size, True
                 yield self._consume(mapped, at)
                 continue
             span = MappedSpan.of(mapped, end=start + at, base=base, trail=trail)
             base, self.page_size, self.page_size_is_known = span.base, span.page_size, True
+            self.blocks[block.name] = block.used_length
             yield self._consume(mapped, at)
             bits = bytearray()
             yield from self._bitmap(block.name, span, bits)
