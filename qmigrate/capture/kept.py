@@ -140,12 +140,13 @@ def write_kept(
     spans = array("Q")
     entries: list[memoryview] = []
     for block in saved.blocks:
-        each, noted = saved.index.entries(block.name), saved.index.noted(block.name)
-        kept = KeptBlock(name=block.name, used_length=block.used_length, page_count=len(each), spans=len(noted))
+        places, noted = saved.index.entries(block.name), saved.index.noted(block.name)
+        kept = KeptBlock(name=block.name, used_length=block.used_length, page_count=len(places), spans=len(noted))
         blocks.append(kept.build())
         spans.extend(chain.from_iterable(noted))
-        entries += (each[first:end].cast("B") for first, end in noted)
-    body: list[bytes | memoryview] = [*inputs, *(getattr(saved, part) for part in _PARTS), *blocks, spans.tobytes(), *entries]
+        entries += (places[first:end].cast("B") for first, end in noted)
+    parts = [getattr(saved, part) for part in _PARTS]
+    body: list[bytes | memoryview] = [*inputs, *parts, *blocks, spans.tobytes(), *entries]
     checked = b"" if checks is None else checks.tobytes()
     body.append(checked)
     checksum = 0
