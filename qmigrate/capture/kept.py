@@ -4,9 +4,9 @@ It is for its input files as they were, in their order: the device, inode, size 
 hint, for what is served is compared with the inputs (``placed``).  A file that is not what was written here, whole, of
 this user, is as if there were none.
 
-In the file: a header, the inputs, the pieces that go out verbatim, the blocks, the spans of these in which pages may have
-come (first page and end), eight bytes for each page there, and where spilled pages are kept with it four for each of
-these: its CRC-32, which is compared when it is served.  All that follows the header is under its checksum, as is the
+In the file: a header, the inputs, the pieces that go out verbatim, the blocks, the spans of these in which pages may
+have come (first page and end), eight bytes for each page there, and where spilled pages are kept with it four for each
+of these: its CRC-32, which is compared when it is served.  All that follows the header is under its checksum, as is the
 header itself.
 """
 
