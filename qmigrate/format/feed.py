@@ -192,6 +192,10 @@ class Feed:
 
     def take(self, count: int, trail: Sequence[str] = ()) -> Generator[None, None, bytes]:
         """Consume ``count`` bytes, collected as they come.  Raises ``TruncatedError``."""
+        return bytes((yield from self.collect(count, trail)))
+
+    def collect(self, count: int, trail: Sequence[str] = ()) -> Generator[None, None, bytearray]:
+        """``take()``, of what may be long: without a copy."""
         parts = bytearray()
         while len(parts) < count:
             if not len(self) and not (yield from self.more()):
@@ -203,4 +207,4 @@ class Feed:
             step = min(len(self), count - len(parts))
             parts += self.view(step)
             self.skip(step)
-        return bytes(parts)
+        return parts
