@@ -82,6 +82,8 @@ _COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], tuple[_Packed, type[Exce
     (b"\xfd7zXZ\x00", _xz),
     (b"\x28\xb5\x2f\xfd", _zstd),
 )
+_ZEROS: Final = memoryview(bytes(1 << 20))
+_NO_END: Final = 1 << 63
 _RECORDING: Final = b"\x89QTAP\r\n\x1a"
 _LONGEST_MAGIC: Final = 8
 _HEAD: Final = 1 << 16  # bytes that are read to tell what a channel is; few are needed
@@ -96,13 +98,26 @@ class _File(io.RawIOBase):
     def __init__(self, descriptor: int, position: int) -> None:
         self._descriptor = descriptor
         self.position = position
+        self._hole_at = position
+        """Before it there are no more holes; where the next one is, if it is one, is looked for there."""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        count = os.preadv(self._descriptor, [buffer], self.position)
+        count = self._zeros(buffer) or os.preadv(self._descriptor, [buffer], self.position)
         self.position += count
+        return count
+
+    def _zeros(self, buffer: Any) -> int:
+        """How many zeros of a hole were put there: from the kernel they take memory, and many times as long."""
+        if self.position < self._hole_at:
+            return 0
+        count = min(hole_at(self._descriptor, self.position), len(buffer), len(_ZEROS))
+        if count:
+            buffer[:count] = _ZEROS[:count]
+        else:
+            self._hole_at = _sought(self._descriptor, self.position, os.SEEK_HOLE) or _NO_END
         return count
 
     def skip_hole(self) -> int:
@@ -114,17 +129,20 @@ class _File(io.RawIOBase):
 
 def hole_at(descriptor: int, position: int) -> int:
     """How many bytes the hole has that begins at this place of a file; 0 where none does."""
+    end = _sought(descriptor, position, os.SEEK_DATA)
+    return 0 if end is None else max(end - position, 0)
+
+
+def _sought(descriptor: int, position: int, what: int) -> int | None:
+    """Where the next data, or hole, begins: the end, if there is none; None where the file system does not tell."""
     try:
         before = os.lseek(descriptor, 0, os.SEEK_CUR)  # of standard input it is not ours alone
         try:
-            end = os.lseek(descriptor, position, os.SEEK_DATA)
+            return os.lseek(descriptor, position, what)
         finally:
             os.lseek(descriptor, before, os.SEEK_SET)
     except OSError as exc:
-        if exc.errno != errno.ENXIO:  # the file system does not tell
-            return 0
-        end = os.fstat(descriptor).st_size  # no data behind here
-    return max(end - position, 0)
+        return os.fstat(descriptor).st_size if exc.errno == errno.ENXIO else None
 
 
 class _Pipe(io.RawIOBase):

@@ -354,3 +354,29 @@ def test_to_look_for_a_hole_leaves_the_file_where_it_stands(tmp_path: Path) -> N
         assert hole_at(file.fileno(), 1 << 20) == (1 << 24) - (1 << 20)
         assert hole_at(file.fileno(), 0) == 0
         assert file.tell() == 0
+
+
+def test_holes_in_a_stream_are_not_read_and_are_zeros_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, chance, piece = tmp_path / "a.mig", random.Random(1), 1 << 16
+    with path.open("wb") as file:
+        for number in range(40):
+            file.seek(number * 40 * piece + chance.randrange(piece))
+            file.write(chance.randbytes(chance.randrange(1, 2 * piece)))
+        file.truncate(file.tell() + 40 * piece)
+    whole, preadv, asked = path.read_bytes(), os.preadv, 0
+
+    def counted(descriptor: int, buffers: list[memoryview], at: int) -> int:
+        nonlocal asked
+        asked += (count := preadv(descriptor, buffers, at))
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    found = bytearray()
+    with Source(path) as source:
+        reader, buffer = source.open_reader(), memoryview(bytearray(1 << 17))
+        while count := reader.readinto(space := buffer[: chance.randrange(1, len(buffer))]):
+            found += space[:count]
+    assert found == whole
+    assert asked < len(whole) // 4
