@@ -17,9 +17,9 @@ import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self, TypeVar
 
+from qmigrate.capture.owner import Owner
 from qmigrate.capture.places import Places
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors, TruncatedError, about_file
 from qmigrate.format.feed import Feed
@@ -225,7 +225,7 @@ class _Unpacked:
         self._packed.close()
 
 
-class Readable(ABC):
+class Readable(Owner, ABC):
     """The bytes of one stream, wherever they are."""
 
     name: str
@@ -233,18 +233,6 @@ class Readable(ABC):
     """What is read is packed so, once it is read."""
     read_errors: tuple[type[Exception], ...] = _READ_ERRORS
     can_rewind: bool
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close what was opened for it."""
 
     @abstractmethod
     def open_reader(self) -> Reader:

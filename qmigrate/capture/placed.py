@@ -13,10 +13,10 @@ import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from types import TracebackType
-from typing import IO, Final, NamedTuple, Self
+from typing import IO, Final, NamedTuple
 
 from qmigrate.capture.kind import FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind, absent_pages
+from qmigrate.capture.owner import Owner
 from qmigrate.capture.places import Input
 from qmigrate.errors import StreamError
 from qmigrate.format.ram import RamBlock, RamFlag
@@ -59,7 +59,7 @@ class Placed(NamedTuple):
     file: int = 0
 
 
-class PlacedPages:
+class PlacedPages(Owner):
     """The pages of each block.  Closes its spill file; the inputs stay open.
 
     An input is None where no page stands in it as it is, which may then change: what was in it is spilled.  ``checks``:
@@ -85,14 +85,6 @@ class PlacedPages:
         self._spill = spill
         self._checks = checks
         self._forget = forget
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._spill is not None:
