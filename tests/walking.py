@@ -85,6 +85,7 @@ class InMemory(Migration):
     """A migration whose stream is these bytes."""
 
     parts = []  # noqa: RUF012 - one stream, no channels
+    sources = []  # noqa: RUF012 - and no file
     recording_faults = []  # noqa: RUF012
 
     def __init__(self, data: bytes, step: int | None = None) -> None:

@@ -2,19 +2,20 @@
 
 import json
 import os
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from qmigrate.analysis.ram_files import ExtractError, RamWriter, distinct_names, file_name, file_names
+from qmigrate.analysis.ram_files import ExtractError, RamWriter, distinct_names, file_name, file_names, refuse_input
 from qmigrate.analysis.summary import describe_error, missing_pages
 from qmigrate.capture.migration import Gathering, Migration
 from qmigrate.errors import StreamError
 
 __all__ = ["ExtractError", "Extracted", "describe_extract", "extract", "file_name", "file_names", "folder_names"]
 
+_INDEX: Final = "blocks.json"
 _MOST_FAULTS: Final = 20  # of pages that can't be decoded
 
 
@@ -33,20 +34,25 @@ def folder_names(inputs: Sequence[str]) -> dict[str, str]:
     return distinct_names({each: "stdin" if each == "-" else Path(each).name for each in inputs})
 
 
-def extract(migration: Migration, directory: str | os.PathLike[str]) -> Extracted:
+def extract(
+    migration: Migration, directory: str | os.PathLike[str], *, inputs: Iterable[str | os.PathLike[str]] = ()
+) -> Extracted:
     """Write RAM as the stream leaves it into ``directory``, which is made if need be.
 
     Each block becomes a sparse file of the block's full length, ``blocks.json`` maps the names; the last copy
     of a page wins.  Files appear under their names once the stream has been read; at a fault what was good
-    before it is kept.  Raises ``ExtractError`` and ``OSError`` where writing fails.
+    before it is kept.  Raises ``ExtractError`` and ``OSError`` where writing fails, or would overwrite one of the
+    migration's files or of ``inputs``.
     """
     folder = Path(directory)
+    kept = {each.identity for each in migration.sources if each.identity is not None}.union(_identities(inputs))
+    refuse_input(folder / _INDEX, kept)
     folder.mkdir(parents=True, exist_ok=True)
     gathering = migration.gather()
     extracted = Extracted(folder, {}, gathering)
     faults: list[StreamError] = []
     with ExitStack() as stack:
-        writer = RamWriter(folder, stack)
+        writer = RamWriter(folder, stack, kept)
         for entry in gathering:
             try:
                 writer.take(entry, gathering.contents.blocks)
@@ -65,13 +71,21 @@ def extract(migration: Migration, directory: str | os.PathLike[str]) -> Extracte
     return extracted
 
 
+def _identities(paths: Iterable[str | os.PathLike[str]]) -> Iterator[tuple[int, int]]:
+    """Of those that are there."""
+    for path in paths:
+        with suppress(OSError):
+            status = os.stat(path)  # noqa: PTH116 - a Path can't be of any string
+            yield status.st_dev, status.st_ino
+
+
 def _write_index(extracted: Extracted) -> None:
     blocks = extracted.gathering.contents.blocks
     index: list[dict[str, Any]] = [
         {"name": name, "file": file, "length": blocks[name].length, "address": blocks[name].address}
         for name, file in extracted.files.items()
     ]
-    path = extracted.directory / "blocks.json"
+    path = extracted.directory / _INDEX
     temporary = extracted.directory / f".blocks.json.{os.getpid()}.part"
     try:
         temporary.write_text(json.dumps(index, indent=2) + "\n")

@@ -18,7 +18,7 @@ from qmigrate.format.walk import Entry, RamPage
 if TYPE_CHECKING:
     from qmigrate.format.multifd_pages import PageDecoder
 
-__all__ = ["ExtractError", "RamWriter", "distinct_names", "file_name", "file_names"]
+__all__ = ["ExtractError", "RamWriter", "distinct_names", "file_name", "file_names", "refuse_input"]
 
 _PAGE: Final = int(RamFlag.PAGE)
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
@@ -66,12 +66,23 @@ def distinct_names(wanted: Mapping[str, str]) -> dict[str, str]:
     return names
 
 
-class RamWriter:
-    """One open file a block, under a temporary name until all is read."""
+def refuse_input(target: Path, inputs: Container[tuple[int, int]]) -> None:
+    """``inputs``: device and inode of each.  Raises ``ExtractError`` where ``target`` is one of them."""
+    try:
+        status = target.stat()
+    except OSError:  # not there yet, mostly
+        return
+    if (status.st_dev, status.st_ino) in inputs:
+        raise ExtractError(f"{target}: an input, which would be overwritten: extract into another directory")
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+
+class RamWriter:
+    """One open file a block, under a temporary name until all is read.  ``inputs``: see ``refuse_input``."""
+
+    def __init__(self, folder: Path, stack: ExitStack, inputs: Container[tuple[int, int]] = ()) -> None:
         self.folder = folder
         self.stack = stack
+        self._inputs = inputs
         self.names: dict[str, str] = {}
         self.bytes_written: dict[str, int] = {}
         self._descriptors: dict[str, int] = {}
@@ -181,6 +192,7 @@ class RamWriter:
 
     def _new_file(self, block: str) -> int:
         """A descriptor to write the block's contents to.  ``diff`` has files without a name."""
+        refuse_input(self.folder / self.names[block], self._inputs)
         temporary = self.folder / f".{self.names[block]}.{os.getpid()}.part"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         descriptor = os.open(temporary, flags, 0o666)

@@ -60,7 +60,7 @@ def _singles(entry: Entry) -> Iterable[Entry]:
     if isinstance(entry.record, Gap):
         return (entry._replace(view=_NO_VIEW),)
     if isinstance(entry.record, Trailing):
-        return (entry._replace(record=Trailing(b""), view=_NO_VIEW),)
+        return (entry._replace(record=Trailing(), view=_NO_VIEW),)
     return (entry,)
 
 

@@ -189,8 +189,9 @@ class Gathering:
                 self.contents.description_fault = record.fault
                 self.contents.description_length = len(record.text)
                 self._decode_early()
-            case Trailing(data=data):
-                self.contents.trailing += len(data)
+            case Trailing(data=data, zeros=zeros):
+                self.contents.trailing += len(data) + zeros
+                data = data or bytes(min(zeros, _MAGIC_BYTES))
                 self.contents.trailing_head += data[: _MAGIC_BYTES - len(self.contents.trailing_head)]
             case _:
                 self._close(entry.offset)

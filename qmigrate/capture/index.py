@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Final
 
 from qmigrate.capture.kind import FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind
-from qmigrate.capture.placed import Placed, PlacedPages
+from qmigrate.capture.placed import Placed, PlacedPages, lazy_entries
 from qmigrate.capture.places import Channels, Input
 from qmigrate.errors import UnsupportedError
 from qmigrate.format.command import DiscardRange, PostcopyRamDiscard
@@ -38,7 +38,6 @@ _ENTRY_BYTES: Final = 8
 _HUGE: Final = 1 << 22  # pages
 _BITS_AT_ONCE: Final = 1 << 13
 _ONES: Final = re.compile("1+")
-_LAZILY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap names since 3.13
 
 
 class PageIndex(PlacedPages):
@@ -79,18 +78,16 @@ class PageIndex(PlacedPages):
 
     def absent(self, block: str) -> int:
         """How many of its pages have not come.  Of a block that claims to be huge only what was noted is read."""
-        entries = self._of(block)
-        if len(entries) < _HUGE:
-            return super().absent(block)
+        entries, there = self._of(block), self.noted(block)
+        noted = sum(end - first for first, end in there)
+        return len(entries) - noted + sum(self._absent_of(entries[first:end]) for first, end in there)
+
+    def noted(self, block: str) -> list[tuple[int, int]]:
+        if len(self._of(block)) < _HUGE:
+            return super().noted(block)
         from qmigrate.capture.touched import touched
 
-        there = list(touched(self._memory[block]))
-        noted = sum(end - begin for begin, end in there) // _ENTRY_BYTES
-        return (
-            len(entries)
-            - noted
-            + sum(self._absent_of(entries[begin // _ENTRY_BYTES : end // _ENTRY_BYTES]) for begin, end in there)
-        )
+        return [(begin // _ENTRY_BYTES, end // _ENTRY_BYTES) for begin, end in touched(self._memory[block])]
 
     # -- making it
 
@@ -130,8 +127,8 @@ class PageIndex(PlacedPages):
         if entries is None:
             length = self.blocks[block].used_length
             try:
-                memory = mmap.mmap(-1, 8 * -(-length // self.page_size), flags=_LAZILY)
-            except (OSError, OverflowError, ValueError) as exc:
+                memory = lazy_entries(-(-length // self.page_size))
+            except OSError as exc:
                 raise UnsupportedError(
                     f"its {length:#x} bytes are more than can be indexed here", trail=("ram", block)
                 ) from exc

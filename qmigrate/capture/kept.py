@@ -4,9 +4,10 @@ It is for its input files as they were, in their order: the device, inode, size 
 hint, for what is served is compared with the inputs (``placed``).  A file that is not what was written here, whole, of
 this user, is as if there were none.
 
-In the file: a header, the inputs, the pieces that go out verbatim, the blocks, eight bytes a page, and where spilled
-pages are kept with it four for each of these: its CRC-32, which is compared when it is served.  All that follows the
-header is under its checksum, as is the header itself.
+In the file: a header, the inputs, the pieces that go out verbatim, the blocks, the spans of these in which pages may
+have come (first page and end), eight bytes for each page there, and where spilled pages are kept with it four for each
+of these: its CRC-32, which is compared when it is served.  All that follows the header is under its checksum, as is the
+header itself.
 """
 
 import os
@@ -14,11 +15,12 @@ import sys
 import zlib
 from array import array
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Final, NamedTuple, Self
 
 from construct import Bytes, Int8ub, Int32ub, Int64sb, Int64ub
 
-from qmigrate.capture.placed import PlacedPages
+from qmigrate.capture.placed import PlacedPages, lazy_entries
 from qmigrate.capture.places import Input
 from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import QmigrateError, StreamError
@@ -28,8 +30,9 @@ from qmigrate.format.ram import RamBlock
 __all__ = ["KeptError", "KeptHeader", "Stamp", "read_header", "read_kept", "write_kept"]
 
 _MAGIC: Final = b"\x89QIDX\r\n\x1a"
-_VERSION: Final = 3  # 2 lacks sections that could not be told apart
+_VERSION: Final = 4  # 3 has an entry for each page that a block claims; 2 lacks sections that could not be told apart
 _ENTRY_BYTES: Final = 8
+_SPAN_BYTES: Final = 16
 _CHECK_BYTES: Final = 4
 _AT_ONCE: Final = 1 << 30
 _ORDERS: Final = {"little": 1, "big": 2}
@@ -92,11 +95,12 @@ class KeptInput(Record):
 
 
 class KeptBlock(Record):
-    """A block; its entries follow behind all blocks, in their order."""
+    """A block.  Behind all of them follow their spans, then their entries, in their order; elsewhere all is absent."""
 
     name: str = wire(CountedString)
     used_length: int = wire(Int64ub)
     page_count: int = wire(Int64ub)
+    spans: int = wire(Int64ub)
 
 
 class Stamp(NamedTuple):
@@ -132,12 +136,17 @@ def write_kept(
         KeptInput(**stamp._asdict(), has_pages=each is not None).build()
         for stamp, each in zip(stamps, saved.index.inputs, strict=True)
     ]
-    entries = [saved.index.entries(block.name).cast("B") for block in saved.blocks]
-    blocks = [
-        KeptBlock(name=block.name, used_length=block.used_length, page_count=len(each) // _ENTRY_BYTES).build()
-        for block, each in zip(saved.blocks, entries, strict=True)
-    ]
-    body: list[bytes | memoryview] = [*inputs, *(getattr(saved, part) for part in _PARTS), *blocks, *entries]
+    blocks: list[bytes] = []
+    spans = array("Q")
+    entries: list[memoryview] = []
+    for block in saved.blocks:
+        places, noted = saved.index.entries(block.name), saved.index.noted(block.name)
+        kept = KeptBlock(name=block.name, used_length=block.used_length, page_count=len(places), spans=len(noted))
+        blocks.append(kept.build())
+        spans.extend(chain.from_iterable(noted))
+        entries += (places[first:end].cast("B") for first, end in noted)
+    parts = [getattr(saved, part) for part in _PARTS]
+    body: list[bytes | memoryview] = [*inputs, *parts, *blocks, spans.tobytes(), *entries]
     checked = b"" if checks is None else checks.tobytes()
     body.append(checked)
     checksum = 0
@@ -269,7 +278,9 @@ def _saved(
             raise KeptError(str(exc)) from exc
         listed.append(block)
         at += used
-    entries_bytes = sum(block.page_count for block in listed) * _ENTRY_BYTES
+    spans, used = _spans(listed, body[at:])
+    at += used
+    entries_bytes = sum(end - first for each in spans for first, end in each) * _ENTRY_BYTES
     if at + entries_bytes + header.checks * _CHECK_BYTES != len(body):
         raise KeptError("its parts are not as long as it is")
     if any(block.page_count * header.page_size < block.used_length for block in listed):
@@ -277,9 +288,10 @@ def _saved(
     if header.checks and header.checks * header.page_size != header.spilled:
         raise KeptError("it lacks checksums")
     entries = {}
-    for block in listed:
-        entries[block.name] = body[at : at + block.page_count * _ENTRY_BYTES].cast("Q")
-        at += block.page_count * _ENTRY_BYTES
+    for block, noted in zip(listed, spans, strict=True):
+        after = at + sum(end - first for first, end in noted) * _ENTRY_BYTES
+        entries[block.name] = _entries(block, noted, body[at:after])
+        at = after
     blocks = {block.name: RamBlock(name=block.name, used_length=block.used_length) for block in listed}
     index = PlacedPages(
         inputs,
@@ -306,6 +318,31 @@ def _saved(
         absent=header.absent,
         blocks=list(blocks.values()),
     )
+
+
+def _spans(blocks: Sequence[KeptBlock], body: memoryview) -> tuple[list[list[tuple[int, int]]], int]:
+    """Those of each block, and how much of ``body`` they take, which it begins with.  Raises ``KeptError``."""
+    used = sum(block.spans for block in blocks) * _SPAN_BYTES
+    if used > len(body):
+        raise KeptError("its parts are not as long as it is")
+    numbers, found = iter(array("Q", bytes(body[:used]))), []
+    for block in blocks:
+        found.append([(next(numbers), next(numbers)) for _ in range(block.spans)])
+        if any(not first <= end <= block.page_count for first, end in found[-1]):
+            raise KeptError("it has pages beyond the end of a block")
+    return found, used
+
+
+def _entries(block: KeptBlock, spans: Sequence[tuple[int, int]], kept: memoryview) -> memoryview:
+    """All of a block's entries.  Raises ``OSError`` where there is no room for so many."""
+    if spans == [(0, block.page_count)]:
+        return kept.cast("Q")
+    entries, begin = memoryview(lazy_entries(block.page_count)).cast("Q"), 0
+    for first, end in spans:
+        after = begin + (end - first) * _ENTRY_BYTES
+        entries[first:end] = kept[begin:after].cast("Q")
+        begin = after
+    return entries
 
 
 def _write_all(descriptor: int, data: memoryview, offset: int) -> int:

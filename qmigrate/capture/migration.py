@@ -6,12 +6,12 @@ All else sees only this: ``with qmigrate.open(path) as migration``.
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from qmigrate.capture.contents import KINDS, Block, ChannelContents, CommandPlace, Contents, Section
 from qmigrate.capture.gathering import Gathering
 from qmigrate.capture.open import Source
+from qmigrate.capture.owner import Owner
 from qmigrate.errors import NoStreamError, StreamError
 from qmigrate.format.tail import Chooser
 from qmigrate.format.vm_state import VmState
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Block", "ChannelContents", "CommandPlace", "Contents", "Gathering", "Migration", "Section"]
 
 
-class Migration:
+class Migration(Owner):
     """A migration stream in a file or pipe.  Closes the files that it opened.
 
     ``channels`` are files with further connections of the same migration (multifd, preempt, resumed), in any order;
@@ -61,14 +61,6 @@ class Migration:
         self._description = description
         self._page_size = page_size
         self._limits = limits
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         """Close the inputs, but not standard input."""

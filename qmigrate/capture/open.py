@@ -17,9 +17,9 @@ import sys
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Iterator
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Final, Protocol, TypeVar
 
+from qmigrate.capture.owner import Owner
 from qmigrate.capture.places import Places
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors, TruncatedError, about_file
 from qmigrate.format.feed import Feed
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qmigrate.capture.recording import Recording
     from qmigrate.format.channel import Channel
 
-__all__ = ["Readable", "Reader", "Source"]
+__all__ = ["Readable", "Reader", "Source", "hole_at"]
 
 T = TypeVar("T")
 
@@ -82,12 +82,12 @@ _COMPRESSIONS: Final[tuple[tuple[bytes, Callable[[Any], tuple[_Packed, type[Exce
     (b"\xfd7zXZ\x00", _xz),
     (b"\x28\xb5\x2f\xfd", _zstd),
 )
+_ZEROS: Final = memoryview(bytes(1 << 20))
+_NO_END: Final = 1 << 63
 _RECORDING: Final = b"\x89QTAP\r\n\x1a"
 _LONGEST_MAGIC: Final = 8
 _HEAD: Final = 1 << 16  # bytes that are read to tell what a channel is; few are needed
 _HEAD_PACKED: Final = 1 << 20  # bytes: more than a block of bzip2, whose damage shows at its end
-_ZEROS: Final = bytes(1 << 19)
-_LEAST_HOLE: Final = 1 << 16  # bytes; less is read
 _READ_ERRORS: Final = (EOFError, OSError, ValueError)
 _UNPACKED_AT_ONCE: Final = 1 << 14  # bytes: what is unpacked in the same step as a fault is lost with it
 
@@ -98,27 +98,51 @@ class _File(io.RawIOBase):
     def __init__(self, descriptor: int, position: int) -> None:
         self._descriptor = descriptor
         self.position = position
-        status = os.fstat(descriptor)
-        self._has_holes = status.st_blocks * 512 < status.st_size
+        self._hole_at = position
+        """Before it there are no more holes; where the next one is, if it is one, is looked for there."""
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        count = min(self._hole(), len(buffer), len(_ZEROS)) if self._has_holes else 0
-        if count >= _LEAST_HOLE:  # reading it would take as long as reading data, and fill the page cache with zeros
-            buffer[:count] = memoryview(_ZEROS)[:count]
-        else:
-            count = os.preadv(self._descriptor, [buffer], self.position)
+        count = self._zeros(buffer) or os.preadv(self._descriptor, [buffer], self.position)
         self.position += count
         return count
 
-    def _hole(self) -> int:
-        """How far it is from here to the next data, or to the end."""
+    def _zeros(self, buffer: Any) -> int:
+        """How many zeros of a hole were put there: from the kernel they take memory, and many times as long."""
+        if self.position < self._hole_at:
+            return 0
+        count = min(hole_at(self._descriptor, self.position), len(buffer), len(_ZEROS))
+        if count:
+            buffer[:count] = _ZEROS[:count]
+        else:
+            self._hole_at = _sought(self._descriptor, self.position, os.SEEK_HOLE) or _NO_END
+        return count
+
+    def skip_hole(self) -> int:
+        """Go on behind the hole that begins here, if one does: how many bytes it has."""
+        count = hole_at(self._descriptor, self.position)
+        self.position += count
+        return count
+
+
+def hole_at(descriptor: int, position: int) -> int:
+    """How many bytes the hole has that begins at this place of a file; 0 where none does."""
+    end = _sought(descriptor, position, os.SEEK_DATA)
+    return 0 if end is None else max(end - position, 0)
+
+
+def _sought(descriptor: int, position: int, what: int) -> int | None:
+    """Where the next data, or hole, begins: the end, if there is none; None where the file system does not tell."""
+    try:
+        before = os.lseek(descriptor, 0, os.SEEK_CUR)  # of standard input it is not ours alone
         try:
-            return os.lseek(self._descriptor, self.position, os.SEEK_DATA) - self.position
-        except OSError as exc:
-            return os.fstat(self._descriptor).st_size - self.position if exc.errno == errno.ENXIO else 0
+            return os.lseek(descriptor, position, what)
+        finally:
+            os.lseek(descriptor, before, os.SEEK_SET)
+    except OSError as exc:
+        return os.fstat(descriptor).st_size if exc.errno == errno.ENXIO else None
 
 
 class _Pipe(io.RawIOBase):
@@ -201,7 +225,7 @@ class _Unpacked:
         self._packed.close()
 
 
-class Readable(ABC):
+class Readable(Owner, ABC):
     """The bytes of one stream, wherever they are."""
 
     name: str
@@ -209,18 +233,6 @@ class Readable(ABC):
     """What is read is packed so, once it is read."""
     read_errors: tuple[type[Exception], ...] = _READ_ERRORS
     can_rewind: bool
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @abstractmethod
-    def close(self) -> None:
-        """Close what was opened for it."""
 
     @abstractmethod
     def open_reader(self) -> Reader:
@@ -327,6 +339,9 @@ class Readable(ABC):
 
     def fill(self, feed: Feed, reader: Reader) -> None:
         """Give the feed what comes next, or end it.  Raises ``StreamError`` where reading fails."""
+        if feed.takes_holes and not len(feed) and isinstance(reader, _File) and (hole := reader.skip_hole()):
+            feed.received_hole(hole)
+            return
         try:
             count = reader.readinto(feed.space())
         except self.read_errors as exc:

@@ -6,21 +6,25 @@ zeros its byte too, of any page the size and time of all inputs.  Where no word 
 packet of multifd) it is these alone.
 """
 
+import errno
+import mmap
 import os
 import struct
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from types import TracebackType
-from typing import IO, Final, NamedTuple, Self
+from typing import IO, Final, NamedTuple
 
 from qmigrate.capture.kind import FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind, absent_pages
+from qmigrate.capture.owner import Owner
 from qmigrate.capture.places import Input
 from qmigrate.errors import StreamError
 from qmigrate.format.ram import RamBlock, RamFlag
 
-__all__ = ["KIND_BITS", "Kind", "Placed", "PlacedPages"]
+__all__ = ["KIND_BITS", "Kind", "Placed", "PlacedPages", "lazy_entries"]
 
+_ENTRY_BYTES: Final = 8
+_LAZILY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap names since 3.13
 _PAGE: Final = int(RamFlag.PAGE)
 _ZERO: Final = int(RamFlag.ZERO)
 _CONTINUE: Final = int(RamFlag.CONTINUE)
@@ -32,6 +36,14 @@ _WORD_BYTES: Final = 8
 _SHORT: Final = 9  # bytes of the record of a page of zeros
 _MOST_BUFFERS: Final = 1024  # IOV_MAX on Linux
 _COUNTED_AT_ONCE: Final = 1 << 14
+
+
+def lazy_entries(page_count: int) -> mmap.mmap:
+    """Room for entries, all absent; what is not written to takes no memory.  Raises ``OSError``, also for too many."""
+    try:
+        return mmap.mmap(-1, _ENTRY_BYTES * page_count, flags=_LAZILY)
+    except (OverflowError, ValueError) as exc:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from exc
 
 
 class Placed(NamedTuple):
@@ -47,7 +59,7 @@ class Placed(NamedTuple):
     file: int = 0
 
 
-class PlacedPages:
+class PlacedPages(Owner):
     """The pages of each block.  Closes its spill file; the inputs stay open.
 
     An input is None where no page stands in it as it is, which may then change: what was in it is spilled.  ``checks``:
@@ -74,14 +86,6 @@ class PlacedPages:
         self._checks = checks
         self._forget = forget
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def close(self) -> None:
         if self._spill is not None:
             self._spill.close()
@@ -90,6 +94,10 @@ class PlacedPages:
     def entries(self, block: str) -> memoryview:
         """As they are kept: eight bytes a page, in this host's order."""
         return self._of(block)
+
+    def noted(self, block: str) -> list[tuple[int, int]]:
+        """Where entries may differ from zero, as (first page, end), in order; all others are absent."""
+        return [(0, len(self._of(block)))]
 
     @property
     def spill(self) -> int | None:

@@ -15,8 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
 
 from qmigrate.capture.frames import (
     HEADER,
@@ -30,6 +29,7 @@ from qmigrate.capture.frames import (
     build_header,
     data_header,
 )
+from qmigrate.capture.owner import Owner
 from qmigrate.errors import RefusedError
 from qmigrate.format._record import Record
 
@@ -46,7 +46,7 @@ _fstatfs = ctypes.CDLL(None, use_errno=True).fstatfs
 _fstatfs.argtypes = [ctypes.c_int, ctypes.c_char_p]
 
 
-class Recorder:
+class Recorder(Owner):
     """Appends to a new file, from any thread.  Closes the file, which it opened.
 
     Each call has written what it was given when it returns; it was handed to the system, which keeps it when this
@@ -122,14 +122,6 @@ class Recorder:
         except OSError as exc:
             exc.filename = self.path
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def size(self) -> int:

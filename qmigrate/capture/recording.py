@@ -11,7 +11,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Final, Self
 
 from qmigrate.capture.frames import (
@@ -35,6 +34,7 @@ from qmigrate.capture.frames import (
     checksum,
 )
 from qmigrate.capture.open import Readable, Reader
+from qmigrate.capture.owner import Owner
 from qmigrate.capture.places import Places
 from qmigrate.errors import NoStreamError, StreamError, TruncatedError, about_file, counted
 from qmigrate.format.channel import Channel, ChannelKind, by_order
@@ -95,7 +95,7 @@ class Connection:
         return self.back if direction is Direction.RETURN else self.forward
 
 
-class Recording:
+class Recording(Owner):
     """A tap's file, complete or not, or still being written.  Closes the file that it opened.
 
     ``advance()`` reads on as far as whole frames go, and can be called again when there may be more; all else here
@@ -125,14 +125,6 @@ class Recording:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         if self._descriptor >= 0:

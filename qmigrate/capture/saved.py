@@ -13,9 +13,10 @@ from typing import IO, Final
 from qmigrate.capture.index import PageIndex
 from qmigrate.capture.kind import MOST_FILES
 from qmigrate.capture.migration import Migration
+from qmigrate.capture.open import hole_at
 from qmigrate.capture.places import Channels, Input
 from qmigrate.capture.saved_guest import SavedGuest
-from qmigrate.errors import NoStreamError, RefusedError, StreamError, UnsupportedError
+from qmigrate.errors import NoStreamError, RefusedError, StreamError, UnsupportedError, counted
 from qmigrate.format.command import Command
 from qmigrate.format.entry import Configuration, DeviceState, Entry, Trailing, Undecoded, VmDescription
 from qmigrate.format.feed import Feed
@@ -42,6 +43,8 @@ __all__ = ["read_saved"]
 
 _OF_FILE: Final = "mapped-ram"
 _CANT_BE: Final = "x-ignore-shared"
+_MOST_ABSENT: Final = 1 << 28  # pages: those of a TiB that virtio-mem could plug in
+_MOST_ABSENT_EACH: Final = 64  # for each page that came, where these are more
 _BLOCK: Final = "block"  # disks' contents, until 9.0
 
 
@@ -102,6 +105,12 @@ class _Sparing:
         self._position += count
         return count
 
+    def skip_hole(self) -> int:
+        """Go on behind the hole that begins here, if one does: how many bytes it has."""
+        count = hole_at(self._descriptor, self._position)
+        self._position += count
+        return count
+
 
 def _without_contents(descriptor: int, start: int, known: Description | Chooser | None) -> Iterator[Entry]:
     """The walk of a file, the pages of mapped-ram unread: where they are is known from their bitmap.
@@ -131,6 +140,9 @@ def _without_contents(descriptor: int, start: int, known: Description | Chooser 
 
 
 def _fill(feed: Feed, reader: _Sparing) -> None:
+    if feed.takes_holes and not len(feed) and (hole := reader.skip_hole()):
+        feed.received_hole(hole)
+        return
     try:
         count = reader.readinto(feed.space())
     except OSError as exc:
@@ -160,6 +172,12 @@ def _check(saved: SavedGuest) -> None:
                 "(multifd, preempt), or was it begun as postcopy elsewhere?"
             )
         saved.absent += absent
+    there = sum(block.used_length // saved.page_size for block in saved.blocks) - saved.absent
+    if saved.absent > max(_MOST_ABSENT, _MOST_ABSENT_EACH * there):
+        raise RefusedError(
+            f"its blocks have {counted(saved.absent, 'pages')} that are not in it, and {there} that are: to serve so "
+            "many takes memory for each"
+        )
 
 
 class _Reading:

@@ -2,9 +2,8 @@
 
 import os
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self
 
+from qmigrate.capture.owner import Owner
 from qmigrate.capture.placed import PlacedPages
 from qmigrate.format.ram import RamBlock
 
@@ -12,7 +11,7 @@ __all__ = ["SavedGuest"]
 
 
 @dataclass
-class SavedGuest:
+class SavedGuest(Owner):
     """One saved guest.  Closes its index, and the ``inputs`` that it has; not one that it was read from.
 
     ``opening``: FileHeader and CONFIGURATION; ``before`` and ``behind`` are the sections other than RAM that came
@@ -41,14 +40,6 @@ class SavedGuest:
     @property
     def page_size(self) -> int:
         return self.index.page_size
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def close(self) -> None:
         self.index.close()

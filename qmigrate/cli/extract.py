@@ -53,7 +53,7 @@ def run(args: argparse.Namespace, out: TextIO) -> int:
         with open_input(args, file, out) as migration:
             name = migration.source.name
             try:
-                extracted = extract(migration, folder)
+                extracted = extract(migration, folder, inputs=args.files)
             except OSError as exc:
                 if exc.filename is None:  # a write to one of the files
                     exc.filename = str(folder)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Headings", "add_jobs", "answer_lines", "each_file", "in_lines"]
 
 _FOR_WHO_STARTED_THEM: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+_BESIDES: Final = 4  # what starts processes, what looks after them, and two threads here
+_SMALL_STACK: Final = 1 << 18
+_NO_PROCESS: Final = "no further process can be started"
 
 Answer = Callable[[str], dict[str, Any]]
 """A file's answer: ``{"file": …}`` and its values, or its ``error``.  It can be pickled, and raises nothing."""
@@ -150,6 +153,7 @@ def _from_processes(files: Sequence[str], work: _Work, jobs: int) -> Generator[_
     import multiprocessing
     from concurrent.futures.process import BrokenProcessPool
 
+    _refuse_without_room(jobs + _BESIDES)
     pool = _pool(jobs)
     waiting: deque[tuple[str, Future[_Line]]] = deque()
     left = iter(files)
@@ -175,7 +179,31 @@ def _from_processes(files: Sequence[str], work: _Work, jobs: int) -> Generator[_
             process.kill()
         raise
     finally:
-        pool.shutdown(cancel_futures=True)
+        with suppress(RuntimeError):  # its thread could not be started
+            pool.shutdown(cancel_futures=True)
+
+
+def _refuse_without_room(count: int) -> None:
+    """Raises ``RefusedError`` where a limit allows fewer processes: it counts threads too, which are tried.
+
+    The pool starts what it needs piece by piece, and some pieces print a traceback, or wait for ever, without another.
+    """
+    import threading
+
+    done, threads = threading.Event(), list[threading.Thread]()
+    before = threading.stack_size(_SMALL_STACK)
+    try:
+        for _ in range(count):
+            thread = threading.Thread(target=done.wait)
+            thread.start()
+            threads.append(thread)
+    except RuntimeError as exc:
+        raise RefusedError(_NO_PROCESS) from exc
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+        threading.stack_size(before)
 
 
 def _alone(work: _Work, file: str) -> _Line:
@@ -233,6 +261,6 @@ def _submit(pool: "ProcessPoolExecutor", work: _Work, file: str) -> "Future[_Lin
     except BrokenExecutor:
         raise
     except (EOFError, ConnectionError, BlockingIOError, RuntimeError) as exc:  # a limit of processes, or of threads
-        raise RefusedError("no further process can be started") from exc
+        raise RefusedError(_NO_PROCESS) from exc
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)

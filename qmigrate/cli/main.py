@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from functools import partial
 from importlib import import_module
-from typing import TYPE_CHECKING, Final, NoReturn, TextIO
+from typing import TYPE_CHECKING, Any, Final, NoReturn, TextIO
 
 from qmigrate import __version__, exit_codes
 from qmigrate.cli.completion import SHELLS, PrintCompletion
@@ -64,6 +64,13 @@ class _Parser(argparse.ArgumentParser):
 
         self.formatter_class = partial(Formatter, max_help_position=28)
         return super().format_help()
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        """argparse's own says nothing where help or the version can't be written."""
+        if message and file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
 
 
 def entry_point() -> NoReturn:

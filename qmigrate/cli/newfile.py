@@ -3,10 +3,13 @@
 import os
 import stat
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+
+from qmigrate.errors import RefusedError
 
 __all__ = ["NewFile"]
 
@@ -18,11 +21,16 @@ class NewFile:
 
     What is written stands beside it under a temporary name until ``finish()``; a ``with`` block that ends without
     that leaves nothing behind, and an older file as it was.  What is no file (a terminal, a pipe) is written as it is.
+    ``RefusedError`` where it is one of the ``inputs``.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, *, inputs: Iterable[str] = ()) -> None:
         self.path = path
         self._temporary: Path | None = None
+        for each in inputs:
+            with suppress(OSError):
+                if os.path.samefile(path, each) and os.path.isfile(path):  # noqa: PTH121, PTH113 - names of any kind
+                    raise RefusedError(f"{path}: an input, which would be overwritten")
         try:
             self._target = Path(path).resolve()
             self._prepare()

@@ -25,7 +25,7 @@ def write_recorded(args: argparse.Namespace, migration: "Migration", recording: 
 
     story, (contents, has_stream) = read_story(recording), _joined(migration)
     if args.report is not None:
-        _write_page(args.report, story, migration.source.name)
+        _write_page(args, story, migration.source.name)
     if args.json:
         from qmigrate.analysis.summary import summarize
         from qmigrate.report.json import write_json
@@ -101,11 +101,11 @@ def _moments(story: "RecordingStory") -> "Iterator[Moment]":
     yield from story.finish()
 
 
-def _write_page(path: str, story: "RecordingStory", name: str) -> None:
+def _write_page(args: argparse.Namespace, story: "RecordingStory", name: str) -> None:
     from qmigrate.cli.newfile import NewFile
     from qmigrate.report.recording_page import recording_page
 
-    with NewFile(path) as file:
+    with NewFile(args.report, inputs=args.files) as file:
         file.finish(recording_page(story, name))
 
 

@@ -101,7 +101,7 @@ def _restore(args: argparse.Namespace, out: TextIO, reading: "Reading | None") -
 
     gc.freeze()
     gc.enable()
-    with Kept(args.report) as kept:
+    with Kept(args.report, inputs=(args.file, *args.channel)) as kept:
         lines = Lines(args, out, kept)
         restorer = Restorer(
             args.file,

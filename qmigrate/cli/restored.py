@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final, Self
 from qmigrate.cli.tell import tell
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
     from qmigrate.analysis.restore_story import RestoreStory, Row
     from qmigrate.cli.newfile import NewFile
@@ -22,16 +22,18 @@ _MOST_EVENTS: Final = 20_000
 
 
 class Kept:
-    """The file that was asked for.  Refused at once (``OSError``) where it can't be written, before anything begins."""
+    """The file that was asked for.  Refused at once where it can't be written, or is one of the ``inputs``, before
+    anything begins: ``OSError``, ``RefusedError``.
+    """
 
-    def __init__(self, path: str | None) -> None:
+    def __init__(self, path: str | None, *, inputs: "Iterable[str]" = ()) -> None:
         self._file: "NewFile | None" = None  # noqa: UP037 - it is imported below, where it is needed
         self._events: list[LiveEvent] = []
         self._stack = ExitStack()
         if path is not None:
             from qmigrate.cli.newfile import NewFile
 
-            self._file = self._stack.enter_context(NewFile(path))
+            self._file = self._stack.enter_context(NewFile(path, inputs=inputs))
 
     def __enter__(self) -> Self:
         return self

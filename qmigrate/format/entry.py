@@ -92,9 +92,10 @@ class VmDescription:
 
 @dataclass(frozen=True)
 class Trailing:
-    """Bytes behind the stream's end."""
+    """Bytes behind the stream's end; where a file has a hole, only how many ``zeros`` that is, and no view of them."""
 
-    data: bytes
+    data: bytes = b""
+    zeros: int = 0
 
 
 StreamRecord: TypeAlias = (

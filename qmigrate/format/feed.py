@@ -40,6 +40,9 @@ class Feed:
     def __init__(self, *, offset: int = 0, window: int = WINDOW, grows: bool = False) -> None:
         self.offset = offset
         self.ended = False
+        self.takes_holes = False
+        """Who parses says so: zeros may come as their number, by ``received_hole()``."""
+        self._hole = 0
         self._window = window
         self._buffer = bytearray(min(window, _FIRST_WINDOW) if grows else window)
         self._view = memoryview(self._buffer)
@@ -69,6 +72,10 @@ class Feed:
     def received(self, count: int) -> None:
         """``count`` bytes were written to the front of ``space()``."""
         self._end += count
+
+    def received_hole(self, count: int) -> None:
+        """In place of ``count`` zeros, where ``takes_holes``, and nothing is at hand."""
+        self._hole = count
 
     def receive(self, data: bytes | bytearray | memoryview) -> None:
         """Take in ``data``, all of it."""
@@ -105,13 +112,19 @@ class Feed:
         self._begin += count
         self.offset += count
 
+    def skip_hole(self) -> int:
+        """Consume the zeros that came as their number; how many."""
+        count, self._hole = self._hole, 0
+        self.offset += count
+        return count
+
     def more(self) -> Generator[None, None, bool]:
         """Wait for at least one more byte than has come; False where the stream has ended.
 
         Whoever drives may consume meanwhile: it is bytes that came that count, not those at hand.
         """
         had = self.offset + len(self)
-        while self.offset + len(self) == had:
+        while self.offset + len(self) + self._hole == had:
             if self.ended:
                 return False
             yield
@@ -184,6 +197,10 @@ class Feed:
 
     def take(self, count: int, trail: Sequence[str] = ()) -> Generator[None, None, bytes]:
         """Consume ``count`` bytes, collected as they come.  Raises ``TruncatedError``."""
+        return bytes((yield from self.collect(count, trail)))
+
+    def collect(self, count: int, trail: Sequence[str] = ()) -> Generator[None, None, bytearray]:
+        """``take()``, of what may be long: without a copy."""
         parts = bytearray()
         while len(parts) < count:
             if not len(self) and not (yield from self.more()):
@@ -195,4 +212,4 @@ class Feed:
             step = min(len(self), count - len(parts))
             parts += self.view(step)
             self.skip(step)
-        return bytes(parts)
+        return parts

@@ -265,10 +265,10 @@ class DeviceStateHeader(Record):
 
 
 class DeviceStatePacket(NamedTuple):
-    """A piece of a device's state; pieces come in any order, over any channel."""
+    """A piece of a device's state; pieces come in any order, over any channel.  It may be long: it is not copied."""
 
     header: DeviceStateHeader
-    data: bytes
+    data: bytes | memoryview
 
 
 ChannelRecord: TypeAlias = InitialPacket | PagePacket | DeviceStatePacket

@@ -209,11 +209,9 @@ class _Channel:
                 offset=start + 272,
                 trail=self.trail,
             )
-        head = bytes(self.feed.view(length))
-        self.feed.skip(length)
-        data = yield from self.feed.take(size, (*self.trail, header.idstr))
-        record = DeviceStatePacket(header, data)
-        return ChannelEntry(start, length + size, record, memoryview(head + data), self.epoch, length)
+        packet = memoryview((yield from self.feed.collect(length + size, (*self.trail, header.idstr)))).toreadonly()
+        record = DeviceStatePacket(header, packet[length:])
+        return ChannelEntry(start, length + size, record, packet, self.epoch, length)
 
     def _entry(self, record: ChannelRecord, length: int, data_at: int) -> ChannelEntry:
         entry = ChannelEntry(self.feed.offset, length, record, self.feed.view(length), self.epoch, data_at)

@@ -313,6 +313,11 @@ class Walker(WalkState):
         yield from self._trailing()
 
     def _trailing(self) -> Step:
+        self.feed.takes_holes = True
         while len(self.feed) or (yield from self.feed.more()):
+            offset = self.feed.offset
+            if zeros := self.feed.skip_hole():
+                yield Entry(offset, zeros, Trailing(zeros=zeros), self.feed.view(0))
+                continue
             data = bytes(self.feed.view())
             yield self.consume(Trailing(data), len(data))

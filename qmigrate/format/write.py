@@ -81,8 +81,10 @@ def encode(  # noqa: PLR0912 - one row a record
             return _encode_configuration(record)
         case DeviceState():
             return encode_state(record.state)
-        case Undecoded() | Trailing():
+        case Undecoded():
             return record.data
+        case Trailing(data=data, zeros=zeros):
+            return data + bytes(zeros)
         case VmDescription():
             return record.text
 

@@ -211,7 +211,7 @@ class Reading:
         index, _, spill, _ = self._files
         try:
             return read_kept(index, list(map(Stamp.of_status, self._statuses)), inputs, spill=spill)
-        except KeptError as exc:
+        except (KeptError, OSError) as exc:
             raise RefusedError(f"{self.path}: its index can't be used: {exc}") from exc
 
     def _plain(self, heard: bytes) -> "SavedGuest":

@@ -39,6 +39,7 @@ from qmigrate.format.multifd import (
     pack_offsets,
 )
 from qmigrate.format.multifd_channel import ChannelEntry
+from qmigrate.format.ram import BlockList
 from qmigrate.format.walk import walk
 from tests import streams
 from tests.joining import channel_entries, joined
@@ -110,6 +111,20 @@ def test_encoded_pages_are_those_of_the_plain_joiner(files: list[Path], tmp_path
     assert plain.pages.get("xbzrle", 0) + plain.pages.get("compress_page", 0) > 0
     with Migration(main) as migration:
         assert extracted(migration, tmp_path / "ram") == {name: bytes(ram) for name, ram in plain.blocks.items()}
+
+
+@pytest.mark.parametrize("files", MULTIFD[:1], indirect=True)
+def test_pages_of_blocks_that_main_never_came_to_list_whole_are_refused(files: list[Path], tmp_path: Path) -> None:
+    main, *channels = files
+    data = main.read_bytes()
+    (listed,) = (entry for entry in entries(data) if isinstance(entry.record, BlockList))
+    main.write_bytes(data[: listed.offset + listed.length - 1])
+    with Migration(main, channels=channels) as migration:
+        errors = check(migration).gathering.contents.errors
+        assert [error.input for error in errors] == [str(file) for file in files]
+        assert "the stream ends here" in str(errors[0])
+        assert all("pages of the block 'pc.ram', which the block list does not have" in str(e) for e in errors[1:])
+        assert extracted(migration, tmp_path / "ram") == {}
 
 
 @pytest.mark.parametrize("files", MULTIFD[:1], indirect=True)

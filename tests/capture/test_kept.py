@@ -16,7 +16,7 @@ from qmigrate.capture.migration import Migration
 from qmigrate.capture.placed import KIND_BITS, Kind
 from qmigrate.capture.saved import read_saved
 from qmigrate.capture.saved_guest import SavedGuest
-from qmigrate.errors import StreamError
+from qmigrate.errors import RefusedError, StreamError
 from tests import streams
 from tests.capture.test_index import in_spans, page_records, ram_of, whole
 from tests.streams import PAGE
@@ -233,3 +233,47 @@ def test_it_is_kept_in_the_users_cache(monkeypatch: pytest.MonkeyPatch, tmp_path
     assert KeptIndexes().folder == tmp_path / "qmigrate" / "indexes"
     monkeypatch.setenv("QMIGRATE_CACHE", str(tmp_path / "mine"))
     assert KeptIndexes().folder == tmp_path / "mine" / "indexes"
+
+
+def virtio_mem(length: int) -> bytes:
+    """A guest whose virtio-mem claims so much, and has three pages plugged in."""
+    blocks, name = {"pc.ram": 2 * PAGE, "0000:00:02.0/more": length}, "0000:00:02.0/virtio-mem"
+    pages = [streams.zero(0, 2, block="pc.ram"), streams.page(0, b"a" * PAGE, block="0000:00:02.0/more")]
+    pages += [streams.page(length // 2, b"b" * PAGE), streams.page(length - PAGE, b"c" * PAGE)]
+    ram = streams.ram_start(blocks) + streams.ram_end(*pages)
+    described = streams.description(streams.described(name, streams.field("x", "buffer", 64)))
+    device = streams.device(name, bytes(64), section_id=9)
+    return streams.header() + streams.configuration() + ram + device + streams.eof() + described
+
+
+def test_an_index_is_as_long_as_what_was_sent_and_not_as_what_a_block_claims(
+    tmp_path: Path, indexes: KeptIndexes
+) -> None:
+    stream, length = tmp_path / "more.mig", 1 << 40
+    stream.write_bytes(virtio_mem(length))
+    with fresh(stream) as (saved, stamp):
+        index = indexes.keep(saved, [stamp])
+    assert index.stat().st_size < 1 << 24
+    with kept(indexes, stream) as saved:
+        assert saved.absent == length // PAGE - 3
+        for page, byte in ((0, b"a"), (1, b"\0"), (length // 2 // PAGE, b"b"), (length // PAGE - 1, b"c")):
+            assert saved.index.contents("0000:00:02.0/more", page) == byte * PAGE
+
+
+def test_a_guest_of_which_next_to_nothing_came_is_refused(tmp_path: Path) -> None:
+    stream = tmp_path / "more.mig"
+    stream.write_bytes(virtio_mem(1 << 41))
+    said = r"its blocks have 536870909 pages that are not in it, and 5 that are: to serve so many takes memory for each"
+    with pytest.raises(RefusedError, match=said), fresh(stream):
+        pass
+
+
+@pytest.mark.parametrize("spans", [[(0, 17)], [(0, 8), (9, 8)], [(1 << 63, 1 << 63 | 1)], [(0, 16)] * 1000])
+def test_an_index_with_spans_that_are_in_no_block_is_not_taken(
+    stream: Path, index: Path, indexes: KeptIndexes, spans: list[tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with fresh(stream) as (saved, stamp), index.open("w+b") as file:
+        monkeypatch.setattr(saved.index, "noted", lambda _: spans)
+        write_kept(saved, [stamp], file.fileno())
+    with pytest.raises(KeptError), kept(indexes, stream):
+        pass

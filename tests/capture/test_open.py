@@ -17,10 +17,14 @@ from typing import Any
 
 import pytest
 
-from qmigrate.capture.open import Source
+from qmigrate.analysis.check import check
+from qmigrate.analysis.summary import summarize
+from qmigrate.capture.migration import Migration
+from qmigrate.capture.open import Source, hole_at
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors
-from qmigrate.format.entry import Entry
+from qmigrate.format.entry import Entry, Trailing
 from qmigrate.format.ram import RamFlag
+from qmigrate.format.write import encode
 from tests import streams
 from tests.walking import entries, kept, until_fault
 
@@ -341,3 +345,69 @@ def test_holes_of_a_file_are_zeros_and_are_not_read(tmp_path: Path, monkeypatch:
         found = b"".join(bytes(entry.view) for entry in source.entries())
     assert found == data
     assert read < 6 << 20
+
+
+def test_a_hole_behind_a_stream_costs_nothing_and_is_counted(tmp_path: Path) -> None:
+    path, tebibyte = tmp_path / "a.mig", 1 << 40
+    path.write_bytes(STREAM)
+    with path.open("r+b") as file:
+        file.seek(tebibyte)
+        file.write(b"behind")
+        file.truncate(2 * tebibyte)
+    with Migration(path) as migration:
+        checked = check(migration)
+        contents = checked.gathering.contents
+        assert migration.source.position == checked.length == contents.length == 2 * tebibyte
+    assert contents.trailing == 2 * tebibyte - len(STREAM)
+    assert (contents.trailing_head, contents.complete, checked.identical) == (bytes(8), True, True)
+    assert checked.opaque["undecoded sections"] == contents.trailing
+
+
+def test_where_a_hole_is_read_changes_no_answer(tmp_path: Path) -> None:
+    path, behind = tmp_path / "a.mig", bytes(5 << 20) + b"QEVM" + bytes(3 << 20)
+    path.write_bytes(STREAM)
+    with path.open("r+b") as file:
+        file.seek(len(STREAM) + (5 << 20))
+        file.write(b"QEVM")
+        file.truncate(len(STREAM) + len(behind))
+    with Source(path) as sparse:
+        found = [encode(entry.record) for entry in sparse.entries() if isinstance(entry.record, Trailing)]
+    assert b"".join(found) == behind
+    with Migration(path) as sparse_one, fed(tmp_path / "pipe", STREAM + behind) as pipe, Migration(pipe) as piped:
+        assert summarize(sparse_one.contents) == summarize(piped.contents)
+
+
+def test_to_look_for_a_hole_leaves_the_file_where_it_stands(tmp_path: Path) -> None:
+    path = tmp_path / "a.mig"
+    path.write_bytes(STREAM)
+    with path.open("r+b") as file:
+        file.truncate(1 << 24)
+        assert hole_at(file.fileno(), 1 << 20) == (1 << 24) - (1 << 20)
+        assert hole_at(file.fileno(), 0) == 0
+        assert file.tell() == 0
+
+
+def test_holes_in_a_stream_are_not_read_and_are_zeros_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, chance, piece = tmp_path / "a.mig", random.Random(1), 1 << 16
+    with path.open("wb") as file:
+        for number in range(40):
+            file.seek(number * 40 * piece + chance.randrange(piece))
+            file.write(chance.randbytes(chance.randrange(1, 2 * piece)))
+        file.truncate(file.tell() + 40 * piece)
+    whole, preadv, asked = path.read_bytes(), os.preadv, 0
+
+    def counted(descriptor: int, buffers: list[memoryview], at: int) -> int:
+        nonlocal asked
+        asked += (count := preadv(descriptor, buffers, at))
+        return count
+
+    monkeypatch.setattr(os, "preadv", counted)
+    found = bytearray()
+    with Source(path) as source:
+        reader, buffer = source.open_reader(), memoryview(bytearray(1 << 17))
+        while count := reader.readinto(space := buffer[: chance.randrange(1, len(buffer))]):
+            found += space[:count]
+    assert found == whole
+    assert asked < len(whole) // 4

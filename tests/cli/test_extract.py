@@ -119,3 +119,27 @@ def test_ram_that_was_left_out_is_named(tmp_path: Path, capsys: Output) -> None:
     assert capsys.readouterr().err == (
         f"qmigrate: {stream}: x-ignore-shared: RAM that was shared is not in it, so all is zero here of shared\n"
     )
+
+
+def test_an_input_is_never_written_over(tmp_path: Path, capsys: Output) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in ("pc.ram.raw", "pc.rom.raw", "blocks.json"):
+        stream = folder / name
+        stream.write_bytes(streams.minimal())
+        assert main(["extract", str(stream), "--raw", str(folder)]) == 2
+        assert capsys.readouterr() == (
+            "",
+            f"qmigrate: {stream}: an input, which would be overwritten: extract into another directory\n",
+        )
+        assert [(each.name, each.read_bytes()) for each in folder.iterdir()] == [(name, streams.minimal())]
+        stream.unlink()
+
+
+def test_another_of_the_inputs_is_never_written_over(stream: Path, tmp_path: Path, capsys: Output) -> None:
+    other = tmp_path / "out" / "a.mig" / "pc.ram.raw"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(streams.minimal())
+    assert main(["extract", str(stream), str(other), "--raw", str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err.startswith(f"qmigrate: {other}: an input, which would be overwritten")
+    assert other.read_bytes() == streams.minimal()

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,27 @@ def line_of(file: str) -> tuple[str, list[tuple[str, ...]], int]:
     if file == "killer":
         os.kill(os.getpid(), signal.SIGKILL)
     return file, [], 0
+
+
+@pytest.mark.parametrize("most", range(1, 8))
+@pytest.mark.usefixtures("folder")
+def test_a_limit_of_processes_and_threads_is_one_line(
+    most: int, monkeypatch: pytest.MonkeyPatch, capsys: Output
+) -> None:
+    start, before = threading.Thread.start, threading.active_count()
+
+    def limited(thread: threading.Thread) -> None:
+        if threading.active_count() >= before + most:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    status = main(["check", "--json", "--jobs", "2", "a.mig", "b.mig"])
+    out, err = capsys.readouterr()
+    if most < 6:
+        assert (status, out, err) == (2, "", "qmigrate: no further process can be started\n")
+    else:
+        assert (status, out.count("\n"), err) == (0, 2, "")
 
 
 def test_a_process_that_is_killed_costs_its_own_file_alone() -> None:

@@ -293,6 +293,15 @@ def test_a_full_disk_is_one_line(arguments: list[str], stream: Path) -> None:
     assert ended.stderr == f"qmigrate: standard output: {os.strerror(errno.ENOSPC)}\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("argument", ["--version", "--help", "--print-completion=bash"])
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_full_disk_takes_the_version_and_help_too(argument: str, unbuffered: str) -> None:
+    with Path("/dev/full").open("w") as full:
+        ended = run(argument, stdout=full, env={**os.environ, "PYTHONUNBUFFERED": unbuffered})
+    assert (ended.returncode, ended.stderr) == (2, f"qmigrate: standard output: {os.strerror(errno.ENOSPC)}\n")
+
+
 def test_a_closed_standard_output_is_one_line(stream: Path) -> None:
     ended = subprocess.run(
         ["sh", "-c", '"$@" >&-', "sh", *QMIGRATE, "dissect", str(stream)],

@@ -311,6 +311,13 @@ def test_a_page_shows_the_channels_on_one_axis(recording: str, tmp_path: Path, c
     assert not (set("\x00\x07\x1b") & set(said))
 
 
+def test_a_page_never_takes_the_place_of_its_recording(recording: str, capsys: Output) -> None:
+    before = Path(recording).read_bytes()
+    assert main(["dissect", "--report", recording, recording]) == 2
+    assert capsys.readouterr() == ("", f"qmigrate: {recording}: an input, which would be overwritten\n")
+    assert Path(recording).read_bytes() == before
+
+
 def test_the_longest_waits_are_told_in_text_and_on_the_page(recording: str, tmp_path: Path, capsys: Output) -> None:
     page = tmp_path / "page.html"
     assert main(["dissect", recording]) == 0

@@ -74,3 +74,11 @@ def wait_for_it_to_be_read(pipe: int) -> None:
     while struct.unpack("i", fcntl.ioctl(pipe, termios.FIONREAD, bytes(4)))[0]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+def test_the_report_of_a_restore_never_takes_the_place_of_the_saved_guest(tmp_path: Path, capsys: Output) -> None:
+    saved = tmp_path / "a.mig"
+    saved.write_bytes(streams.minimal())
+    assert main(["restore", "--report", str(saved), "--qmp", str(tmp_path / "none"), str(saved)]) == 2
+    assert capsys.readouterr().err == f"qmigrate: {saved}: an input, which would be overwritten\n"
+    assert saved.read_bytes() == streams.minimal()

@@ -397,8 +397,19 @@ def test_device_state_beyond_the_limit_is_refused_before_it_comes() -> None:
     error = fault(channel(header))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert str(error).endswith("the stream ends here, 1073741824 of 1073741824 bytes too soon")
+    assert str(error).endswith("the stream ends here, 1073741824 of 1073742100 bytes too soon")
     assert peak < 8 << 20
+
+
+def test_device_state_is_kept_once() -> None:
+    size = 16 << 20
+    raw = channel(*[encode_packet(device_state(bytes(size)))] * 3)
+    tracemalloc.start()
+    lengths = [len(entry.data) for entry in channel_entries(raw, 1 << 20)]
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert lengths == [0, size, size, size]
+    assert peak < 2.5 * size  # this packet, and the one before it
 
 
 @given(st.binary(max_size=3000), st.integers(1, 700))
