@@ -394,6 +394,13 @@ class RecordingStory:
         ]
 
     @property
+    def untold(self) -> list[tuple[int, Channel]]:
+        """Connections that carried something, and nobody knows what: pages may be among it."""
+        kinds = (ChannelKind.UNKNOWN, ChannelKind.TLS)
+        channels = ((each.number, each.forward) for each in self.channels)
+        return [(number, each) for number, each in channels if each.kind in kinds and not each.is_silent]
+
+    @property
     def bytes(self) -> int:
         """How much was recorded, of both directions."""
         return self.flow.forward + self.flow.back

@@ -14,7 +14,7 @@ from typing import TypeVar
 from uuid import UUID
 
 from qmigrate.capture.frames import Direction
-from qmigrate.capture.open import Readable
+from qmigrate.capture.readable import Readable
 from qmigrate.capture.recording import RecordedStream, Recording
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors, TruncatedError
 from qmigrate.format.channel import Channel, ChannelKind, by_order

@@ -6,8 +6,6 @@ The file's layout is declared in ``frames``.  It is read by offsets, and may sti
 import fcntl
 import os
 import stat
-from array import array
-from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -33,47 +31,23 @@ from qmigrate.capture.frames import (
     Stopped,
     checksum,
 )
-from qmigrate.capture.open import Readable, Reader
 from qmigrate.capture.owner import Owner
-from qmigrate.capture.places import Places
+from qmigrate.capture.places import Pieces, Places
+from qmigrate.capture.readable import Readable
+from qmigrate.capture.readers import Reader
 from qmigrate.errors import NoStreamError, StreamError, TruncatedError, about_file, counted
 from qmigrate.format.channel import Channel, ChannelKind, by_order
 from qmigrate.format.feed import Feed
 from qmigrate.format.ram import BlockList
 from qmigrate.format.walk import walk
 
-__all__ = ["Connection", "Pieces", "RecordedChannel", "RecordedStream", "Recording"]
+__all__ = ["Connection", "RecordedChannel", "RecordedStream", "Recording"]
 
 _STOPPED: Final = "the recording stopped before the migration ended"
 _WINDOW: Final = 1 << 14
 _PIECE: Final = 1 << 16
 _MOST_KINDS: Final = 5  # that are named
 _MOST_BEFORE_BLOCKS: Final = 1 << 26  # bytes of main in which its block list is looked for
-
-
-@dataclass(slots=True)
-class Pieces:
-    """Where the bytes of one direction are: 16 bytes for each piece, whatever it holds."""
-
-    offsets: "array[int]" = field(default_factory=lambda: array("Q"))  # in the file
-    ends: "array[int]" = field(default_factory=lambda: array("Q"))  # in the stream
-
-    @property
-    def length(self) -> int:
-        """Of the stream, in bytes, as far as it is known."""
-        return self.ends[-1] if self.ends else 0
-
-    def add(self, offset: int, length: int) -> None:
-        self.offsets.append(offset)
-        self.ends.append(self.length + length)
-
-    def find(self, position: int) -> tuple[int, int, int] | None:
-        """The piece that holds the byte at ``position``: its index, the place in the file, and the bytes left there."""
-        index = bisect_right(self.ends, position)
-        if index == len(self.ends):
-            return None
-        begin = self.ends[index - 1] if index else 0
-        return index, self.offsets[index] + position - begin, self.ends[index] - position
 
 
 @dataclass(slots=True)

@@ -8,13 +8,13 @@ that has the machine.
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import IO, Final
+from typing import IO, Any, Final
 
 from qmigrate.capture.index import PageIndex
 from qmigrate.capture.kind import MOST_FILES
 from qmigrate.capture.migration import Migration
-from qmigrate.capture.open import hole_at
 from qmigrate.capture.places import Channels, Input
+from qmigrate.capture.readers import FileReader
 from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import NoStreamError, RefusedError, StreamError, UnsupportedError, counted
 from qmigrate.format.command import Command
@@ -84,31 +84,21 @@ def _channels(migration: Migration) -> Channels:
     return Channels(inputs, places)
 
 
-class _Sparing:
-    """A file from ``start`` on, whose ``spared`` part is not read: what is in the buffer stands for it."""
+class _Sparing(FileReader):
+    """A file from a position on, whose ``spared`` part is not read: what is in the buffer stands for it."""
 
-    def __init__(self, descriptor: int, start: int) -> None:
-        self._descriptor = descriptor
-        self._position = start
-        self._spared = (start, start)
+    _spared = (0, 0)
 
     def spare(self, start: int, end: int) -> None:
         """As far as the file goes: what is cut off is missing, whether it would be read or not."""
         self._spared = (start, min(end, os.fstat(self._descriptor).st_size))
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         start, end = self._spared
-        if start <= self._position < end:
-            count = min(len(buffer), end - self._position)
-        else:
-            count = os.preadv(self._descriptor, [buffer], self._position)
-        self._position += count
-        return count
-
-    def skip_hole(self) -> int:
-        """Go on behind the hole that begins here, if one does: how many bytes it has."""
-        count = hole_at(self._descriptor, self._position)
-        self._position += count
+        if not start <= self.position < end:
+            return super().readinto(buffer)
+        count = min(len(buffer), end - self.position)
+        self.position += count
         return count
 
 

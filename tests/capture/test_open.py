@@ -20,7 +20,8 @@ import pytest
 from qmigrate.analysis.check import check
 from qmigrate.analysis.summary import summarize
 from qmigrate.capture.migration import Migration
-from qmigrate.capture.open import Source, hole_at
+from qmigrate.capture.open import Source
+from qmigrate.capture.readers import hole_at
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors
 from qmigrate.format.entry import Entry, Trailing
 from qmigrate.format.ram import RamFlag

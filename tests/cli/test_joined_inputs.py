@@ -270,6 +270,9 @@ def test_diff_asks_whose_a_file_is(option: str, capsys: Output) -> None:
     assert capsys.readouterr().err.endswith(said)
 
 
+DISSECTIONS = (["dissect"], ["dissect", "--json"], ["dissect", "--ndjson"], ["dissect", "--live"])
+
+
 def test_a_recording_with_a_connection_of_which_nobody_knows_what_it_is_is_not_whole(capsys: Output) -> None:
     """Pages may have been sent on it."""
     with Recorder(Path("a.tap")) as recorder:
@@ -278,7 +281,7 @@ def test_a_recording_with_a_connection_of_which_nobody_knows_what_it_is_is_not_w
             recorder.opened(number, peer="", listen="unix:/a", forward="unix:/b")
             recorder.data(number, Direction.FORWARD, data)
             recorder.closed(number, forward_bytes=len(data), return_bytes=0)
-    for words in (["check"], ["extract", "--raw", "ram"], ["diff", "a.tap"], ["dissect"]):
+    for words in (["check"], ["extract", "--raw", "ram"], ["diff", "a.tap"], *DISSECTIONS):
         assert main([*words, "a.tap"]) == 1
         assert (
             "qmigrate: a.tap: connection 1, forward: 0x0: unknown: what was sent can't be told: it begins with 68 65 6c"
