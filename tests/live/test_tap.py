@@ -113,7 +113,7 @@ async def test_a_postcopy_of_7_2_answers_on_main(tmp_path: Path) -> None:
 async def test_once_ends_though_5_2_keeps_multifd_open_after_a_postcopy(tmp_path: Path) -> None:
     async with pair(qemu_named("5.2"), tmp_path) as two:
         async with tapped(tmp_path, two.uri) as (listen, recording):
-            plan = broken_plan(two, uri=listen, multifd=2, postcopy_bandwidth=0)
+            plan = broken_plan(two, uri=listen, multifd=2, recoveries=0, postcopy_bandwidth=0)
             result = await migrate(*two.sessions, plan)
             assert result.exit_code == 0, result.message
         await two.assert_guest_goes_on()
