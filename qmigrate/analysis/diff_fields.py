@@ -67,8 +67,8 @@ def _unequal(path: str, a: Any, b: Any) -> Iterator[Unequal]:
         return
     elif _is_list(a) and _is_list(b):
         yield from _unequal_elements(path, a, b)
-    elif _is_list(a) != _is_list(b):
-        # QEMU describes an array of one element as if it were none.
+    elif _is_list(a) != _is_list(b) and not isinstance(a, bytes) and not isinstance(b, bytes):
+        # QEMU describes an array of one element as if it were none; an array of bytes may be a buffer.
         yield from _unequal_elements(path, *(each if _is_list(each) else (each,) for each in (a, b)))
     elif type(a) is type(b) and _is_layout(a):
         for name in members(a):

@@ -9,10 +9,11 @@ import os
 import select
 from typing import Any, Final, Protocol
 
-__all__ = ["FileReader", "Look", "Pipe", "Reader", "hole_at"]
+__all__ = ["FileReader", "Look", "Pipe", "Reader"]
 
 _ZEROS: Final = memoryview(bytes(1 << 20))
 _NO_END: Final = 1 << 63
+_BLOCK: Final = 512  # bytes, of st_blocks
 _PIECE: Final = 1 << 16  # of a pipe that is looked at
 
 
@@ -32,9 +33,16 @@ class FileReader(io.RawIOBase):
         self.position = position
         self._hole_at = position
         """Before it there are no more holes; where the next one is, if it is one, is looked for there."""
+        self._seeker = _open_again(descriptor)
 
     def readable(self) -> bool:
         return True
+
+    def close(self) -> None:
+        """The file itself stays open."""
+        if not self.closed and self._seeker is not None:
+            os.close(self._seeker)
+        super().close()
 
     def readinto(self, buffer: Any, /) -> int:
         count = self._zeros(buffer) or os.preadv(self._descriptor, [buffer], self.position)
@@ -43,38 +51,45 @@ class FileReader(io.RawIOBase):
 
     def _zeros(self, buffer: Any) -> int:
         """How many zeros of a hole were put there: from the kernel they take memory, and many times as long."""
-        if self.position < self._hole_at:
+        if self._seeker is None or self.position < self._hole_at:
             return 0
-        count = min(hole_at(self._descriptor, self.position), len(buffer), len(_ZEROS))
+        count = min(self._hole(), len(buffer), len(_ZEROS))
         if count:
             buffer[:count] = _ZEROS[:count]
         else:
-            self._hole_at = _sought(self._descriptor, self.position, os.SEEK_HOLE) or _NO_END
+            self._hole_at = self._sought(os.SEEK_HOLE) or _NO_END
         return count
 
     def skip_hole(self) -> int:
         """Go on behind the hole that begins here, if one does: how many bytes it has."""
-        count = hole_at(self._descriptor, self.position)
+        count = self._hole()
         self.position += count
         return count
 
+    def _hole(self) -> int:
+        end = self._sought(os.SEEK_DATA)
+        return 0 if end is None else max(end - self.position, 0)
 
-def hole_at(descriptor: int, position: int) -> int:
-    """How many bytes the hole has that begins at this place of a file; 0 where none does."""
-    end = _sought(descriptor, position, os.SEEK_DATA)
-    return 0 if end is None else max(end - position, 0)
-
-
-def _sought(descriptor: int, position: int, what: int) -> int | None:
-    """Where the next data, or hole, begins: the end, if there is none; None where the file system does not tell."""
-    try:
-        before = os.lseek(descriptor, 0, os.SEEK_CUR)  # of standard input it is not ours alone
+    def _sought(self, what: int) -> int | None:
+        """Where the next data, or hole, begins: the end, if there is none; None where that can't be told."""
+        if self._seeker is None:
+            return None
         try:
-            return os.lseek(descriptor, position, what)
-        finally:
-            os.lseek(descriptor, before, os.SEEK_SET)
-    except OSError as exc:
-        return os.fstat(descriptor).st_size if exc.errno == errno.ENXIO else None
+            size = os.fstat(self._seeker).st_size  # asked first: what comes meanwhile is no hole
+            return os.lseek(self._seeker, self.position, what)
+        except OSError as exc:
+            return size if exc.errno == errno.ENXIO else None
+
+
+def _open_again(descriptor: int) -> int | None:
+    """A file that has holes, to look for them: who reads or writes it through this descriptor goes by its position."""
+    status = os.fstat(descriptor)
+    if status.st_blocks * _BLOCK >= status.st_size:
+        return None
+    try:
+        return os.open(f"/proc/self/fd/{descriptor}", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:  # the file is not ours any more: its holes are read
+        return None
 
 
 class Pipe(io.RawIOBase):

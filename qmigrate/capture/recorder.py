@@ -82,6 +82,7 @@ class Recorder(Owner):
         self._mapping: mmap.mmap | None = None
         is_new = not os.path.lexists(path)
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        self._had_name = os.fstat(self._descriptor).st_nlink > 0  # a memfd has none
         try:
             if not self._has_content(overwrite=overwrite):
                 self.begin()
@@ -169,7 +170,7 @@ class Recorder(Owner):
             return
         if self._begun:
             self._end()
-            self.is_gone = not os.fstat(self._descriptor).st_nlink
+            self.is_gone = self._had_name and not os.fstat(self._descriptor).st_nlink
         os.close(self._descriptor)
         self._descriptor = -1
 

@@ -44,7 +44,7 @@ __all__ = ["read_saved"]
 _OF_FILE: Final = "mapped-ram"
 _CANT_BE: Final = "x-ignore-shared"
 _MOST_ABSENT: Final = 1 << 28  # pages: those of a TiB that virtio-mem could plug in
-_MOST_ABSENT_EACH: Final = 64  # for each page that came, where these are more
+_MOST_ABSENT_EACH: Final = 1 << 12  # for each page that came, where these are more
 _BLOCK: Final = "block"  # disks' contents, until 9.0
 
 

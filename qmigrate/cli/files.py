@@ -226,7 +226,10 @@ def _pool(jobs: int) -> "ProcessPoolExecutor":
     os.environ["PYTHONSAFEPATH"] = "1"
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["qmigrate.analysis.check"])  # and all that it needs, once for all of them
-    return ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_who_started_it)
+    try:
+        return ProcessPoolExecutor(jobs, mp_context=context, initializer=_end_with_who_started_it)
+    except ConnectionError as exc:  # the process that looks after the others has died
+        raise RefusedError(_NO_PROCESS) from exc
 
 
 def _end_with_who_started_it() -> None:

@@ -29,7 +29,8 @@ class NewFile:
         self._temporary: Path | None = None
         for each in inputs:
             with suppress(OSError):
-                if os.path.samefile(path, each) and os.path.isfile(path):  # noqa: PTH121, PTH113 - names of any kind
+                there, status = os.stat(path), os.stat(0 if each == "-" else each)  # noqa: PTH116 - names of any kind
+                if os.path.samestat(there, status) and stat.S_ISREG(there.st_mode):
                     raise RefusedError(f"{path}: an input, which would be overwritten")
         try:
             self._target = Path(path).resolve()

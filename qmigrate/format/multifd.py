@@ -265,7 +265,10 @@ class DeviceStateHeader(Record):
 
 
 class DeviceStatePacket(NamedTuple):
-    """A piece of a device's state; pieces come in any order, over any channel.  It may be long: it is not copied."""
+    """A piece of a device's state; pieces come in any order, over any channel.
+
+    It may be long, so it is not copied: read from a stream, ``data`` is a view, which can't be hashed or pickled.
+    """
 
     header: DeviceStateHeader
     data: bytes | memoryview

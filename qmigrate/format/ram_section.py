@@ -124,7 +124,7 @@ class RamSection:
             blocks[block.name] = block
             left -= block.used_length
         # Not before all are known: pages on other channels are held to them, whatever becomes of this one.
-        self.blocks = {name: block.used_length for name, block in blocks.items()}
+        self.blocks.update((name, block.used_length) for name, block in blocks.items())  # others hold it too
         yield self._consume(BlockList(total=total, blocks=tuple(blocks.values())), at)
 
     @property

@@ -93,7 +93,7 @@ async def _migrate_into(stream: Path, command: Sequence[str], timeout_s: float) 
         try:
             async with asyncio.timeout_at(until):
                 await _start(machine.session, path)
-            await migration.wait_until(machine.session, "completed", timeout_s=timeout_s)
+            await migration.wait_until(machine.session, "completed", timeout_s=max(until - loop.time(), 0))
             async with asyncio.timeout_at(until):
                 await taken  # QEMU has closed the connection
         except QmpError:

@@ -192,6 +192,15 @@ def test_an_array_of_one_is_held_to_the_first_of_many(is_struct: bool) -> None:
         assert find_field(contents, f"a.x[1]{inner}") == []
 
 
+def test_a_buffer_is_not_held_to_the_elements_of_an_array() -> None:
+    kinds = (field("x", "buffer", 2), field("x", "uint8", 1, array_len=2))
+    both = [
+        stream(device("a", data, section_id=3), known=description(described("a", kind)))
+        for data, kind in zip((b"ab", b"cd"), kinds, strict=True)
+    ]
+    assert paths(compared(*both)) == ["a/0.x"]
+
+
 @given(st.binary(min_size=6, max_size=6), st.binary(min_size=6, max_size=6))
 def test_fields_differ_exactly_where_their_bytes_do(one: bytes, other: bytes) -> None:
     pair = struct_of("pair", field("x", "uint8", 1), field("y", "uint8", 1))

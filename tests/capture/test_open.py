@@ -21,7 +21,7 @@ from qmigrate.analysis.check import check
 from qmigrate.analysis.summary import summarize
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.open import Source
-from qmigrate.capture.readers import hole_at
+from qmigrate.capture.readers import FileReader
 from qmigrate.errors import NoStreamError, StreamError, StreamErrors
 from qmigrate.format.entry import Entry, Trailing
 from qmigrate.format.ram import RamFlag
@@ -378,14 +378,49 @@ def test_where_a_hole_is_read_changes_no_answer(tmp_path: Path) -> None:
         assert summarize(sparse_one.contents) == summarize(piped.contents)
 
 
-def test_to_look_for_a_hole_leaves_the_file_where_it_stands(tmp_path: Path) -> None:
-    path = tmp_path / "a.mig"
+def test_to_look_for_a_hole_moves_nobody_who_has_the_file_open_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, lseek, sought = tmp_path / "a.mig", os.lseek, set()
     path.write_bytes(STREAM)
+
+    def noted(descriptor: int, *where: int) -> int:
+        sought.add(descriptor)
+        return lseek(descriptor, *where)
+
     with path.open("r+b") as file:
         file.truncate(1 << 24)
-        assert hole_at(file.fileno(), 1 << 20) == (1 << 24) - (1 << 20)
-        assert hole_at(file.fileno(), 0) == 0
-        assert file.tell() == 0
+        monkeypatch.setattr(os, "lseek", noted)
+        with FileReader(file.fileno(), 1 << 20) as behind, FileReader(file.fileno(), 0) as first:
+            assert behind.skip_hole() == (1 << 24) - (1 << 20)
+            assert first.skip_hole() == 0
+        assert len(sought) == 2
+        assert file.fileno() not in sought
+
+
+def test_what_comes_while_a_hole_is_looked_for_is_no_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, lseek = tmp_path / "a.mig", os.lseek
+    with path.open("wb") as made:
+        made.truncate(1 << 20)
+        made.seek(1 << 20)
+        made.write(STREAM)
+
+    def grown(descriptor: int, *where: int) -> int:
+        try:
+            return lseek(descriptor, *where)
+        except OSError:
+            with path.open("ab") as writer:
+                writer.write(b"A" * 100)
+            raise
+
+    monkeypatch.setattr(os, "lseek", grown)
+    found = bytearray()
+    with path.open("rb") as file, FileReader(file.fileno(), 1 << 20) as reader:
+        buffer = memoryview(bytearray(len(STREAM)))
+        while (count := reader.readinto(buffer)) and len(found) < 2 * len(STREAM):
+            found += buffer[:count]
+    assert bytes(found).removeprefix(STREAM).strip(b"A") == b""
+    assert found.startswith(STREAM)
 
 
 def test_holes_in_a_stream_are_not_read_and_are_zeros_all_the_same(

@@ -515,3 +515,13 @@ def test_no_more_connections_are_recorded_than_are_read(tmp_path: Path) -> None:
             "the recording stopped before the migration ended: a recording has at most 65536 connections"
         ]
     assert stops == ["a recording has at most 65536 connections"]
+
+
+def test_a_file_that_never_had_a_name_was_not_deleted() -> None:
+    descriptor = os.memfd_create("recording")
+    try:
+        with Recorder(f"/proc/self/fd/{descriptor}") as recorder:
+            recorder.begin()
+        assert not recorder.is_gone
+    finally:
+        os.close(descriptor)

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -315,6 +317,15 @@ def test_a_page_never_takes_the_place_of_its_recording(recording: str, capsys: O
     before = Path(recording).read_bytes()
     assert main(["dissect", "--report", recording, recording]) == 2
     assert capsys.readouterr() == ("", f"qmigrate: {recording}: an input, which would be overwritten\n")
+    assert Path(recording).read_bytes() == before
+
+
+def test_a_page_never_takes_the_place_of_standard_input(recording: str) -> None:
+    before = Path(recording).read_bytes()
+    command = [sys.executable, "-m", "qmigrate", "dissect", "-", "--report", recording]
+    with Path(recording).open("rb") as file:
+        ended = subprocess.run(command, stdin=file, capture_output=True, text=True, timeout=60, check=False)
+    assert (ended.returncode, ended.stderr) == (2, f"qmigrate: {recording}: an input, which would be overwritten\n")
     assert Path(recording).read_bytes() == before
 
 
