@@ -394,11 +394,14 @@ class RecordingStory:
         ]
 
     @property
-    def untold(self) -> list[tuple[int, Channel]]:
-        """Connections that carried something, and nobody knows what: pages may be among it."""
-        kinds = (ChannelKind.UNKNOWN, ChannelKind.TLS)
+    def untold(self) -> list[tuple[int, str]]:
+        """Connections that carried something, and nobody knows what, as ``faults`` are told."""
         channels = ((each.number, each.forward) for each in self.channels)
-        return [(number, each) for number, each in channels if each.kind in kinds and not each.is_silent]
+        return [
+            (number, f"forward: {StreamError(each.doubt, offset=0, trail=(each.name,))}")
+            for number, each in channels
+            if each.doubt
+        ]
 
     @property
     def bytes(self) -> int:

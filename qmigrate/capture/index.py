@@ -13,7 +13,7 @@ from array import array
 from collections.abc import Sequence
 from typing import IO, TYPE_CHECKING, Final
 
-from qmigrate.capture.kind import FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind
+from qmigrate.capture.kind import ENTRY_BYTES, FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind
 from qmigrate.capture.placed import Placed, PlacedPages, lazy_entries
 from qmigrate.capture.places import Channels, Input
 from qmigrate.errors import UnsupportedError
@@ -34,7 +34,6 @@ _ZERO: Final = int(RamFlag.ZERO)
 _CONTINUE: Final = int(RamFlag.CONTINUE)
 _KIND_BITS: Final = KIND_BITS
 _KIND_MASK: Final = (1 << _KIND_BITS) - 1
-_ENTRY_BYTES: Final = 8
 _HUGE: Final = 1 << 22  # pages
 _BITS_AT_ONCE: Final = 1 << 13
 _ONES: Final = re.compile("1+")
@@ -76,18 +75,12 @@ class PageIndex(PlacedPages):
     def spilled(self) -> int:
         return self._spilled
 
-    def absent(self, block: str) -> int:
-        """How many of its pages have not come.  Of a block that claims to be huge only what was noted is read."""
-        entries, there = self._of(block), self.noted(block)
-        noted = sum(end - first for first, end in there)
-        return len(entries) - noted + sum(self._absent_of(entries[first:end]) for first, end in there)
-
     def noted(self, block: str) -> list[tuple[int, int]]:
         if len(self._of(block)) < _HUGE:
             return super().noted(block)
         from qmigrate.capture.touched import touched
 
-        return [(begin // _ENTRY_BYTES, end // _ENTRY_BYTES) for begin, end in touched(self._memory[block])]
+        return [(begin // ENTRY_BYTES, end // ENTRY_BYTES) for begin, end in touched(self._memory[block])]
 
     # -- making it
 

@@ -176,9 +176,8 @@ class Joining:
     def _unknown(self) -> Iterator[StreamError]:
         """Connections of a recording that carried something, and nobody knows what: pages may be among it."""
         for _, part in self._parts:
-            channel = part.channel
-            if channel.kind in (ChannelKind.UNKNOWN, ChannelKind.TLS) and not channel.is_silent:
-                yield _named(StreamError(f"what was sent can't be told: {channel.reason}", offset=0), part)
+            if part.channel.doubt:
+                yield _named(StreamError(part.channel.doubt, offset=0), part)
 
     def _guarded(self, part: Part, step: Generator[T | None], feed: Feed) -> Iterator[T]:
         """What ``step`` yields, fed from the part; a fault is kept for the end."""

@@ -20,6 +20,7 @@ from typing import Final, NamedTuple, Self
 
 from construct import Bytes, Int8ub, Int32ub, Int64sb, Int64ub
 
+from qmigrate.capture.kind import ENTRY_BYTES
 from qmigrate.capture.placed import PlacedPages, lazy_entries
 from qmigrate.capture.places import Input
 from qmigrate.capture.saved_guest import SavedGuest
@@ -31,7 +32,6 @@ __all__ = ["KeptError", "KeptHeader", "Stamp", "read_header", "read_kept", "writ
 
 _MAGIC: Final = b"\x89QIDX\r\n\x1a"
 _VERSION: Final = 4  # 3 has an entry for each page that a block claims; 2 lacks sections that could not be told apart
-_ENTRY_BYTES: Final = 8
 _SPAN_BYTES: Final = 16
 _CHECK_BYTES: Final = 4
 _AT_ONCE: Final = 1 << 30
@@ -280,7 +280,7 @@ def _saved(
         at += used
     spans, used = _spans(listed, body[at:])
     at += used
-    entries_bytes = sum(end - first for each in spans for first, end in each) * _ENTRY_BYTES
+    entries_bytes = sum(end - first for each in spans for first, end in each) * ENTRY_BYTES
     if at + entries_bytes + header.checks * _CHECK_BYTES != len(body):
         raise KeptError("its parts are not as long as it is")
     if any(block.page_count * header.page_size < block.used_length for block in listed):
@@ -289,7 +289,7 @@ def _saved(
         raise KeptError("it lacks checksums")
     entries = {}
     for block, noted in zip(listed, spans, strict=True):
-        after = at + sum(end - first for first, end in noted) * _ENTRY_BYTES
+        after = at + sum(end - first for first, end in noted) * ENTRY_BYTES
         entries[block.name] = _entries(block, noted, body[at:after])
         at = after
     blocks = {block.name: RamBlock(name=block.name, used_length=block.used_length) for block in listed}
@@ -339,7 +339,7 @@ def _entries(block: KeptBlock, spans: Sequence[tuple[int, int]], kept: memoryvie
         return kept.cast("Q")
     entries, begin = memoryview(lazy_entries(block.page_count)).cast("Q"), 0
     for first, end in spans:
-        after = begin + (end - first) * _ENTRY_BYTES
+        after = begin + (end - first) * ENTRY_BYTES
         entries[first:end] = kept[begin:after].cast("Q")
         begin = after
     return entries

@@ -3,10 +3,10 @@
 import sys
 from typing import Final
 
-__all__ = ["FILE_SHIFT", "KIND_BITS", "MOST_FILES", "OFFSET_MASK", "Kind", "absent_pages"]
+__all__ = ["ENTRY_BYTES", "FILE_SHIFT", "KIND_BITS", "MOST_FILES", "OFFSET_MASK", "Kind", "absent_pages"]
 
-_ENTRY_BYTES: Final = 8
-_LOWEST_BYTE: Final = 0 if sys.byteorder == "little" else _ENTRY_BYTES - 1
+ENTRY_BYTES: Final = 8
+_LOWEST_BYTE: Final = 0 if sys.byteorder == "little" else ENTRY_BYTES - 1
 KIND_BITS: Final = 3
 FILE_SHIFT: Final = 52  # so an offset is below 512 TiB; of the first file, mostly the only one, nothing stands above it
 MOST_FILES: Final = 1 << (64 - FILE_SHIFT)
@@ -25,4 +25,4 @@ class Kind:
 
 def absent_pages(entries: memoryview) -> int:
     """How many pages have not come: their entries are zero, and of no other is the byte with its kind."""
-    return entries.cast("B")[_LOWEST_BYTE::_ENTRY_BYTES].tobytes().count(Kind.ABSENT)
+    return entries.cast("B")[_LOWEST_BYTE::ENTRY_BYTES].tobytes().count(Kind.ABSENT)

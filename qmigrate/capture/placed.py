@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import IO, Final, NamedTuple
 
-from qmigrate.capture.kind import FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind, absent_pages
+from qmigrate.capture.kind import ENTRY_BYTES, FILE_SHIFT, KIND_BITS, OFFSET_MASK, Kind, absent_pages
 from qmigrate.capture.owner import Owner
 from qmigrate.capture.places import Input
 from qmigrate.errors import StreamError
@@ -23,7 +23,6 @@ from qmigrate.format.ram import RamBlock, RamFlag
 
 __all__ = ["KIND_BITS", "Kind", "Placed", "PlacedPages", "lazy_entries"]
 
-_ENTRY_BYTES: Final = 8
 _LAZILY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE, which mmap names since 3.13
 _PAGE: Final = int(RamFlag.PAGE)
 _ZERO: Final = int(RamFlag.ZERO)
@@ -41,7 +40,7 @@ _COUNTED_AT_ONCE: Final = 1 << 14
 def lazy_entries(page_count: int) -> mmap.mmap:
     """Room for entries, all absent; what is not written to takes no memory.  Raises ``OSError``, also for too many."""
     try:
-        return mmap.mmap(-1, _ENTRY_BYTES * page_count, flags=_LAZILY)
+        return mmap.mmap(-1, ENTRY_BYTES * page_count, flags=_LAZILY)
     except (OverflowError, ValueError) as exc:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from exc
 
@@ -113,8 +112,10 @@ class PlacedPages(Owner):
         return self._entries[block]
 
     def absent(self, block: str) -> int:
-        """How many of its pages have not come."""
-        return self._absent_of(self._of(block))
+        """How many of its pages have not come.  Of a block that claims to be huge only what was noted is read."""
+        entries, there = self._of(block), self.noted(block)
+        noted = sum(end - first for first, end in there)
+        return len(entries) - noted + sum(self._absent_of(entries[first:end]) for first, end in there)
 
     @staticmethod
     def _absent_of(entries: memoryview) -> int:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Mapping
 from functools import lru_cache
 from typing import Final, TypeAlias
 
-from qmigrate.capture.kind import KIND_BITS, Kind, absent_pages
+from qmigrate.capture.kind import ENTRY_BYTES, KIND_BITS, Kind, absent_pages
 from qmigrate.capture.plain_ends import Head, NotPlainError
 from qmigrate.format.ram_flag import RamFlag
 
@@ -38,7 +38,6 @@ _NORMAL_WORD: Final = _NORMAL | _CONTINUE
 _ZERO_WORD: Final = _ZERO | _CONTINUE
 _FLAGS: Final = PAGE_BYTES - 1
 _PAGE_BITS: Final = 12
-_ENTRY_BYTES: Final = 8
 _WINDOW: Final = 1 << 20  # stays in a core's own cache
 _LONGEST_FRONT: Final = 8 + 1 + 255 + 1  # of a record; what stands between two sections is shorter
 _WORD: Final = struct.Struct(">Q")
@@ -291,7 +290,7 @@ def shared_entries(head: Head, descriptor: int = -1, *, is_made: bool = False) -
     A claim of so many pages is for the file to bear: ``read_tail`` has compared it.  Raises ``OSError``.
     """
     counts = {name: length // PAGE_BYTES for name, length in head.blocks.items()}
-    length = sum(counts.values()) * _ENTRY_BYTES
+    length = sum(counts.values()) * ENTRY_BYTES
     if is_made:
         os.ftruncate(descriptor, length)
     view, at, entries = memoryview(mmap.mmap(descriptor, length)).cast("Q"), 0, {}

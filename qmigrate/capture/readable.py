@@ -16,7 +16,7 @@ from qmigrate.format.walk import Entry, Limits, walk
 if TYPE_CHECKING:
     from qmigrate.format.channel import Channel
 
-__all__ = ["READ_ERRORS", "Readable", "unreadable"]
+__all__ = ["READ_ERRORS", "Readable", "took_hole", "unreadable"]
 
 T = TypeVar("T")
 
@@ -140,8 +140,7 @@ class Readable(Owner, ABC):
 
     def fill(self, feed: Feed, reader: Reader) -> None:
         """Give the feed what comes next, or end it.  Raises ``StreamError`` where reading fails."""
-        if feed.takes_holes and not len(feed) and isinstance(reader, FileReader) and (hole := reader.skip_hole()):
-            feed.received_hole(hole)
+        if isinstance(reader, FileReader) and took_hole(feed, reader):
             return
         try:
             count = reader.readinto(feed.space())
@@ -151,6 +150,15 @@ class Readable(Owner, ABC):
             feed.received(count)
         else:
             feed.end()
+
+
+def took_hole(feed: Feed, reader: FileReader) -> bool:
+    """Was there a hole next, and was it given as its length?  Where nothing is at hand, and the feed takes that."""
+    if not feed.takes_holes or len(feed):
+        return False
+    hole = reader.skip_hole()
+    feed.received_hole(hole)
+    return hole > 0
 
 
 def unreadable(exc: Exception, offset: int, compression: str | None = None) -> StreamError:

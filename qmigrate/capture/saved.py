@@ -14,6 +14,7 @@ from qmigrate.capture.index import PageIndex
 from qmigrate.capture.kind import MOST_FILES
 from qmigrate.capture.migration import Migration
 from qmigrate.capture.places import Channels, Input
+from qmigrate.capture.readable import took_hole
 from qmigrate.capture.readers import FileReader
 from qmigrate.capture.saved_guest import SavedGuest
 from qmigrate.errors import NoStreamError, RefusedError, StreamError, UnsupportedError, counted
@@ -130,8 +131,7 @@ def _without_contents(descriptor: int, start: int, known: Description | Chooser 
 
 
 def _fill(feed: Feed, reader: _Sparing) -> None:
-    if feed.takes_holes and not len(feed) and (hole := reader.skip_hole()):
-        feed.received_hole(hole)
+    if took_hole(feed, reader):
         return
     try:
         count = reader.readinto(feed.space())

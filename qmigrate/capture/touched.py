@@ -11,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from typing import Final
 
+from qmigrate.capture.kind import ENTRY_BYTES
+
 __all__ = ["touched"]
 
 _PAGEMAP: Final = "/proc/self/pagemap"
-_ENTRY_BYTES: Final = 8
-_HIGHEST_BYTE: Final = _ENTRY_BYTES - 1 if sys.byteorder == "little" else 0
+_HIGHEST_BYTE: Final = ENTRY_BYTES - 1 if sys.byteorder == "little" else 0
 # Bit 63 of an entry: the page is present; 62: it is in swap.  Documentation/admin-guide/mm/pagemap.rst
 _THERE: Final = re.compile(rb"[\x40-\xff]+")
 _AT_ONCE: Final = 1 << 17  # entries
@@ -34,11 +35,11 @@ def touched(memory: mmap.mmap) -> Iterator[tuple[int, int]]:
     try:
         for at in range(0, count, _AT_ONCE):
             wanted = min(_AT_ONCE, count - at)
-            entries = os.pread(descriptor, wanted * _ENTRY_BYTES, (first + at) * _ENTRY_BYTES)
-            if len(entries) != wanted * _ENTRY_BYTES:
+            entries = os.pread(descriptor, wanted * ENTRY_BYTES, (first + at) * ENTRY_BYTES)
+            if len(entries) != wanted * ENTRY_BYTES:
                 yield at * mmap.PAGESIZE, length
                 return
-            for found in _THERE.finditer(entries[_HIGHEST_BYTE::_ENTRY_BYTES]):
+            for found in _THERE.finditer(entries[_HIGHEST_BYTE::ENTRY_BYTES]):
                 begin, end = (at + each for each in found.span())
                 yield begin * mmap.PAGESIZE, min(end * mmap.PAGESIZE, length)
     finally:

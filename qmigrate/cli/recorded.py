@@ -132,12 +132,8 @@ def _tell_streams(recording: "Recording", story: "RecordingStory") -> int:
         tell(recording.name, why)
         return NOTHING_DONE
     status = 0
-    for number, fault in story.faults:
+    for number, fault in (*story.faults, *story.untold):
         tell(recording.name, f"connection {number}, {fault}")
-        status = BAD_STREAM
-    for number, channel in story.untold:
-        place = f"connection {number}, forward: 0x0: {channel.name}"
-        tell(recording.name, f"{place}: what was sent can't be told: {channel.reason}")
         status = BAD_STREAM
     return status
 

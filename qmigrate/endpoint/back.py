@@ -9,8 +9,9 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from types import TracebackType
-from typing import Final, Self
+from typing import Final
+
+from qmigrate.capture.owner import Owner
 
 __all__ = ["ReturnPath", "new_lock"]
 
@@ -22,7 +23,7 @@ def new_lock() -> int:
     return os.memfd_create("qmigrate-return-path-lock", os.MFD_CLOEXEC)
 
 
-class ReturnPath:
+class ReturnPath(Owner):
     """The way back of one connection.  Closes its own copies of both descriptors."""
 
     def __init__(self, descriptor: int, lock: int) -> None:
@@ -65,14 +66,6 @@ class ReturnPath:
     def close(self) -> None:
         os.close(self._descriptor)
         os.close(self._lock)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def limit_sending(peer: socket.socket) -> None:

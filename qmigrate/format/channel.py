@@ -77,6 +77,12 @@ class Channel:
         """Was nothing sent on it at all?"""
         return self.known_by is How.NOTHING and self.reason == _SILENT
 
+    @property
+    def doubt(self) -> str:
+        """Why something was sent on it of which nobody knows what it is: pages may be among it.  Else empty."""
+        unknown = self.kind in (ChannelKind.UNKNOWN, ChannelKind.TLS) and not self.is_silent
+        return f"what was sent can't be told: {self.reason}" if unknown else ""
+
 
 Answer = Generator[None, None, Channel]
 """None while bytes are missing that could tell."""

@@ -7,9 +7,9 @@ here: so this module needs little.
 
 import os
 import stat
-from types import TracebackType
-from typing import TYPE_CHECKING, Final, Self
+from typing import TYPE_CHECKING, Final
 
+from qmigrate.capture.owner import Owner
 from qmigrate.endpoint.own_python import environment, own_python
 from qmigrate.errors import RefusedError
 
@@ -27,7 +27,7 @@ _AT_ONCE_FROM: Final = 1 << 28  # bytes: to read less takes no time, and what is
 _LONGEST_LINE: Final = 1 << 20
 
 
-class Reading:
+class Reading(Owner):
     """A file being read, and its further channels.  They are opened at once (raises ``OSError``, ``RefusedError``), and
     what is started ends with ``close()``.
 
@@ -70,14 +70,6 @@ class Reading:
         except BaseException:
             self.close()
             raise
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @staticmethod
     def takes(path: str) -> bool:

@@ -5,7 +5,7 @@ import resource
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -294,13 +294,7 @@ def test_memory_follows_what_is_there_and_not_what_is_claimed(tmp_path: Path) ->
         "import sys; from qmigrate.capture.recording import Recording\n"
         "recording = Recording(sys.argv[1]).read(); print(len(recording.connections[0].forward.ends))"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=_limited(130 << 20),
-    )
+    ran = _run_limited(code, path, 130 << 20)
     assert (ran.stderr, ran.stdout) == ("", f"{(24 << 20) // 37}\n")
 
 
@@ -320,13 +314,7 @@ def test_thousands_of_connections_cost_what_came_on_them(tmp_path: Path) -> None
         "with Recording(sys.argv[1]) as recording: print(len(RecordingStory(recording).read().channels))\n"
         "with Migration(sys.argv[1]) as migration: print(len(migration.contents.channels))"
     )
-    ran = subprocess.run(
-        [sys.executable, "-c", code, str(path)],
-        capture_output=True,
-        text=True,
-        check=False,
-        preexec_fn=_limited(300 << 20),
-    )
+    ran = _run_limited(code, path, 300 << 20)
     assert (ran.stderr, ran.stdout) == ("", "4000\n7999\n")
 
 
@@ -354,8 +342,15 @@ def test_a_silent_connection_is_told_without_a_look_at_all_the_others(
         assert len(story.channels) == 100
 
 
-def _limited(length: int) -> Callable[[], None]:
-    return lambda: resource.setrlimit(resource.RLIMIT_AS, (length, length))
+def _run_limited(code: str, path: Path, length: int) -> subprocess.CompletedProcess[str]:
+    """In a process with so much address space."""
+    return subprocess.run(
+        [sys.executable, "-c", code, str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (length, length)),
+    )
 
 
 # -- the recorder
