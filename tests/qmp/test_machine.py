@@ -30,8 +30,15 @@ def serve():
 """
 
 
-def fake(script: str, **options: float) -> Machine:
-    return Machine([sys.executable, "-c", FAKE_QEMU + script], name="fake", **options)  # type: ignore[arg-type]
+def fake(script: str, *, kind: type[Machine] = Machine, **options: float) -> Machine:
+    return kind([sys.executable, "-c", FAKE_QEMU + script], name="fake", **options)  # type: ignore[arg-type]
+
+
+class Impatient(Machine):
+    """Asks for a moment only, and then leaves it all the time it needs to obey SIGTERM."""
+
+    async def quit(self, *, timeout_s: float | None = None) -> int:
+        return await super().quit(timeout_s=0.05 if timeout_s is None else timeout_s)
 
 
 def is_running(pid: int) -> bool:
@@ -83,7 +90,8 @@ async def test_a_stopped_machine_is_killed() -> None:
 
 async def test_a_machine_that_closes_qmp_but_runs_is_told_and_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine_module, "DEATH_TIMEOUT_S", 0.5)
-    async with fake("greet(); hear(); monitor.close(); time.sleep(1000)", quit_timeout_s=0.05) as machine:
+    script = "greet(); hear(); monitor.close(); time.sleep(1000)"
+    async with fake(script, kind=Impatient, quit_timeout_s=120) as machine:
         with pytest.raises(QemuDiedError, match="stop: QEMU closed the connection, but runs") as caught:
             await machine.session.execute("stop")
         assert caught.value.exit_status is None
