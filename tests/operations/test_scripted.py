@@ -1,8 +1,10 @@
 """Migrations with servers that do what no QEMU at hand does: old names, words of the future, nonsense."""
 
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from qmigrate import events
 from qmigrate.errors import RefusedError
 from qmigrate.events import LiveEvent, Side
+from qmigrate.operations import course, ending, switchover, watch
 from qmigrate.operations.migrate import migrate
 from qmigrate.operations.plan import Plan
 from qmigrate.operations.policy import AtOnce
@@ -179,11 +182,28 @@ async def test_a_qemu_without_postcopy_is_refused_with_what_it_has() -> None:
     assert not [name for _, name in story.heard if not name.startswith("query-")]
 
 
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not come to rest is not waited for, and the clock is looked at often; answers have their time."""
+    monkeypatch.setattr(ending, "SETTLES_WITHIN_S", 0.1)
+    monkeypatch.setattr(ending, "FOLLOWS_WITHIN_S", 0.1)
+    monkeypatch.setattr(switchover, "LOOKS_EVERY_S", 0.05)
+
+
+@pytest.fixture
+def seldom(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is asked because time goes by, as it does on a slow machine."""
+    monkeypatch.setattr(watch, "FIRST_POLL_S", 600.0)
+    monkeypatch.setattr(watch, "LAST_POLL_S", 600.0)
+    monkeypatch.setattr(watch.Watched.poll_soon, "__kwdefaults__", {"within_s": 600.0})
+
+
+@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("end", ["HANG UP", "NONSENSE"])
 @pytest.mark.parametrize("side", ["source", "destination"])
 async def test_a_connection_that_ends_or_talks_nonsense_is_one_clear_message(side: str, end: str) -> None:
     story = Story(["events"], after_migrate=[*PRECOPY, (side, end)])
-    result, _ = await told(story, Plan(uri="tcp:a:1", answer_timeout_s=0.2))
+    result, _ = await told(story, Plan(uri="tcp:a:1"))
     assert result.outcome is Outcome.FAILED
     words = "QEMU closed the connection" if end == "HANG UP" else "is not QMP"
     assert result.message.startswith(f"{side}, in precopy: ")
@@ -193,18 +213,25 @@ async def test_a_connection_that_ends_or_talks_nonsense_is_one_clear_message(sid
     assert result.exit_code == (3 if side == "destination" else 7)
 
 
-async def test_a_migration_that_does_not_move_is_given_up() -> None:
-    result, _ = await told(
-        Story(["events"], after_migrate=PRECOPY), Plan(uri="tcp:a:1", answer_timeout_s=0.2, stall_timeout_s=0.1)
-    )
+@pytest.mark.usefixtures("impatient")
+async def test_a_migration_that_does_not_move_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor does it when it is told to cancel, and so long goes by that it should have answered."""
+    story = Story(["events"], after_migrate=PRECOPY)
+
+    def monotonic() -> float:
+        return time.monotonic() + (1000 if "migrate_cancel" in story.of("source") else 0)
+
+    monkeypatch.setattr(course, "time", SimpleNamespace(monotonic=monotonic))
+    result, _ = await told(story, Plan(uri="tcp:a:1", stall_timeout_s=0.1))
     assert result.outcome is Outcome.FAILED
     assert "in precopy: nothing has moved for 0.1 s" in result.message
 
 
+@pytest.mark.usefixtures("impatient")
 async def test_precopy_that_takes_too_long_is_cancelled() -> None:
     story = Story(["events"], after_migrate=PRECOPY)
     story.after["migrate_cancel"] = [("source", "cancelling"), ("source", "cancelled")]
-    result, _ = await told(story, Plan(uri="tcp:a:1", timeout_s=0.1, answer_timeout_s=1.0))
+    result, _ = await told(story, Plan(uri="tcp:a:1", timeout_s=0.1))
     assert (result.outcome, result.exit_code) == (Outcome.CANCELLED, 3)
     assert result.message == "in precopy: not done after 0.1 s"
 
@@ -229,7 +256,7 @@ async def test_the_switch_is_told_once_and_nothing_else_is_repeated() -> None:
 async def test_the_questions_of_the_preparation_are_asked_once_and_without_waiting_for_answers_between() -> None:
     questions = ["query-migrate", "query-migrate-capabilities", "query-status"]
     story = Story(["events"], after_migrate=[*PRECOPY, *END], withholds=len(questions))
-    await told(story, Plan(uri="tcp:a:1", answer_timeout_s=5.0))
+    await told(story, Plan(uri="tcp:a:1"))
     for side in ("source", "destination"):
         asked = story.of(side)
         assert sorted(asked[: asked.index("migrate-set-capabilities")]) == questions
@@ -250,6 +277,7 @@ def added(*counts: dict[str, int]) -> Counter[str]:
     return sum(map(Counter, counts), Counter())
 
 
+@pytest.mark.usefixtures("seldom")
 @pytest.mark.parametrize(
     ("plan", "more"),
     [
@@ -272,6 +300,7 @@ async def test_no_more_commands_are_sent_than_this(plan: Plan, more: dict[str, i
     assert sent(story, "destination") == added(ASKED, SET_UP, {"migrate-incoming": 1})
 
 
+@pytest.mark.usefixtures("seldom")
 @pytest.mark.parametrize(
     ("plan", "on"),
     [
