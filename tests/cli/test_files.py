@@ -170,12 +170,13 @@ def line_of(file: str) -> tuple[str, list[tuple[str, ...]], int]:
 def test_a_limit_of_processes_and_threads_is_one_line(
     most: int, monkeypatch: pytest.MonkeyPatch, capsys: Output
 ) -> None:
-    start, before = threading.Thread.start, threading.active_count()
+    start, started = threading.Thread.start, list[threading.Thread]()
 
-    def limited(thread: threading.Thread) -> None:
-        if threading.active_count() >= before + most:
+    def limited(thread: threading.Thread) -> None:  # those of tests before may still be about to end
+        if sum(each.is_alive() for each in started) >= most:
             raise RuntimeError("can't start new thread")
         start(thread)
+        started.append(thread)
 
     monkeypatch.setattr(threading.Thread, "start", limited)
     status = main(["check", "--json", "--jobs", "2", "a.mig", "b.mig"])
@@ -276,7 +277,8 @@ def test_a_signal_asks_how_many_files_are_read(tmp_path: Path) -> None:
 def test_a_reader_that_has_enough_ends_all_processes_quietly(folder: Path) -> None:
     pipe = folder / "pipe"
     os.mkfifo(pipe)
-    command = [*QMIGRATE, "dissect", "--json", "--jobs", "2", "a.mig", "b.mig", *["a.mig"] * 50, str(pipe)]
+    # More than all pipes on the way hold: else all might be written before it is known that nobody reads.
+    command = [*QMIGRATE, "dissect", "--json", "--jobs", "2", "a.mig", "b.mig", *["a.mig"] * 150, str(pipe)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None

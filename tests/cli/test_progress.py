@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, Self
 
 import pytest
@@ -27,6 +28,7 @@ def standard_error(monkeypatch: pytest.MonkeyPatch) -> Terminal:
 
 def test_what_is_shown_is_erased_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(progress, "_FIRST_S", 0)
+    monkeypatch.setattr(progress, "_EVERY_S", 600)
     terminal = standard_error(monkeypatch)
     path = tmp_path / "a.mig"
     path.write_bytes(streams.minimal())
@@ -49,12 +51,18 @@ def test_it_is_erased_where_reading_is_given_up(tmp_path: Path, monkeypatch: pyt
 
 
 def test_what_is_done_soon_shows_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = standard_error(monkeypatch)
+    terminal, clock = standard_error(monkeypatch), SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: clock.now))
     path = tmp_path / "a.mig"
     path.write_bytes(streams.minimal())
     with progress.WatchedMigration(path) as migration:
-        assert migration.complete
-    assert terminal.getvalue() == ""
+        count = len(list(migration.entries()))
+        for number, _ in enumerate(migration.entries(), start=1):
+            clock.now = 1000 + 0.49 * number / count
+        assert terminal.getvalue() == ""
+        for _ in migration.entries():
+            clock.now += 0.5
+    assert terminal.getvalue().startswith("\r\x1b[K")
 
 
 # -- SIGUSR1

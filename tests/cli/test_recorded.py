@@ -71,7 +71,7 @@ def test_the_story_is_told_in_the_order_of_time(recording: str, capsys: Output) 
     assert "  2 →  main, resumed, by bytes: it begins with RECV_BITMAP of pc.ram, without a header" in lines
     phases = [line.split()[0] for line in lines[lines.index("Phases") + 2 :][:7]]
     assert phases == ["precopy", "switchover", "postcopy", "paused", "recovery", "postcopy", "ending"]
-    told = [line.split(" s ", 1)[1].strip() for line in lines if line.startswith("    0.")]
+    told = [line.split(" s ", 1)[1].strip() for line in lines if re.match(r" +\d+\.\d+ s ", line)]
     assert told[0] == "0   opened  peer tcp:10.0.0.1:50000"
     for before, after in (
         ("0 → PACKAGED", "0 ← REQ_PAGES"),

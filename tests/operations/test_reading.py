@@ -225,7 +225,9 @@ async def test_what_is_wrong_with_the_file_is_a_refusal(path: Path, folder: Path
         Reading(str(path.with_name("nowhere")))
 
 
-async def test_a_process_that_dies_is_told_of(path: Path, folder: Path) -> None:
+async def test_a_process_that_dies_is_told_of(path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits = [sys.executable, "-c", "import time; time.sleep(1000)"]  # the real one may be done before it is killed
+    monkeypatch.setattr("qmigrate.operations.reading.own_python", lambda *_: waits)
     with Reading(str(path), folder=folder) as reading:
         assert reading._process is not None
         os.kill(reading._process, signal.SIGKILL)
