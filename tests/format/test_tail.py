@@ -269,7 +269,7 @@ def test_a_hostile_tail_is_given_up_and_said_to_be() -> None:
     _, error = failure(data)
     assert isinstance(error, UnsupportedError)
     assert str(error).endswith("given up after 200000 places where a section of unknown length might end")
-    assert time.process_time() - start < 10
+    assert time.process_time() - start < 20  # it takes one
 
 
 # -- without footers: what can't be true together
@@ -318,11 +318,14 @@ def test_without_footers_a_great_tail_takes_little_time() -> None:
 
 
 def test_without_footers_headers_everywhere_are_given_up() -> None:
-    data = opening("a", 1) + b"".join(opening("b", index) for index in range(200_000)) + streams.eof()
+    first, last = opening("b", 0), opening("b", 199_999)  # to build each takes longer than to read them all
+    headers = b"".join(first[:1] + index.to_bytes(4) + first[5:] for index in range(200_000))
+    assert headers.startswith(first + opening("b", 1))
+    assert headers.endswith(last)
     start = time.process_time()
-    _, error = failure(data, footers=False)
+    _, error = failure(opening("a", 1) + headers + streams.eof(), footers=False)
     assert isinstance(error, UnsupportedError)
-    assert time.process_time() - start < 5
+    assert time.process_time() - start < 20  # it takes one; not to give up would take hours
 
 
 # -- a whole false section in a buffer, as a guest may plant it
