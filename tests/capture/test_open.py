@@ -67,7 +67,7 @@ def fed(path: Path, data: bytes, *, step: int = 1 << 16) -> Iterator[Path]:
     try:
         yield path
     finally:
-        writer.join(10)
+        writer.join(60)
         assert not writer.is_alive()
 
 

@@ -176,7 +176,7 @@ def test_the_same_one_made_many_times_at_once_is_whole(cache: SchemaCache) -> No
     begin = threading.Barrier(4)
 
     def add(_: int) -> None:
-        begin.wait(timeout=30)
+        begin.wait(timeout=60)
         for _ in range(50):
             cache.add(SCHEMA)
             assert cache.schemas() == [SCHEMA]

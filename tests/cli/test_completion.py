@@ -123,7 +123,7 @@ class Zsh:
         self.until("> ")
 
     def until(self, pattern: str) -> "re.Match[str]":
-        read, ends = "", time.monotonic() + 30
+        read, ends = "", time.monotonic() + 60
         while time.monotonic() < ends:
             if select.select([self.terminal], [], [], 1)[0]:
                 read += os.read(self.terminal, 4096).decode()

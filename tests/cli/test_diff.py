@@ -242,7 +242,7 @@ def test_ctrl_c_is_130_and_leaves_nothing(a: str, tmp_path: Path) -> None:
         writer.write(streams.minimal()[:0x2000])
         writer.flush()
         ran.send_signal(signal.SIGINT)
-        out, err = ran.communicate(timeout=30)
+        out, err = ran.communicate(timeout=60)
     assert (ran.returncode, out, err) == (130, b"", b"")
     assert list(folder.iterdir()) == []
 

@@ -221,7 +221,7 @@ def test_each_of_them_may_be_a_pipe(name: str, multifd: list[str], folder: Path,
     assert command(name, "main.pipe", channels=["two.pipe", "one.pipe"]) == 0
     assert capsys.readouterr().err == ""
     for writer in writers:
-        writer.join(10)
+        writer.join(60)
         assert not writer.is_alive()
 
 

@@ -22,7 +22,7 @@ from tests.uffd.kernel import needs_userfaultfd
 
 pytestmark = needs_userfaultfd
 
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 60.0
 SCHEMA: Final = json.loads((Path(qmigrate.__file__).parent / "report" / "receive.schema.json").read_text())
 
 

@@ -115,7 +115,7 @@ def test_a_pipe_is_decoded_too(precopy: str, tmp_path: Path, capsys: Output) -> 
     thread = threading.Thread(target=lambda: pipe.write_bytes(streams.postcopy()))
     thread.start()
     assert main(["dissect", "--field", "timer.cpu_ticks_offset", str(pipe)]) == 0
-    thread.join(timeout=30)
+    thread.join(timeout=60)
     assert capsys.readouterr().out == "-5\n"
 
 
@@ -269,13 +269,13 @@ def test_whatever_ends_it_neither_a_qemu_nor_a_folder_is_left(tmp_path: Path, nu
     command = [sys.executable, "-m", "qmigrate", "schema", "make", "--", str(program)]
     with tempfile.TemporaryDirectory() as temporary:  # tmp_path may be too long for a socket in it
         with subprocess.Popen(command, env={**os.environ, "TMPDIR": temporary}, stderr=subprocess.PIPE) as process:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while not started.exists():
                 assert process.poll() is None
                 assert time.monotonic() < deadline
                 time.sleep(0.01)
             process.send_signal(number)
-            assert (process.wait(timeout=30), process.stderr and process.stderr.read()) == (130, b"")
+            assert (process.wait(timeout=60), process.stderr and process.stderr.read()) == (130, b"")
         assert list(Path(temporary).iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(started.read_text()), 0)

@@ -16,7 +16,7 @@ from qmigrate.cli.main import main
 from tests import streams
 
 Output = pytest.CaptureFixture[str]
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture

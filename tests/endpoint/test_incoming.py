@@ -11,7 +11,7 @@ import pytest
 from qmigrate.endpoint import incoming
 from qmigrate.endpoint.incoming import ChannelKind, Incoming
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 @pytest.mark.asyncio

@@ -33,7 +33,7 @@ def test_a_destination_that_does_not_answer_a_new_connection_is_given_up(
         assert server.resume(ours) == Ended(End.BROKEN, "the destination does not answer on its new connection")
 
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 SIZES = dict.fromkeys(streams.BLOCKS, streams.PAGE)
 
 

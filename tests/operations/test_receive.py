@@ -51,7 +51,7 @@ from tests.uffd.kernel import needs_userfaultfd
 
 pytestmark = [pytest.mark.asyncio, needs_userfaultfd]
 
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 60.0
 PAGE: Final = streams.PAGE
 PAGES: Final = {name: length // PAGE for name, length in streams.BLOCKS.items()}
 

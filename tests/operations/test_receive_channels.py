@@ -42,7 +42,7 @@ from tests.uffd.kernel import needs_userfaultfd
 
 pytestmark = [pytest.mark.asyncio, needs_userfaultfd]
 
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 60.0
 PRECOPY: Final = b"".join(
     (
         streams.header(),

@@ -47,7 +47,7 @@ from tests.uffd.kernel import needs_userfaultfd
 
 pytestmark = needs_userfaultfd
 
-TIMEOUT_S: Final = 30.0
+TIMEOUT_S: Final = 60.0
 LOST: Final = 6
 MOST_MEMORY: Final = 128 << 20  # bytes of the largest of its processes
 UNIT: Final = 16 * PAGE  # a host page on a machine with large ones

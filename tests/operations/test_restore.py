@@ -13,7 +13,7 @@ from qmigrate.endpoint.source import Server
 from qmigrate.operations.restore import Restorer
 from tests import streams
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 
 
 @pytest.mark.asyncio

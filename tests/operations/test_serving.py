@@ -16,7 +16,7 @@ from tests.endpoint.test_source import SIZES, guest_of
 
 pytestmark = pytest.mark.asyncio
 
-TIMEOUT_S = 30.0
+TIMEOUT_S = 60.0
 INDEXED = "where all pages are is known"
 
 

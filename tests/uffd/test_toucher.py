@@ -11,7 +11,7 @@ from qmigrate.uffd.toucher import PATTERNS, Histogram, Place, Toucher, Workload,
 
 SIZES = [(64 * 4096, 4096), (3 * 4096, 4096), (2 << 21, 1 << 21)]
 PAGES = {Place(block, start) for block, (length, size) in enumerate(SIZES) for start in range(0, length, size)}
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 def first(count: int, **workload: object) -> list[Place]:

@@ -17,7 +17,7 @@ from tests.uffd.kernel import needs_userfaultfd
 pytestmark = needs_userfaultfd
 
 PAGE = mmap.PAGESIZE
-TIMEOUT_S = 10.0
+TIMEOUT_S = 60.0
 
 
 @pytest.fixture
