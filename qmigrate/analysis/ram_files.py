@@ -195,15 +195,16 @@ class RamWriter:
         refuse_input(self.folder / self.names[block], self._inputs)
         temporary = self.folder / f".{self.names[block]}.{os.getpid()}.part"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        descriptor = os.open(temporary, flags, 0o666)
-        self.stack.callback(self._drop, temporary, descriptor)
+        removing = self.stack.enter_context(ExitStack())  # before it is there: a signal may end us right after
+        removing.callback(temporary.unlink, missing_ok=True)
+        try:
+            descriptor = os.open(temporary, flags, 0o666)
+        except FileExistsError:  # it is somebody else's
+            removing.pop_all()
+            raise
+        self.stack.callback(os.close, descriptor)
         self._temporary[block] = temporary
         return descriptor
-
-    @staticmethod
-    def _drop(temporary: Path, descriptor: int) -> None:
-        os.close(descriptor)
-        temporary.unlink(missing_ok=True)
 
     def finish(self) -> None:
         """All is read: give the files their names."""
