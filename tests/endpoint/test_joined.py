@@ -1,6 +1,7 @@
 """How the tap takes what a source sends: large pieces where there is much, and at once where there is little."""
 
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 
@@ -91,7 +92,10 @@ def test_no_requested_page_waits_in_tcp_for_the_one_before_to_be_acknowledged() 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         peers = [(socket.create_connection(listener.getsockname()), listener.accept()[0]) for _ in range(2)]
     (source, ours), (theirs, destination) = peers
-    with source, ours, theirs, destination:
-        Joined(0, ours, theirs).start()
-        for peer in (ours, theirs):
-            assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    closed = threading.Event()
+    with ours, theirs:
+        with source, destination:
+            Joined(0, ours, theirs, on_closed=closed.set).start()
+            for peer in (ours, theirs):
+                assert peer.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        assert closed.wait(60)  # its threads open files, which are no business of the next test
