@@ -278,7 +278,7 @@ def test_a_reader_that_has_enough_ends_all_processes_quietly(folder: Path) -> No
     pipe = folder / "pipe"
     os.mkfifo(pipe)
     # More than all pipes on the way hold: else all might be written before it is known that nobody reads.
-    command = [*QMIGRATE, "dissect", "--json", "--jobs", "2", "a.mig", "b.mig", *["a.mig"] * 150, str(pipe)]
+    command = [*QMIGRATE, "dissect", "--json", "--jobs", "2", "a.mig", "b.mig", *["a.mig"] * 80, str(pipe)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stderr is not None
