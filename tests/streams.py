@@ -7,6 +7,7 @@ Each function gives the bytes of one piece; joined, they are a stream: ``header(
 import json
 import struct
 from collections.abc import Collection, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 from qmigrate.format.command import (
@@ -179,10 +180,14 @@ def page(start: int, contents: bytes | None = None, *, block: str | None = None,
 def zero(start: int, count: int = 1, *, block: str | None = None, fill: int = 0, page_size: int = PAGE) -> bytes:
     """``count`` zero pages, the first of which may name its block."""
     starts = range(start, start + count * page_size, page_size)
-    return b"".join(
+    records = [
         _record(at, RamFlag.ZERO, block if at == start else None, ZeroPage(fill=fill), page_size=page_size)
-        for at in starts
-    )
+        for at in starts[:2]
+    ]
+    if len(starts) > 2:  # like the second but for where they are; a hundred times as fast
+        word, rest = int.from_bytes(records[1][:8]) - starts[1], records[1][8:]
+        records += [(word + at).to_bytes(8) + rest for at in starts[2:]]
+    return b"".join(records)
 
 
 def xbzrle(start: int, data: bytes, *, block: str | None = None, page_size: int = PAGE) -> bytes:
@@ -195,6 +200,7 @@ def compressed(start: int, data: bytes, *, block: str | None = None, page_size: 
     return _record(start, RamFlag.COMPRESS_PAGE, block, body, page_size=page_size)
 
 
+@cache
 def eos() -> bytes:
     return _record(0, RamFlag.EOS, None)
 

@@ -89,7 +89,7 @@ def test_pages_far_apart_take_no_more_memory_than_their_records(tmp_path: Path) 
     [
         # Blocks of no length, as many as it likes: the total is never used up.
         (
-            HEAD + block_list(*((f"{n:08x}", 0) for n in range(70_000)), total=EXABYTE),
+            HEAD + block_list(*((f"{n:0255x}", 0) for n in range(4_000)), total=EXABYTE),
             "the list is longer than 1048576",
         ),
         (HEAD + block_list(("pc.ram", EXABYTE), total=EXABYTE), "the stream ends here"),
@@ -103,6 +103,18 @@ def test_pages_far_apart_take_no_more_memory_than_their_records(tmp_path: Path) 
 def test_a_count_or_length_of_four_billion_is_refused_in_one_line(data: bytes, message: str, tmp_path: Path) -> None:
     (error,) = answered(tmp_path / "a.mig", data)["errors"]
     assert message in error["message"]
+
+
+def test_as_many_blocks_as_go_into_a_list_take_little_memory(tmp_path: Path) -> None:
+    """The list is refused before anybody has it, whatever the command: so one of them is enough."""
+    blocks = b"".join(b"\x08%08x" % number + bytes(8) for number in range(62_000))
+    assert blocks.startswith(RamBlock(name="00000000", used_length=0).build())
+    path = tmp_path / "a.mig"
+    path.write_bytes(HEAD + block_list(total=EXABYTE) + blocks)
+    code, out, err = run("check", "--json", path)
+    (error,) = json.loads(out)["errors"]
+    assert (code, error["message"]) == (1, "the list is longer than 1048576 bytes")
+    assert err.count("\n") == 1
 
 
 def described(*fields: dict[str, Any], name: str = "dev") -> bytes:
