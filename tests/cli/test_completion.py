@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -32,12 +33,16 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@cache
+def printed(shell: str) -> bytes:
+    """The same each time."""
+    command = [sys.executable, "-m", "qmigrate", "--print-completion", shell]
+    return subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+
+
 def script(shell: str, folder: Path) -> Path:
-    ended = subprocess.run(
-        [sys.executable, "-m", "qmigrate", "--print-completion", shell], capture_output=True, timeout=60, check=True
-    )
     path = folder / ".scripts" / {"zsh": "_qmigrate"}.get(shell, f"qmigrate.{shell}")
-    path.write_bytes(ended.stdout)
+    path.write_bytes(printed(shell))
     return path
 
 
