@@ -1,6 +1,8 @@
 """RAM out of a stream, against what its records say one after the other."""
 
+import os
 import random
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmigrate.analysis.extract import extract
+from qmigrate.analysis.ram_files import RamWriter
 from qmigrate.capture.migration import Migration
 from tests import streams
 
@@ -72,3 +75,32 @@ def test_pages_in_any_order_come_to_their_places(tmp_path: Path) -> None:
     chance = random.Random(1)
     sent = [(chance.random() < 0.5, page, page + 1) for page in chance.sample(range(LENGTH), LENGTH)]
     assert written(tmp_path, sent).read_bytes() == expected(sent)
+
+
+def test_a_signal_right_when_a_file_was_made_leaves_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python hears of it before whatever would come next."""
+    make = os.open
+
+    def interrupted(path: Path, flags: int, mode: int) -> int:
+        os.close(make(path, flags, mode))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "open", interrupted)
+    with ExitStack() as stack:
+        writer = RamWriter(tmp_path, stack)
+        writer.names = {"pc.ram": "pc.ram.raw"}
+        with pytest.raises(KeyboardInterrupt):
+            writer._new_file("pc.ram")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_another_one_makes_just_now_is_left_to_him(tmp_path: Path) -> None:
+    """In another container, which has the same number."""
+    his = tmp_path / f".pc.ram.raw.{os.getpid()}.part"
+    his.write_bytes(b"his")
+    with ExitStack() as stack:
+        writer = RamWriter(tmp_path, stack)
+        writer.names = {"pc.ram": "pc.ram.raw"}
+        with pytest.raises(FileExistsError):
+            writer._new_file("pc.ram")
+    assert his.read_bytes() == b"his"
