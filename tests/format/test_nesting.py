@@ -19,7 +19,9 @@ from tests import streams
 from tests.streams import command, described, device, field, struct_of
 from tests.walking import entries, kept, rebuilt
 
-HEAD = streams.header() + streams.configuration() + streams.ram_start() + streams.ram()
+# With RAM of few bytes, as nothing is nested in that, and they come one by one.
+ZEROS = streams.zero(0, 16, block="pc.ram") + streams.zero(0, 2, block="pc.rom")
+HEAD = streams.header() + streams.configuration() + streams.ram_start() + streams.ram_end(ZEROS)
 steps = st.sampled_from([None, 1, 3, 64])
 
 # -- packages
