@@ -19,11 +19,22 @@ from tests.soak.migrations import Unit
 GUEST: Final = Guest("walker", memory_mib=16, zero_share=0.4, walked_share=0.3, pages_per_tick=64)
 HURRIED: Final = replace(GUEST, pages_per_tick=0)
 UUID: Final = "-uuid 00112233-4455-6677-8899-aabbccddeeff"
-# The block is called as ever, wherever its memory is.
-BACKEND: Final = f"size={GUEST.memory_mib}M,x-use-canonical-path-for-ramblock-id=off"
+
+
+def backend(guest: Guest) -> str:
+    """Options of the object that is its memory; the block is called as ever."""
+    return f"size={guest.memory_mib}M,x-use-canonical-path-for-ramblock-id=off"
+
+
+def huge_backend(guest: Guest) -> tuple[str, str]:
+    """Arguments that put its memory onto huge pages."""
+    return "-object", f"memory-backend-memfd,id=pc.ram,hugetlb=on,hugetlbsize=2M,{backend(guest)}"
+
+
+BACKEND: Final = backend(GUEST)
 HUGE: Final[Mapping[str, Any]] = {
     "machine": "pc,memory-backend=pc.ram",
-    "devices": extra(f"-object memory-backend-memfd,id=pc.ram,hugetlb=on,hugetlbsize=2M,{BACKEND}"),
+    "devices": extra(*huge_backend(GUEST)),
 }
 SHARED: Final[Mapping[str, Any]] = {
     "machine": "pc,memory-backend=pc.ram",
