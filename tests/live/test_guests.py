@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
 every_board = pytest.mark.parametrize("board", ["pc", "q35"])
 
-SMALL = Guest("walker", memory_mib=16)
+SMALL = Guest("walker", memory_mib=8)
 
 
 @asynccontextmanager
@@ -37,6 +37,7 @@ async def memory_of(machine: Machine, guest: Guest, file: Path) -> list[bytes]:
 
 
 async def migrate(machine: Machine, uri: str) -> None:
+    await migration.set_capabilities(machine.session, {"events": True})
     await migration.start(machine.session, uri)
     await migration.wait_until(machine.session, "completed", timeout_s=60)
 
@@ -61,6 +62,7 @@ async def test_a_walker_goes_on_in_another_qemu_through_a_file(qemu: Qemu, board
         await console.wait_for_passes(before, 1)
         await migrate(source, f"exec:cat > {stream}")
     async with running(qemu, SMALL, after, "-incoming", "defer", board=board) as destination:
+        await migration.set_capabilities(destination.session, {"events": True})
         await migration.start_incoming(destination.session, f"exec:cat {stream}")
         await migration.wait_until(destination.session, "completed", timeout_s=60)
         await console.assert_goes_on(after)
@@ -75,8 +77,7 @@ async def test_a_walker_goes_on_in_another_qemu_through_a_socket(qemu: Qemu, boa
         running(qemu, SMALL, before, board=board) as source,
         running(qemu, SMALL, after, "-incoming", "defer", board=board) as destination,
     ):
-        for machine in (source, destination):
-            await migration.set_capabilities(machine.session, {"events": True})
+        await migration.set_capabilities(destination.session, {"events": True})
         await console.wait_for_passes(before, 1)
         await migration.start_incoming(destination.session, f"unix:{address}")
         await migrate(source, f"unix:{address}")
