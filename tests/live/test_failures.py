@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
 Act = Callable[[], None]
 # Before it hangs, and where it does not, QEMU answers sooner, also on a slow machine that is disturbed.
-HANGS_AFTER_S: Final = 3.0
+HANGS_AFTER_S: Final = 2.0
 
 
 def plan_for(two: Pair, *, switch: bool = False, answer_timeout_s: float = 60.0) -> Plan:
