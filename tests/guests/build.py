@@ -66,6 +66,11 @@ class Guest:
         # RAM beyond 4 GiB is out of a 32-bit guest's reach, and q35 moves all but 2 GiB up there.
         return (min(self.memory_mib, 2048) - 3 - self.still_mib) * MIB // PAGE_BYTES
 
+    @property
+    def filled_count(self) -> int:
+        """Pages of the range, and those behind it."""
+        return self.page_count + self.still_mib * MIB // PAGE_BYTES
+
     # ---- the program ----
 
     def image(self, folder: Path | None = None) -> Path:
@@ -85,7 +90,7 @@ class Guest:
             "SEED": self.seed,
             "FIRST_ADDRESS": self.first_address,
             "PAGE_COUNT": self.page_count,
-            "FILL_COUNT": self.page_count + self.still_mib * MIB // PAGE_BYTES,
+            "FILL_COUNT": self.filled_count,
             "ZERO_BELOW": self._zero_below,
             "WALKED_FROM": self._walked_from,
             "STRIDE": self._stride_pages,
