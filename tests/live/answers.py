@@ -31,6 +31,8 @@ def _each_once(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _each_once(each) for name, each in value.items()}
     if isinstance(value, list):
+        if all(type(each) is int for each in value):
+            return list(dict.fromkeys(value))
         return list({json.dumps(each): each for each in map(_each_once, value)}.values())
     return value
 
