@@ -22,8 +22,9 @@ SMALL: Final = Guest("walker", memory_mib=16, still_mib=8)
 # Precopy with so little bandwidth does not converge; raise it, or switch.
 SLOW: Final = 4 << 20
 
-# Of a postcopy's bandwidth.  What the guest asks for has no limit (5.2 and 7.2 have one); what it never asks for
-# takes most of a minute, so that nothing can be over before it was paused, broken or asked about.  Then hurry().
+# So is this, and of what the guest never looks at next to nothing has gone before the switch.  After it the guest
+# has what it asks for without a limit (of 5.2 and 7.2 within it); the rest takes most of a minute, so that a postcopy
+# can't be over before it was paused, broken or asked about.  Then hurry().
 HELD: Final = 128 << 10
 
 # Of a plan: postcopy before precopy can have completed, as else it may with a small guest.

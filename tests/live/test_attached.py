@@ -17,7 +17,7 @@ from qmigrate.operations.plan import Plan
 from qmigrate.qmp import migration
 from tests.live import versions
 from tests.live.command import qmigrate, started
-from tests.live.pair import HELD, SLOW, Pair, pair
+from tests.live.pair import HELD, Pair, pair
 from tests.live.some import every_qemu, oldest_and_newest, only_newest
 from tests.live.versions import Qemu
 
@@ -30,7 +30,7 @@ async def under_way(qemu: Qemu, folder: Path, *, postcopy: bool = True) -> Async
     async with pair(qemu, folder) as two:
         for session in two.sessions:
             await migration.set_capabilities(session, {"postcopy-ram": postcopy})
-        limits = {"max-bandwidth": SLOW, "downtime-limit": 1, "max-postcopy-bandwidth": HELD}
+        limits = {"max-bandwidth": HELD, "downtime-limit": 1, "max-postcopy-bandwidth": HELD}
         await migration.set_parameters(two.source.session, limits)
         await migration.start_incoming(two.destination.session, two.uri)
         await migration.start(two.source.session, two.uri)
@@ -155,7 +155,7 @@ async def test_ctrl_c_in_precopy_leaves_the_guest_on_the_source(qemu: Qemu, tmp_
 @oldest_and_newest
 async def test_ctrl_c_after_the_switch_explains_then_pauses(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
-        limits = ["--bandwidth", "4M", "--postcopy-bandwidth", str(HELD), "--downtime-limit", "1"]
+        limits = ["--bandwidth", str(HELD), "--postcopy-bandwidth", str(HELD), "--downtime-limit", "1"]
         code, out, err = await interrupted(two, "--postcopy", *limits, when=b'"decision": "switch"')
         said = [json.loads(line) for line in out.splitlines()]
         decisions = [each["decision"] for each in said if each["event"] == "decided"]

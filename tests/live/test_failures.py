@@ -17,7 +17,7 @@ from qmigrate.operations.policy import AtOnce
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.whereabouts import Place
 from tests.guests.build import Guest
-from tests.live.pair import HELD, SLOW, Pair, pair
+from tests.live.pair import HELD, Pair, pair
 from tests.live.some import every_qemu, oldest_and_newest, only_newest
 from tests.live.versions import Qemu
 
@@ -34,7 +34,7 @@ def plan_for(two: Pair, *, switch: bool = False, answer_timeout_s: float = 60.0)
     return Plan(
         uri=two.uri,
         postcopy=[AtOnce()] if switch else [],
-        bandwidth=SLOW,
+        bandwidth=HELD,
         postcopy_bandwidth=HELD,
         downtime_limit_ms=1,
         answer_timeout_s=answer_timeout_s,

@@ -53,7 +53,7 @@ async def test_a_postcopy_between_two_hosts_is_paused_and_brought_back_through_a
         code, _, err = await qmigrate("migrate", source, destination)
         assert (code, "where it shall listen isn't known: say it with --uri" in err) == (2, True)
 
-        slow = ["--bandwidth", "4M", "--postcopy-bandwidth", str(HELD), "--downtime-limit", "1"]
+        slow = ["--bandwidth", str(HELD), "--postcopy-bandwidth", str(HELD), "--downtime-limit", "1"]
         any_port = ["--uri", f"tcp:{THERE}:0"]
         process = await started("migrate", source, destination, *any_port, "--postcopy", *slow, "--ndjson")
         while process.returncode is None:

@@ -11,7 +11,7 @@ from qmigrate.operations.plan import Plan
 from qmigrate.operations.result import Outcome
 from qmigrate.operations.whereabouts import Place
 from tests.live.broken import broken_pair, broken_plan
-from tests.live.pair import Pair
+from tests.live.pair import HELD, Pair
 from tests.live.some import every_qemu, oldest_and_newest, only_newest
 from tests.live.versions import Qemu
 
@@ -26,7 +26,7 @@ def held(two: Pair, **wishes: Any) -> Plan:
 
     Of 5.2 and 7.2 what is asked for is limited, too: so it takes two cuts a second.
     """
-    return broken_plan(two, postcopy_bandwidth=2 * CUT, **wishes)
+    return broken_plan(two, bandwidth=HELD, postcopy_bandwidth=2 * CUT, **wishes)
 
 
 @every_qemu

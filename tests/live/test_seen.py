@@ -42,7 +42,7 @@ def statuses(data: Any, side: str) -> list[str]:
 @only_newest
 async def test_a_postcopy_is_kept_with_how_long_pages_took(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
-        limits = ("--bandwidth", "4M", "--postcopy-bandwidth", str(HELD), "--downtime-limit", "1")
+        limits = ("--bandwidth", str(HELD), "--postcopy-bandwidth", str(HELD), "--downtime-limit", "1")
         # Until then many more looks than five: the guest is as slow as the machine that it runs on.
         (data, page, said), _ = await asyncio.gather(
             seen(two, "--postcopy-after", "0.5", *limits), two.hurry_once_walked(times=25)

@@ -86,7 +86,9 @@ def assert_requests_were_answered(answer: dict[str, Any], result: MigrationResul
 async def test_a_postcopy_with_preempt_answers_on_its_own_channel(tmp_path: Path) -> None:
     async with pair(qemu_named("11.1"), tmp_path) as two:
         async with tapped(tmp_path, two.uri) as (listen, recording):
-            result = await migrated(two, broken_plan(two, uri=listen, preempt=True, postcopy_bandwidth=HELD))
+            result = await migrated(
+                two, broken_plan(two, uri=listen, preempt=True, bandwidth=HELD, postcopy_bandwidth=HELD)
+            )
             assert result.exit_code == 0, result.message
             await two.assert_guest_goes_on()
         await assert_recording_holds_what_the_source_has(recording, two.source, tmp_path)
@@ -103,7 +105,7 @@ async def test_a_postcopy_with_preempt_answers_on_its_own_channel(tmp_path: Path
 async def test_a_postcopy_of_7_2_answers_on_main(tmp_path: Path) -> None:
     async with pair(qemu_named("7.2"), tmp_path) as two:
         async with tapped(tmp_path, two.uri) as (listen, recording):
-            result = await migrated(two, broken_plan(two, uri=listen, postcopy_bandwidth=HELD))
+            result = await migrated(two, broken_plan(two, uri=listen, bandwidth=HELD, postcopy_bandwidth=HELD))
             assert result.exit_code == 0, result.message
             await two.assert_guest_goes_on()
         # 7.2 loses writes of a running guest (tests/live/same.py): what its source has is no measure.
@@ -142,7 +144,7 @@ async def test_a_recovery_is_told_as_a_second_main_channel(tmp_path: Path) -> No
             tapped(tmp_path, behind) as (listen, recording),
         ):
             cutter.relay, cutter.after_last = relay, two.hurry
-            plan = broken_plan(two, uri=listen, postcopy_bandwidth=HELD)
+            plan = broken_plan(two, uri=listen, bandwidth=HELD, postcopy_bandwidth=HELD)
             result = await migrate(*two.sessions, plan, on_event=cutter.heard)
             assert (result.exit_code, result.recoveries, cutter.cuts) == (0, 1, 1), result.message
             await two.assert_guest_goes_on()

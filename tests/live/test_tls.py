@@ -51,7 +51,7 @@ async def test_what_passes_through_tls_is_no_stream_and_a_broken_postcopy_is_bro
     qemu: Qemu, tmp_path: Path
 ) -> None:
     async with broken_pair(qemu, tmp_path, [256 << 10], **credentials(tmp_path)) as (two, cutter):
-        plan = broken_plan(two, **named(tls_hostname=NAME, postcopy_bandwidth=HELD))
+        plan = broken_plan(two, **named(tls_hostname=NAME, bandwidth=HELD, postcopy_bandwidth=HELD))
         result = await migrate(*two.sessions, plan, on_event=cutter.heard)
         assert (result.exit_code, result.recoveries) == (0, 1), result.message
         assert cutter.relay is not None
