@@ -15,6 +15,7 @@ from qmigrate.operations import attached
 from qmigrate.operations.migrate import recover
 from qmigrate.operations.plan import Plan
 from qmigrate.qmp import migration
+from tests.guests import console
 from tests.live import versions
 from tests.live.command import qmigrate, started
 from tests.live.pair import HELD, Pair, pair
@@ -69,6 +70,8 @@ async def test_pause_and_recover(qemu: Qemu, tmp_path: Path) -> None:
         code, _, err = await qmigrate("pause", source, destination)
         assert (code, "only postcopy can be paused" in err) == (2, True)
         await attached.start_postcopy(two.source.session)
+        # Paused before its guest has what it needs, the destination may answer nothing.
+        await console.wait_for_passes(two.console, 1)
         assert (await qmigrate("pause", source, destination))[:2] == (
             0,
             "paused; `qmigrate recover SRC DST` resumes it\n",

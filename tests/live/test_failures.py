@@ -16,6 +16,7 @@ from qmigrate.operations.plan import Plan
 from qmigrate.operations.policy import AtOnce
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.whereabouts import Place
+from tests.guests import console
 from tests.guests.build import Guest
 from tests.live.pair import HELD, Pair, pair
 from tests.live.some import every_qemu, oldest_and_newest, only_newest
@@ -61,9 +62,25 @@ def taken_over(event: LiveEvent) -> bool:
     return isinstance(event, events.GuestChanged) and event.side is Side.DESTINATION and event.running
 
 
-async def interfered(two: Pair, act: Act, *, switch: bool = False, answer_timeout_s: float = 60.0) -> MigrationResult:
+def walked(two: Pair) -> Callable[[LiveEvent], bool]:
+    """The guest has all that it needs there.
+
+    Before that its first interrupt may wait for a page, and QEMU with it, which then answers nothing.
+    """
+    return lambda _: bool(console.passes(two.console))
+
+
+async def interfered(
+    two: Pair,
+    act: Act,
+    *,
+    when: Callable[[LiveEvent], bool] | None = None,
+    switch: bool = False,
+    answer_timeout_s: float = 60.0,
+) -> MigrationResult:
+    when = when or (taken_over if switch else in_precopy)
     plan = plan_for(two, switch=switch, answer_timeout_s=answer_timeout_s)
-    return await migrate(*two.sessions, plan, on_event=once(taken_over if switch else in_precopy, act))
+    return await migrate(*two.sessions, plan, on_event=once(when, act))
 
 
 @oldest_and_newest
@@ -130,7 +147,7 @@ async def test_a_source_that_hangs_is_nowhere_to_be_asked(qemu: Qemu, tmp_path: 
 async def test_a_source_that_hangs_in_postcopy(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
         hang = lambda: os.kill(two.source.pid, signal.SIGSTOP)  # noqa: E731
-        result = await interfered(two, hang, switch=True, answer_timeout_s=HANGS_AFTER_S)
+        result = await interfered(two, hang, when=walked(two), switch=True, answer_timeout_s=HANGS_AFTER_S)
         assert (result.exit_code, result.place) == (4, Place.DESTINATION)
         assert "still on the source, which does not answer" in result.guest.sentence
         two.kill()
@@ -169,7 +186,7 @@ async def test_a_qmp_connection_that_is_cut_is_made_anew_to_ask_where_the_guest_
         async with Session.connect(source) as one, Session.connect(destination) as other:
             cut = one._client.abort
             plan = plan_for(two, switch=switch)
-            result = await migrate(one, other, plan, on_event=once(taken_over if switch else in_precopy, cut))
+            result = await migrate(one, other, plan, on_event=once(walked(two) if switch else in_precopy, cut))
         assert result.outcome is Outcome.FAILED
         assert result.message.startswith("source, in ")
         assert result.exit_code == (4 if switch else 3), result
