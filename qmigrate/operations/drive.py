@@ -18,6 +18,7 @@ from qmigrate.operations.ending import BLOCKED_AFTER_S, complete, conclude, sett
 from qmigrate.operations.interruption import Interruption
 from qmigrate.operations.mending import Mending
 from qmigrate.operations.plan import Plan, measures_blocktime
+from qmigrate.operations.policy import IfStuck
 from qmigrate.operations.prepare import prepare
 from qmigrate.operations.recover import heard
 from qmigrate.operations.result import MigrationResult, Outcome
@@ -50,6 +51,8 @@ class Driver:
         course = self._course
         prepared = await prepare(course.sides, self.plan)
         course.features, course.uri = prepared.features, prepared.uri
+        if any(isinstance(each, IfStuck) for each in self.plan.postcopy):
+            await course.source.ask_downtime_limit()
         course.tell_beginning("migrate")
         if measures_blocktime(self.plan, prepared.features[Side.DESTINATION]):
             course.tell(Decided(decision="measure", reason=MEASURES))

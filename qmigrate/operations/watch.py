@@ -144,6 +144,13 @@ class Watched:
         self.run_state = state
         self._news.set()
 
+    async def ask_downtime_limit(self) -> None:
+        """For how long it may stop the guest at the end of precopy, whoever said so."""
+        answer = await self.session.execute("query-migrate-parameters", timeout_s=self.answer_timeout_s)
+        limit_ms = _number(answer.get("downtime-limit")) if isinstance(answer, Mapping) else None
+        if limit_ms is not None:
+            self.downtime_limit_ms = limit_ms
+
     def poll_soon(self, *, within_s: float = FIRST_POLL_S) -> None:
         """Somebody waits for it: ask it soon, and often for a while."""
         if within_s < self._pause_s:

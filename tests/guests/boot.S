@@ -272,7 +272,7 @@ fill_memory:
     stosd
     loop 3b
 4:  inc ebx
-    cmp ebx, PAGE_COUNT
+    cmp ebx, FILL_COUNT
     jb 1b
     ret
 

@@ -42,6 +42,8 @@ class Guest:
     drawn, even pages stay zero and odd ones don't.
     ``pages_per_tick``: a walker looks at so many pages each millisecond; 0: as fast as it can.
     ``stride``: how far from one page to the next in a pass, as a share of the range; 0: in order.
+    ``still_mib``: behind the range so much is filled likewise, and never looked at again.  A guest that was migrated
+    asks for none of it: it comes as fast as somebody lets it.
     """
 
     kind: Literal["walker", "idle", "speaker"] = "walker"
@@ -53,6 +55,7 @@ class Guest:
     seed: int = 2014
     lot_pages: int = 1
     alternate: bool = False
+    still_mib: int = 0
 
     @property
     def first_address(self) -> int:
@@ -61,7 +64,12 @@ class Guest:
     @property
     def page_count(self) -> int:
         # RAM beyond 4 GiB is out of a 32-bit guest's reach, and q35 moves all but 2 GiB up there.
-        return (min(self.memory_mib, 2048) - 3) * MIB // PAGE_BYTES
+        return (min(self.memory_mib, 2048) - 3 - self.still_mib) * MIB // PAGE_BYTES
+
+    @property
+    def filled_count(self) -> int:
+        """Pages of the range, and those behind it."""
+        return self.page_count + self.still_mib * MIB // PAGE_BYTES
 
     # ---- the program ----
 
@@ -82,6 +90,7 @@ class Guest:
             "SEED": self.seed,
             "FIRST_ADDRESS": self.first_address,
             "PAGE_COUNT": self.page_count,
+            "FILL_COUNT": self.filled_count,
             "ZERO_BELOW": self._zero_below,
             "WALKED_FROM": self._walked_from,
             "STRIDE": self._stride_pages,

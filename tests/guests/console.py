@@ -36,7 +36,7 @@ def passes(console: Path, *, offset: int = 0) -> list[Pass]:
     return [Pass(int(match[1]), "" if match[2] == "good" else match[0]) for match in matches]
 
 
-async def wait_until_ready(console: Path, *, timeout_s: float = 30.0) -> None:
+async def wait_until_ready(console: Path, *, timeout_s: float = 60.0) -> None:
     """Wait until the guest has filled its memory."""
     deadline = time.monotonic() + timeout_s
     while b"ready\n" not in _said(console):
@@ -45,7 +45,7 @@ async def wait_until_ready(console: Path, *, timeout_s: float = 30.0) -> None:
 
 
 async def wait_for_passes(
-    console: Path, count: int, *, timeout_s: float = 30.0, offset: int = 0, whole: bool = True
+    console: Path, count: int, *, timeout_s: float = 60.0, offset: int = 0, whole: bool = True
 ) -> list[Pass]:
     """Wait for so many passes behind ``offset`` in the file, all of them good, if its memory has to be ``whole``."""
     deadline = time.monotonic() + timeout_s
@@ -59,7 +59,7 @@ async def wait_for_passes(
         await asyncio.sleep(_POLL_S)
 
 
-async def assert_goes_on(console: Path, *, timeout_s: float = 30.0, whole: bool = True) -> None:
+async def assert_goes_on(console: Path, *, timeout_s: float = 60.0, whole: bool = True) -> None:
     """The guest goes on: three further passes, following on each other, and every one good.
 
     Not ``whole``: it need not have all of its memory, as its source may have lost writes (tests/live/same.py).

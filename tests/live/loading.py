@@ -34,7 +34,7 @@ async def loaded(
     said = folder / "console"
     arguments = [*arguments_of(qemu, kind, folder, said), "-incoming", "defer", *(["-S"] if stopped else [])]
     async with Machine(qemu.path, arguments, name=f"destination {qemu.name}") as machine:
-        await migration.set_capabilities(machine.session, kind.capabilities)
+        await migration.set_capabilities(machine.session, {"events": True, **kind.capabilities})
         back = await (_through_socket if kind.through_relay else _through_file)(machine, folder, stream)
         await migration.wait_until(machine.session, "completed", timeout_s=TIMEOUT_S)
         yield Loaded(machine, said, back)

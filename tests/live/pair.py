@@ -1,5 +1,6 @@
 """Two real QEMUs for one migration: a source with a guest that runs, and a destination that waits for it."""
 
+import asyncio
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -8,17 +9,23 @@ from typing import Any, Final
 
 from qmigrate.errors import QmpError
 from qmigrate.operations.policy import AtOnce
+from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from qmigrate.qmp.session import Session
 from tests.guests import console
 from tests.guests.build import Guest
 from tests.live.versions import Qemu
 
-# The walker: a pass over its memory takes a tenth of a second, so that it goes on visibly.
-SMALL: Final = Guest("walker", memory_mib=16)
+# A pass over what it walks takes a twentieth of a second, so that it goes on visibly.  It never asks for the rest.
+SMALL: Final = Guest("walker", memory_mib=16, still_mib=8)
 
 # Precopy with so little bandwidth does not converge; raise it, or switch.
 SLOW: Final = 4 << 20
+
+# So is this, and of what the guest never looks at next to nothing has gone before the switch.  After it the guest
+# has what it asks for without a limit (of 5.2 and 7.2 within it); the rest takes most of a minute, so that a postcopy
+# can't be over before it was paused, broken or asked about.  Then hurry().
+HELD: Final = 128 << 10
 
 # Of a plan: postcopy before precopy can have completed, as else it may with a small guest.
 AT_ONCE: Final[Mapping[str, Any]] = {"postcopy": [AtOnce()], "bandwidth": SLOW, "downtime_limit_ms": 1}
@@ -48,6 +55,18 @@ class Pair:
         """Lift what slows the rest of a postcopy down: what is tested of it is over."""
         with suppress(QmpError):
             await self.source.session.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+
+    async def hurry_once_asked(self, *, times: int = 1) -> None:
+        """Once the guest, on the destination, has asked for so many pages."""
+        async with asyncio.timeout(60):
+            while (await migration.query(self.source.session)).get("ram", {}).get("postcopy-requests", 0) < times:  # noqa: ASYNC110 - it does not tell
+                await asyncio.sleep(0.02)
+        await self.hurry()
+
+    async def hurry_once_walked(self, *, times: int = 1) -> None:
+        """Once the guest has asked for all that it walks, and been through it so often on the destination."""
+        await console.wait_for_passes(self.console, times)
+        await self.hurry()
 
     def kill(self) -> None:
         """Both: a QEMU whose postcopy is paused does not end when asked."""

@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import shlex
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import pytest
 
-from qmigrate.events import LiveEvent
+from qmigrate.events import Latency, LiveEvent
 from qmigrate.operations.receive import Listening, Receiver, ReceiveResult
 from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
@@ -22,10 +22,11 @@ from tests.live import monitor
 from tests.live.versions import Qemu
 
 TIMEOUT_S: Final = 60.0
-SLOW: Final = 4 << 20
 FAST: Final = 1 << 40
-POSTCOPY: Final = 32 << 20  # so that touchers find missing pages
-GUEST: Final = Guest("walker", memory_mib=16)
+HELD: Final = 128 << 10  # a minute and more for a guest, but for what is asked for
+GUEST: Final = Guest("walker", memory_mib=16, still_mib=8)
+LARGER: Final = Guest("walker", memory_mib=32, still_mib=24)
+"""Multifd sends 128 pages at a time, whatever the bandwidth: all of it takes four seconds."""
 PAGE: Final = 4096
 
 
@@ -49,6 +50,10 @@ class Receiving:
                 assert not self.task.done(), self.task.result()
                 self.news.clear()
                 await self.news.wait()
+
+    async def wait_for_answers(self, where: str = "requests") -> None:
+        """Until pages that were asked for have come, over this channel."""
+        await self.wait_for(lambda event: isinstance(event, Latency) and event.where == where)
 
     async def wait_for_connection(self) -> None:
         """Until a source has come."""
@@ -113,10 +118,37 @@ async def source_of(
         yield machine_
 
 
-async def migrate(source: Machine, uri: str, *, postcopy: bool, capabilities: dict[str, bool] | None = None) -> None:
-    """To its end; postcopy is begun at once, at a bandwidth at which precopy can't have ended."""
-    await start(source, uri, postcopy=postcopy, capabilities=capabilities)
+async def migrate(
+    source: Machine,
+    uri: str,
+    *,
+    postcopy: bool,
+    capabilities: dict[str, bool] | None = None,
+    first: Callable[[], Awaitable[None]] | None = None,
+    some_before: bool = True,
+) -> None:
+    """To its end; postcopy begins when some pages were sent.  ``first``: until it returns only what is asked for comes.
+
+    ``some_before``: not with huge pages, of which one goes at a time, whatever the bandwidth: a guest that stands still
+    would have sent all in a second.  Then postcopy is begun at once.
+    """
+    await start(
+        source,
+        uri,
+        postcopy=postcopy,
+        capabilities=capabilities,
+        limits=None if first is None else {"max-postcopy-bandwidth": HELD},
+        some_before=some_before and postcopy,
+    )
+    if first is not None:
+        await first()
+        await hurry(source)
     await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
+
+
+async def hurry(source: Machine) -> None:
+    """The rest of a postcopy as fast as it goes."""
+    await migration.set_parameters(source.session, {"max-postcopy-bandwidth": 0})
 
 
 async def start(
@@ -126,16 +158,32 @@ async def start(
     postcopy: bool,
     capabilities: dict[str, bool] | None = None,
     limits: dict[str, int] | None = None,
+    some_before: bool = False,
 ) -> None:
-    """Begin."""
+    """Begin; with postcopy at once, or when some pages were sent.
+
+    At once: precopy can't be over before, as QEMU has the switch before it has sent anything.
+    """
     session = source.session
-    states = {"return-path": True, "postcopy-ram": postcopy, **(capabilities or {})}
+    states = {"events": True, "return-path": True, "postcopy-ram": postcopy, **(capabilities or {})}
     await migration.set_capabilities(session, states)
-    usual = {"max-bandwidth": SLOW, "max-postcopy-bandwidth": POSTCOPY} if postcopy else {"max-bandwidth": FAST}
+    usual = {"max-bandwidth": HELD, "max-postcopy-bandwidth": 0} if postcopy else {"max-bandwidth": FAST}
     await migration.set_parameters(session, {**usual, **(limits or {})})
-    await migration.start(session, uri)
-    if postcopy:
+    if some_before:
+        await migration.start(session, uri)
+        await _some_sent(source)
         await session.execute("migrate-start-postcopy")
+        return
+    # Both lie in QEMU's queue before it does the first, which only begins to connect.
+    switch = [session.execute("migrate-start-postcopy")] if postcopy else []
+    await asyncio.gather(migration.start(session, uri), *switch)
+
+
+async def _some_sent(source: Machine) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not (told := await migration.query(source.session)).get("ram", {}).get("normal"):
+            assert told["status"] in ("setup", "active"), told
+            await asyncio.sleep(0.01)
 
 
 async def after_passes(source: Machine, count: int) -> None:
@@ -214,6 +262,7 @@ async def loading(
     said = folder / "loaded-console"
     arguments = [*guest.arguments(console=said, machine=machine), *more, "-incoming", "defer"]
     async with Machine(qemu.path, arguments, name=f"loads {qemu.name}") as loads:
+        await migration.set_capabilities(loads.session, {"events": True})
         await migration.start_incoming(loads.session, f"exec:cat {shlex.quote(str(stream))}")
         await migration.wait_until(loads.session, "completed", timeout_s=TIMEOUT_S)
         await loads.session.execute("cont")  # its source may have been stopped

@@ -348,7 +348,7 @@ async def recorded(qemu: Qemu, name: str | Kind, folder: Path) -> AsyncGenerator
         if kind.paused:
             await source.session.execute("stop")
         if not kind.through_relay:
-            await migration.set_capabilities(source.session, kind.capabilities)
+            await migration.set_capabilities(source.session, {"events": True, **kind.capabilities})
             if kind.parameters:
                 await migration.set_parameters(source.session, kind.parameters)
         if kind.through_relay:
@@ -386,7 +386,7 @@ async def _through_relay(
         Relay(f"unix:{listens}", f"unix:{target}", folder) as relay,
     ):
         for machine in (source, destination):
-            await migration.set_capabilities(machine.session, kind.capabilities)
+            await migration.set_capabilities(machine.session, {"events": True, **kind.capabilities})
             await migration.set_parameters(machine.session, kind.parameters)
         await migration.start_incoming(destination.session, f"unix:{target}")
         await _migrate(source, kind, f"unix:{listens}")

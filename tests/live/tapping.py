@@ -21,10 +21,10 @@ async def tapped(folder: Path, forward: str) -> AsyncGenerator[tuple[str, Path]]
     process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
     try:
         assert process.stderr is not None
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             assert b"listening at" in await process.stderr.readline()
         yield listen, recording
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             said = await process.stderr.read()
             assert await process.wait() == 0, said.decode()
     finally:

@@ -15,9 +15,10 @@ from qmigrate.operations import attached
 from qmigrate.operations.migrate import recover
 from qmigrate.operations.plan import Plan
 from qmigrate.qmp import migration
+from tests.guests import console
 from tests.live import versions
 from tests.live.command import qmigrate, started
-from tests.live.pair import SLOW, Pair, pair
+from tests.live.pair import HELD, Pair, pair
 from tests.live.some import every_qemu, oldest_and_newest, only_newest
 from tests.live.versions import Qemu
 
@@ -30,11 +31,11 @@ async def under_way(qemu: Qemu, folder: Path, *, postcopy: bool = True) -> Async
     async with pair(qemu, folder) as two:
         for session in two.sessions:
             await migration.set_capabilities(session, {"postcopy-ram": postcopy})
-        limits = {"max-bandwidth": SLOW, "downtime-limit": 1, "max-postcopy-bandwidth": SLOW}
+        limits = {"max-bandwidth": HELD, "downtime-limit": 1, "max-postcopy-bandwidth": HELD}
         await migration.set_parameters(two.source.session, limits)
         await migration.start_incoming(two.destination.session, two.uri)
         await migration.start(two.source.session, two.uri)
-        await migration.wait_until(two.source.session, "active", timeout_s=15)
+        await migration.wait_until(two.source.session, "active", timeout_s=60)
         yield two
 
 
@@ -43,10 +44,9 @@ async def test_start_postcopy(qemu: Qemu, tmp_path: Path) -> None:
     async with under_way(qemu, tmp_path) as two:
         source, _ = two.addresses
         code, out, err = await qmigrate("start-postcopy", source)
-        assert (code, err) == (0, "")
-        assert out in ("switched to postcopy\n", "it was complete before the switch, which then changes nothing\n")
+        assert (code, out, err) == (0, "switched to postcopy\n", "")
         await two.hurry()
-        await migration.wait_until(two.source.session, "completed", timeout_s=30)
+        await migration.wait_until(two.source.session, "completed", timeout_s=60)
         assert await qmigrate("start-postcopy", source) == (0, "already complete: there is nothing to switch\n", "")
         await two.assert_guest_goes_on()
 
@@ -70,6 +70,8 @@ async def test_pause_and_recover(qemu: Qemu, tmp_path: Path) -> None:
         code, _, err = await qmigrate("pause", source, destination)
         assert (code, "only postcopy can be paused" in err) == (2, True)
         await attached.start_postcopy(two.source.session)
+        # Paused before its guest has what it needs, the destination may answer nothing.
+        await console.wait_for_passes(two.console, 1)
         assert (await qmigrate("pause", source, destination))[:2] == (
             0,
             "paused; `qmigrate recover SRC DST` resumes it\n",
@@ -156,7 +158,7 @@ async def test_ctrl_c_in_precopy_leaves_the_guest_on_the_source(qemu: Qemu, tmp_
 @oldest_and_newest
 async def test_ctrl_c_after_the_switch_explains_then_pauses(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
-        limits = ["--bandwidth", "4M", "--postcopy-bandwidth", "1M", "--downtime-limit", "1"]
+        limits = ["--bandwidth", str(HELD), "--postcopy-bandwidth", str(HELD), "--downtime-limit", "1"]
         code, out, err = await interrupted(two, "--postcopy", *limits, when=b'"decision": "switch"')
         said = [json.loads(line) for line in out.splitlines()]
         decisions = [each["decision"] for each in said if each["event"] == "decided"]
@@ -178,5 +180,5 @@ async def test_a_killed_driver_leaves_a_postcopy_that_ends_well(tmp_path: Path) 
                 break
         os.kill(process.pid, signal.SIGKILL)
         await process.wait()
-        await migration.wait_until(two.source.session, "completed", timeout_s=30)
+        await migration.wait_until(two.source.session, "completed", timeout_s=60)
         await two.assert_guest_goes_on()

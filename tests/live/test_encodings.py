@@ -22,6 +22,7 @@ from tests.live.encodings import assert_read_as_loaded, in_files
 from tests.live.loading import loaded
 from tests.live.recording import ENCODED, KINDS, recorded
 from tests.live.same import assert_same_ram
+from tests.live.saved import saved
 from tests.live.versions import Qemu, installed
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
@@ -62,11 +63,11 @@ async def test_ram_that_travelled_otherwise_is_that_of_the_qemu_that_loaded_it(
 @pytest.mark.parametrize("qemu", installed(), ids=lambda qemu: qemu.name)
 async def test_what_we_encode_as_xbzrle_qemu_decodes(qemu: Qemu, tmp_path: Path) -> None:
     """Each page comes as another copy first; what makes it what it was comes as the difference from that."""
-    async with recorded(qemu, "pc-paused", tmp_path) as recording:
-        with Migration(recording.stream) as migration:
-            expected = joined(migration.entries())
-        with Migration(recording.stream) as migration:
-            changed = b"".join(write(with_differences(migration.entries())))
+    file = await saved(qemu, "pc-paused", tmp_path / "saved")
+    with Migration(file.stream) as migration:
+        expected = joined(migration.entries())
+    with Migration(file.stream) as migration:
+        changed = b"".join(write(with_differences(migration.entries())))
     (tmp_path / "changed.mig").write_bytes(changed)
     with Migration(tmp_path / "changed.mig") as migration:
         gathering = Gathering(migration.entries())

@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 every_qemu = pytest.mark.parametrize("qemu", versions.installed(), ids=lambda qemu: qemu.name)
 every_board = pytest.mark.parametrize("board", ["pc", "q35"])
 
-SMALL = Guest("walker", memory_mib=16)
+SMALL = Guest("walker", memory_mib=8)
 
 
 @asynccontextmanager
@@ -29,14 +29,15 @@ async def running(qemu: Qemu, guest: Guest, said: Path, *more: str, board: str =
 
 
 async def memory_of(machine: Machine, guest: Guest, file: Path) -> list[bytes]:
-    """The pages of a guest's range."""
-    size = guest.page_count * PAGE_BYTES
+    """The pages that a guest has filled."""
+    size = guest.filled_count * PAGE_BYTES
     await machine.session.execute("pmemsave", {"val": guest.first_address, "size": size, "filename": str(file)})
     memory = file.read_bytes()
     return [memory[start : start + PAGE_BYTES] for start in range(0, size, PAGE_BYTES)]
 
 
 async def migrate(machine: Machine, uri: str) -> None:
+    await migration.set_capabilities(machine.session, {"events": True})
     await migration.start(machine.session, uri)
     await migration.wait_until(machine.session, "completed", timeout_s=60)
 
@@ -61,6 +62,7 @@ async def test_a_walker_goes_on_in_another_qemu_through_a_file(qemu: Qemu, board
         await console.wait_for_passes(before, 1)
         await migrate(source, f"exec:cat > {stream}")
     async with running(qemu, SMALL, after, "-incoming", "defer", board=board) as destination:
+        await migration.set_capabilities(destination.session, {"events": True})
         await migration.start_incoming(destination.session, f"exec:cat {stream}")
         await migration.wait_until(destination.session, "completed", timeout_s=60)
         await console.assert_goes_on(after)
@@ -75,8 +77,7 @@ async def test_a_walker_goes_on_in_another_qemu_through_a_socket(qemu: Qemu, boa
         running(qemu, SMALL, before, board=board) as source,
         running(qemu, SMALL, after, "-incoming", "defer", board=board) as destination,
     ):
-        for machine in (source, destination):
-            await migration.set_capabilities(machine.session, {"events": True})
+        await migration.set_capabilities(destination.session, {"events": True})
         await console.wait_for_passes(before, 1)
         await migration.start_incoming(destination.session, f"unix:{address}")
         await migrate(source, f"unix:{address}")
@@ -85,12 +86,12 @@ async def test_a_walker_goes_on_in_another_qemu_through_a_socket(qemu: Qemu, boa
 
 @every_qemu
 async def test_the_memory_of_an_idle_guest_is_what_python_computes(qemu: Qemu, tmp_path: Path) -> None:
-    guest, said = Guest("idle", memory_mib=16), tmp_path / "console"
+    guest, said = Guest("idle", memory_mib=16, still_mib=8), tmp_path / "console"
     async with running(qemu, guest, said) as machine:
         await console.wait_until_ready(said)
         memory = await memory_of(machine, guest, tmp_path / "memory")
-        assert memory == [guest.page(index) for index in range(guest.page_count)]
-    assert 0.2 < memory.count(bytes(PAGE_BYTES)) / guest.page_count < 0.3
+        assert memory == [guest.page(index) for index in range(guest.filled_count)]
+    assert 0.2 < memory.count(bytes(PAGE_BYTES)) / guest.filled_count < 0.3
 
 
 @every_qemu

@@ -16,7 +16,7 @@ from qmigrate.operations.migrate import migrate
 from qmigrate.operations.plan import Plan
 from qmigrate.qmp.session import Session
 from tests.live.command import qmigrate, started
-from tests.live.pair import Pair, pair
+from tests.live.pair import HELD, Pair, pair
 from tests.live.some import only_newest
 from tests.live.versions import Qemu
 
@@ -53,7 +53,7 @@ async def test_a_postcopy_between_two_hosts_is_paused_and_brought_back_through_a
         code, _, err = await qmigrate("migrate", source, destination)
         assert (code, "where it shall listen isn't known: say it with --uri" in err) == (2, True)
 
-        slow = ["--bandwidth", "4M", "--postcopy-bandwidth", "4M", "--downtime-limit", "1"]
+        slow = ["--bandwidth", str(HELD), "--postcopy-bandwidth", str(HELD), "--downtime-limit", "1"]
         any_port = ["--uri", f"tcp:{THERE}:0"]
         process = await started("migrate", source, destination, *any_port, "--postcopy", *slow, "--ndjson")
         while process.returncode is None:
@@ -62,10 +62,10 @@ async def test_a_postcopy_between_two_hosts_is_paused_and_brought_back_through_a
                 break
             except QmigrateError:  # it is not in postcopy yet
                 await asyncio.sleep(0.01)
-        said, _ = await asyncio.wait_for(process.communicate(), 30)
+        said, _ = await asyncio.wait_for(process.communicate(), 60)
         assert process.returncode == 5, said.decode().splitlines()[-1]
 
-        await both.source.session.execute("migrate-set-parameters", {"max-postcopy-bandwidth": 0})
+        await both.hurry()
         code, out, err = await qmigrate("recover", source, destination, *any_port, "--ndjson")
         heard = [json.loads(line) for line in out.splitlines()]
         assert (code, heard[-1]["message"]) == (0, "migrated with postcopy, brought back once"), err
@@ -82,7 +82,7 @@ async def test_a_destination_that_listens_at_any_address_is_connected_to_by_the_
         with pytest.raises(RefusedError, match="at any address of its host: say with --uri which"):
             await migrate(*both.sessions, Plan(listen="tcp:0.0.0.0:0"))
         async with Session.connect((THERE, int(destination.partition(":")[2]))) as there:
-            plan = Plan(listen="tcp:0.0.0.0:0", uri=f"tcp:{THERE}:0", answer_timeout_s=15.0)
+            plan = Plan(listen="tcp:0.0.0.0:0", uri=f"tcp:{THERE}:0", answer_timeout_s=60.0)
             result = await migrate(both.source.session, there, plan)
         assert result.exit_code == 0, result.message
         commands = [each for each in result.events if isinstance(each, events.CommandSent)]

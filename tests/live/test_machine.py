@@ -99,7 +99,7 @@ def test_a_killed_parent_leaves_no_qemu_behind(qemu: Qemu) -> None:
         qemu_process = os.pidfd_open(pid)
         try:
             parent.send_signal(signal.SIGKILL)
-            ended, _, _ = select.select([qemu_process], [], [], 30)
+            ended, _, _ = select.select([qemu_process], [], [], 60)
             assert ended, f"QEMU {pid} runs on"
         finally:
             os.close(qemu_process)
@@ -126,7 +126,7 @@ async def test_a_migration_to_nobody_fails_with_qemus_reason(qemu: Qemu, tmp_pat
         await migration.set_parameters(machine.session, {"max-bandwidth": 1 << 30})
         await migration.start(machine.session, f"unix:{tmp_path}/nobody")
         with pytest.raises(QmpCommandError, match=r"migrate: Failed to connect to .*nobody.*: No such file"):
-            await migration.wait_until(machine.session, "completed", timeout_s=30)
+            await migration.wait_until(machine.session, "completed", timeout_s=60)
 
 
 @every_qemu

@@ -25,7 +25,7 @@ pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
 
 def plan_for(two: Pair, **wishes: Any) -> Plan:
-    return Plan(**{"uri": two.uri, "answer_timeout_s": 15.0, "stall_timeout_s": 30.0, **wishes})
+    return Plan(**{"uri": two.uri, "answer_timeout_s": 60.0, "stall_timeout_s": 60.0, **wishes})
 
 
 def never_converges(**wishes: Any) -> dict[str, Any]:

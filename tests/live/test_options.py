@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
 
 def plan_for(two: Pair, **wishes: Any) -> Plan:
-    return Plan(**{"uri": two.uri, "answer_timeout_s": 15.0, **wishes})
+    return Plan(**{"uri": two.uri, "answer_timeout_s": 60.0, **wishes})
 
 
 async def capabilities(two: Pair) -> dict[str, bool]:
@@ -187,8 +187,8 @@ async def test_x_postcopy_ram_by_property(qemu: Qemu, tmp_path: Path) -> None:
 @only_newest
 async def test_the_schema_is_asked_once_a_session(qemu: Qemu, tmp_path: Path) -> None:
     async with pair(qemu, tmp_path) as two:
-        first = await Features.of(two.source.session, timeout_s=15)
-        again = await Features.of(two.source.session, timeout_s=15)
+        first = await Features.of(two.source.session, timeout_s=60)
+        again = await Features.of(two.source.session, timeout_s=60)
         assert first.schema is again.schema
         assert "postcopy-active" in first.statuses
         assert first.schema.has_command("migrate-recover")
@@ -199,7 +199,7 @@ async def test_channels_take_the_place_of_uri(qemu: Qemu, tmp_path: Path) -> Non
     """No QEMU lacks `uri` yet: take it out of what this one says of itself."""
     async with pair(qemu, tmp_path) as two:
         for session in two.sessions:
-            schema = (await Features.of(session, timeout_s=15)).schema
+            schema = (await Features.of(session, timeout_s=60)).schema
             for command in ("migrate", "migrate-incoming"):
                 if "channels" not in schema.arguments(command):
                     pytest.skip(f"QEMU {qemu.name} has no channels")

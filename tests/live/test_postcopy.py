@@ -15,6 +15,7 @@ from tests.live.answers import messages_in, summary_of
 from tests.live.loading import loaded
 from tests.live.recording import recorded
 from tests.live.same import assert_same_ram, assert_same_registers, loses_writes
+from tests.live.saved import saved
 from tests.live.some import every_qemu
 from tests.live.versions import Qemu
 
@@ -33,12 +34,11 @@ def names(places: list[CommandPlace]) -> list[str]:
 
 @every_qemu
 async def test_a_postcopy_stream_holds_what_its_source_holds(qemu: Qemu, tmp_path: Path) -> None:
-    for name in ("precopy", "postcopy"):
-        (tmp_path / name).mkdir()
-    async with recorded(qemu, "pc-paused", tmp_path / "precopy") as recording:
-        with Migration(recording.stream) as migration:
-            # A postcopy stream has none; that of the same machine in the same QEMU fits.
-            description = migration.contents.description
+    (tmp_path / "postcopy").mkdir()
+    precopy = await saved(qemu, "pc-paused", tmp_path / "precopy")
+    with Migration(precopy.stream) as migration:
+        # A postcopy stream has none; that of the same machine in the same QEMU fits.
+        description = migration.contents.description
     async with recorded(qemu, "pc-postcopy", tmp_path / "postcopy") as recording:
         with Migration(recording.stream, description=description) as migration:
             checked = check(migration)
@@ -60,12 +60,12 @@ async def test_a_postcopy_stream_holds_what_its_source_holds(qemu: Qemu, tmp_pat
 async def test_a_qemu_that_loads_a_postcopy_stream_written_from_values_has_what_was_extracted(
     qemu: Qemu, tmp_path: Path
 ) -> None:
-    async with recorded(qemu, "pc-postcopy", tmp_path) as recording:
-        kind = recording.kind
-        with Migration(recording.stream) as migration:
-            assert any(isinstance(place.command, Packaged) for place in migration.commands)
-            extracted = extract(migration, tmp_path / "ram")
-            written = b"".join(write(migration.entries()))
+    file = await saved(qemu, "pc-postcopy", tmp_path / "postcopy")
+    kind = file.kind
+    with Migration(file.stream) as migration:
+        assert any(isinstance(place.command, Packaged) for place in migration.commands)
+        extracted = extract(migration, tmp_path / "ram")
+        written = b"".join(write(migration.entries()))
     # A guest that is held sees each page as it came, also where the source lost writes (same.loses_writes).
     async with loaded(qemu, kind, tmp_path / "destination", written, stopped=True) as destination:
         compared = await assert_same_ram(destination.machine, extracted, tmp_path / "memory")
@@ -80,14 +80,14 @@ async def test_a_qemu_that_loads_a_postcopy_stream_written_from_values_has_what_
 async def test_commands_and_answers_of_a_postcopy_migration_are_those_of_the_protocol(
     qemu: Qemu, tmp_path: Path
 ) -> None:
-    async with recorded(qemu, "pc-postcopy", tmp_path) as recording:
-        assert recording.back is not None
-        back = recording.back.read_bytes()
-        with Migration(recording.stream) as migration:
-            # Without a description too: the device sections of the package are told apart.
-            assert check(migration).identical
-            summary_of(migration.contents)
-            commands, blocks = migration.commands, migration.blocks
+    file = await saved(qemu, "pc-postcopy", tmp_path / "postcopy")
+    assert file.back is not None
+    back = file.back.read_bytes()
+    with Migration(file.stream) as migration:
+        # Without a description too: the device sections of the package are told apart.
+        assert check(migration).identical
+        summary_of(migration.contents)
+        commands, blocks = migration.commands, migration.blocks
     (package,) = [place for place in commands if place.contents]
     inside = [item for item in package.contents if isinstance(item, CommandPlace)]
     since_10_0 = ["SWITCHOVER_START"] if qemu.number >= (10,) else []

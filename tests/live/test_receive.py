@@ -3,7 +3,7 @@
 import asyncio
 import shlex
 import sys
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -18,11 +18,13 @@ from qmigrate.operations.receive import BlocksCame, Latency, Paused
 from qmigrate.qmp import migration
 from tests.guests import console
 from tests.live.receiving import (
-    SLOW,
+    HELD,
+    LARGER,
     TIMEOUT_S,
     after_passes,
     assert_same_ram,
     huge_pages,
+    hurry,
     loading,
     migrate,
     receiving,
@@ -99,7 +101,7 @@ async def test_a_postcopy_that_began_on_multifd_channels_ends_on_main(qemu: Qemu
     """7.2 aborts at its end, 10.0 refuses the two together."""
     raw = tmp_path / "ram"
     async with (
-        source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
+        source_of(qemu, tmp_path, paused=loses_writes(qemu), guest=LARGER) as source,
         receiving(tmp_path, raw=raw, workloads=[Workload(seed=1)]) as receiver,
     ):
         await migrate(source, receiver.uri, postcopy=True, capabilities=MULTIFD)
@@ -116,7 +118,7 @@ async def test_after_postcopy_memory_is_the_stopped_sources(qemu: Qemu, tmp_path
         source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
         receiving(tmp_path, raw=raw, workloads=workloads) as receiver,
     ):
-        await migrate(source, receiver.uri, postcopy=True)
+        await migrate(source, receiver.uri, postcopy=True, first=receiver.wait_for_answers)
         result = await receiver.result()
         assert (result.exit_code, result.message) == (0, "the migration was received")
         assert [phase for phase, _ in result.phases][-3:] == ["listening", "running", "ended"]
@@ -155,7 +157,7 @@ async def test_a_page_that_the_package_waits_for_comes_while_it_is_loaded(tmp_pa
         source_of(qemu, tmp_path) as source,
         receiving(tmp_path, touch_in_package=True) as receiver,
     ):
-        await migrate(source, receiver.uri, postcopy=True)
+        await migrate(source, receiver.uri, postcopy=True, first=receiver.wait_for_answers)
         result = await receiver.result()
         assert result.exit_code == 0, result.message
         latencies = {event.where: sum(event.counts) for event in receiver.events if isinstance(event, Latency)}
@@ -182,33 +184,19 @@ async def test_a_saved_stream_loads_into_a_stock_qemu_and_the_guest_goes_on(
 
 @pytest.mark.parametrize("qemu", [qemu for qemu in installed() if qemu.number >= (7, 1)], ids=lambda qemu: qemu.name)
 async def test_requested_pages_come_on_the_preempt_channel(qemu: Qemu, tmp_path: Path) -> None:
-    # A page that is asked for may be on its way already, and with a small guest now and then all are.
-    came = 0
-    for attempt in ("first", "second", "third"):
-        folder = tmp_path / attempt
-        folder.mkdir()
-        came = came or (await _preempted(qemu, folder)).get("preempt", 0)
-        if came:
-            break
-    assert came > 0
-
-
-async def _preempted(qemu: Qemu, folder: Path) -> Mapping[str, int]:
-    raw = folder / "ram"
+    raw = tmp_path / "ram"
     async with (
-        source_of(qemu, folder, paused=loses_writes(qemu)) as source,
-        receiving(folder, raw=raw, workloads=[Workload(seed=1)], touch_in_package=True) as receiver,
+        source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
+        receiving(tmp_path, raw=raw, workloads=[Workload(seed=1)], touch_in_package=True) as receiver,
     ):
-        # So slow that nearly all pages are asked for before they come by themselves; what is asked for has no limit.
-        preempt, slow = {"postcopy-preempt": True}, {"max-postcopy-bandwidth": SLOW}
-        await start(source, receiver.uri, postcopy=True, capabilities=preempt, limits=slow)
-        await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
+        # A page that is asked for may be on its way already: the rest is held until some were not.
+        first = partial(receiver.wait_for_answers, "preempt")
+        await migrate(source, receiver.uri, postcopy=True, capabilities={"postcopy-preempt": True}, first=first)
         result = await receiver.result()
         assert result.exit_code == 0, result.message
-        assert result.numbers.get("preempt", 0) <= result.numbers["requested"]
+        assert 0 < result.numbers["preempt"] <= result.numbers["requested"]
         assert result.numbers["duplicates"] == 0
-        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, folder / "memory")
-    return result.numbers
+        assert {"pc.ram", "pc.bios"} <= await assert_same_ram(source, raw, tmp_path / "memory")
 
 
 @every_qemu
@@ -216,9 +204,10 @@ async def test_a_broken_postcopy_is_recovered_and_nothing_is_lost(qemu: Qemu, tm
     raw = tmp_path / "ram"
     async with (
         source_of(qemu, tmp_path, paused=loses_writes(qemu)) as source,
-        receiving(tmp_path, raw=raw, workloads=[Workload(seed=1)]) as receiver,
+        # Half a minute until all of it was asked for.
+        receiving(tmp_path, raw=raw, workloads=[Workload(seed=1, rate=100)]) as receiver,
     ):
-        await start(source, receiver.uri, postcopy=True, limits={"max-postcopy-bandwidth": SLOW})
+        await start(source, receiver.uri, postcopy=True, limits={"max-postcopy-bandwidth": HELD})
         await receiver.wait_for(lambda event: isinstance(event, StatusChanged) and event.status == "running")
         await migration.wait_until(source.session, "postcopy-active", timeout_s=TIMEOUT_S)
         await source.session.execute("migrate-pause", oob=True)
@@ -226,7 +215,7 @@ async def test_a_broken_postcopy_is_recovered_and_nothing_is_lost(qemu: Qemu, tm
         await migration.wait_until(source.session, "postcopy-paused", timeout_s=TIMEOUT_S)
         uri = f"unix:{tmp_path / 'again'}"
         assert await ask(receiver.receiver.control, "recover", uri) == uri
-        await migration.set_parameters(source.session, {"max-postcopy-bandwidth": 0})
+        await hurry(source)
         await migration.start(source.session, uri, {"resume": True})
         await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
         result = await receiver.result()
@@ -261,7 +250,7 @@ async def test_a_source_on_huge_pages_finds_huge_pages(qemu: Qemu, tmp_path: Pat
             source_of(qemu, tmp_path, paused=loses_writes(qemu), more=HUGE, machine=machine) as source,
             receiving(tmp_path, raw=raw, workloads=[Workload(seed=1)]) as receiver,
         ):
-            await migrate(source, receiver.uri, postcopy=True)
+            await migrate(source, receiver.uri, postcopy=True, some_before=False)
             result = await receiver.result()
             assert result.exit_code == 0, result.message
             (blocks,) = [event.blocks for event in receiver.events if isinstance(event, BlocksCame)]

@@ -24,9 +24,11 @@ from qmigrate.operations.control import ask
 from qmigrate.qmp import migration
 from tests.guests import console
 from tests.live.receiving import (
-    SLOW,
+    HELD,
+    LARGER,
     TIMEOUT_S,
     assert_same_ram,
+    hurry,
     loading,
     migrate,
     receiving,
@@ -86,7 +88,7 @@ async def test_a_recording_holds_the_ram_that_was_received(qemu: Qemu, tmp_path:
     capabilities = {"multifd": True, **WAYS[is_old]}
     with Recorder(tap) as recorder:
         async with (
-            source_of(qemu, tmp_path, paused=is_old) as source,
+            source_of(qemu, tmp_path, paused=is_old, guest=LARGER) as source,
             receiving(tmp_path, raw=raw, recorder=recorder, workloads=[Workload(seed=1)], multifd=2) as receiver,
         ):
             await migrate(source, receiver.uri, postcopy=True, capabilities=capabilities)
@@ -110,12 +112,13 @@ async def test_a_postcopy_that_breaks_is_recovered_recorded_saved_and_reported(t
     qemu, control = the_newest(), tmp_path / "control"
     saved, tap, data, page = (tmp_path / name for name in ("guest.mig", "in.tap", "x.json", "page.html"))
     uri, again = f"unix:{tmp_path / 'in'}", f"unix:{tmp_path / 'again'}"
+    touch = ["--touch", "random", "--touch-rate", "100"]  # half a minute until all of it was asked for
     kept = ["--save", str(saved), "--record", str(tap), "--json", str(data), "--report", str(page)]
     async with source_of(qemu, tmp_path) as source:
-        receive = await command(uri, "--control", str(control), "--ndjson", "--touch", "random", *kept)
+        receive = await command(uri, "--control", str(control), "--ndjson", *touch, *kept)
         try:
             await event(receive, "listening")
-            await start(source, uri, postcopy=True, limits={"max-postcopy-bandwidth": SLOW})
+            await start(source, uri, postcopy=True, limits={"max-postcopy-bandwidth": HELD})
             await event(receive, "status-changed", "running")
             await migration.wait_until(source.session, "postcopy-active", timeout_s=TIMEOUT_S)
             await source.session.execute("migrate-pause", oob=True)
@@ -125,7 +128,7 @@ async def test_a_postcopy_that_breaks_is_recovered_recorded_saved_and_reported(t
             assert recover.stdout is not None
             assert await recover.stdout.read() == f"it listens at {again} for the source to resume\n".encode()
             assert await recover.wait() == 0
-            await migration.set_parameters(source.session, {"max-postcopy-bandwidth": 0})
+            await hurry(source)
             await migration.start(source.session, again, {"resume": True})
             await migration.wait_until(source.session, "completed", timeout_s=TIMEOUT_S)
             assert await ended(receive) == 0
@@ -156,7 +159,7 @@ async def test_a_full_disk_in_postcopy_keeps_the_guest_until_it_is_saved_elsewhe
     async with source_of(qemu, tmp_path) as source, receiving(tmp_path, save=tmp_path / "x.mig") as receiver:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, before[1]))  # this process's: it writes the file
         try:
-            await start(source, receiver.uri, postcopy=True, limits={"max-postcopy-bandwidth": 0})
+            await start(source, receiver.uri, postcopy=True)
             event = await receiver.wait_for(lambda event: isinstance(event, NotSaved))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 from typing import Any, Final
@@ -36,8 +36,9 @@ from qmigrate.qmp import migration
 from qmigrate.qmp.machine import Machine
 from tests.guests import console
 from tests.live.receiving import huge_pages
-from tests.live.recording import KINDS, Kind, Recording, arguments_of, extra, recorded
+from tests.live.recording import KINDS, Kind, arguments_of, extra
 from tests.live.same import assert_same_ram
+from tests.live.saved import File, saved
 from tests.live.versions import Qemu, installed, newest
 from tests.report.test_migration_page import Read
 
@@ -45,16 +46,6 @@ pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
 TIMEOUT_S: Final = 60.0
 every_qemu = pytest.mark.parametrize("qemu", installed(), ids=lambda qemu: qemu.name)
-
-
-@dataclass(frozen=True)
-class File:
-    """A guest that was saved by a QEMU that has ended since."""
-
-    qemu: Qemu
-    kind: Kind
-    stream: Path
-    channels: tuple[str, ...]
 
 
 @asynccontextmanager
@@ -65,16 +56,6 @@ async def waiting(file: File, folder: Path, more: tuple[str, ...] = (), **change
     arguments = [*arguments_of(file.qemu, kind, folder, folder / "console"), *more, "-incoming", "defer"]
     async with Machine(file.qemu.path, arguments, name=f"destination {file.qemu.name}") as machine:
         yield machine
-
-
-async def saved(qemu: Qemu, name: str | Kind, folder: Path) -> File:
-    folder.mkdir()
-    async with recorded(qemu, name, folder) as recording:
-        return File(qemu, recording.kind, recording.stream, _channels(recording))
-
-
-def _channels(recording: Recording) -> tuple[str, ...]:
-    return tuple(map(str, recording.channels))
 
 
 async def restore(file: File, machine: Machine, folder: Path, **wishes: Any) -> ServingResult:

@@ -23,8 +23,9 @@ from qmigrate.qmp.machine import Machine
 from tests.guests import console
 from tests.live.command import ROOT
 from tests.live.recording import arguments_of
+from tests.live.saved import File, saved
 from tests.live.some import every_qemu, oldest_and_newest, only_newest
-from tests.live.test_restore import File, Withholding, hold, peers, saved, until, waiting
+from tests.live.test_restore import Withholding, hold, peers, until, waiting
 from tests.live.versions import Qemu
 
 __all__ = ["peers"]  # a fixture

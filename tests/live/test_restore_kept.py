@@ -16,9 +16,10 @@ from qmigrate.operations.restore import Indexed
 from tests.capture.test_places import kinds
 from tests.live.pair import AT_ONCE, SMALL, pair
 from tests.live.recording import Kind
+from tests.live.saved import File, saved
 from tests.live.some import only_newest
 from tests.live.tapping import tapped
-from tests.live.test_restore import TIMEOUT_S, File, assert_has_all, restore, saved, waiting
+from tests.live.test_restore import TIMEOUT_S, assert_has_all, restore, waiting
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]

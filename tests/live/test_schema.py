@@ -14,7 +14,8 @@ from qmigrate.capture.schemas import SchemaCache, SchemaError
 from qmigrate.errors import QemuDiedError, QmpCommandError
 from qmigrate.format.vm_state import VmState
 from qmigrate.operations.schema import make_schema
-from tests.live.recording import KINDS, arguments_of, recorded
+from tests.live.recording import KINDS, arguments_of
+from tests.live.saved import saved
 from tests.live.versions import Qemu, installed
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
@@ -29,19 +30,16 @@ def plain_devices(devices: Mapping[str, VmState]) -> dict[str, object]:
 
 @every_qemu
 async def test_a_package_is_decoded_by_the_schema_of_a_stopped_machine(qemu: Qemu, tmp_path: Path) -> None:
-    for name in ("schema", "precopy", "postcopy"):
-        (tmp_path / name).mkdir()
+    (tmp_path / "schema").mkdir()
     cache = SchemaCache(tmp_path / "schemas")
     arguments = arguments_of(qemu, KINDS["pc-postcopy"], tmp_path / "schema", tmp_path / "schema" / "console")
     schema = await make_schema([str(qemu.path), *arguments])
     assert schema.qemu == qemu.version
     assert schema.machine_type == f"pc-i440fx-{qemu.name}"
     cache.add(schema)
-    async with recorded(qemu, "pc-paused", tmp_path / "precopy") as recording:
-        with Migration(recording.stream) as precopy:
-            description = precopy.contents.description
-    async with recorded(qemu, "pc-postcopy", tmp_path / "postcopy") as recording:
-        stream = recording.stream
+    with Migration((await saved(qemu, "pc-paused", tmp_path / "precopy")).stream) as precopy:
+        description = precopy.contents.description
+    stream = (await saved(qemu, "pc-postcopy", tmp_path / "postcopy")).stream
     with Migration(stream, description=cache) as migration:
         checked = check(migration)
     contents = checked.gathering.contents
@@ -60,10 +58,10 @@ async def test_a_package_is_decoded_by_the_schema_of_a_stopped_machine(qemu: Qem
 @every_qemu
 async def test_a_machine_that_wants_to_migrate_over_many_channels_or_with_answers_does_so_over_one(qemu: Qemu) -> None:
     machine = [str(qemu.path), "-accel", "tcg", "-m", "8", "-nodefaults"]
-    plain_one = await make_schema(machine, timeout_s=30)
+    plain_one = await make_schema(machine, timeout_s=60)
     for capabilities in (("multifd",), ("return-path", "postcopy-ram")):
         words = [word for name in capabilities for word in ("-global", f"migration.x-{name}=on")]
-        assert (await make_schema([*machine, *words], timeout_s=30)).id == plain_one.id
+        assert (await make_schema([*machine, *words], timeout_s=60)).id == plain_one.id
 
 
 @every_qemu
@@ -86,11 +84,11 @@ async def test_a_machine_with_many_devices_tells_all_but_what_its_guest_sets_up(
     schema = await make_schema([str(qemu.path), *arguments])
     cache = SchemaCache(tmp_path / "schemas")
     cache.add(schema)
-    async with recorded(qemu, "q35-many", tmp_path) as recording:
-        with Migration(recording.stream) as migration:
-            own, length = migration.contents, migration.contents.description_length or 0
-        bare = tmp_path / "bare.mig"
-        bare.write_bytes(recording.stream.read_bytes()[: -5 - length])
+    file = await saved(qemu, "q35-many", tmp_path / "saved")
+    with Migration(file.stream) as migration:
+        own, length = migration.contents, migration.contents.description_length or 0
+    bare = tmp_path / "bare.mig"
+    bare.write_bytes(file.stream.read_bytes()[: -5 - length])
     with Migration(bare, description=cache) as migration:
         contents = migration.contents
     assert contents.complete

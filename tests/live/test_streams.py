@@ -28,6 +28,7 @@ from tests.live.answers import messages_in, summary_of
 from tests.live.loading import loaded
 from tests.live.recording import KINDS, Recording, many_devices, recorded
 from tests.live.same import assert_same_ram, assert_same_registers, loses_writes
+from tests.live.saved import saved
 from tests.live.versions import Qemu, installed
 
 pytestmark = pytest.mark.live
@@ -142,10 +143,10 @@ PATTERN: Final = bytes(range(256)) * (PAGE_BYTES // 256)
 @pytest.mark.asyncio
 @pytest.mark.parametrize("qemu", installed(), ids=lambda qemu: qemu.name)
 async def test_values_changed_in_the_records_are_those_of_the_qemu_that_loads_them(qemu: Qemu, tmp_path: Path) -> None:
-    async with recorded(qemu, "q35-many", tmp_path) as recording:
-        kind = recording.kind
-        with Migration(recording.stream) as migration:
-            changed = b"".join(write(with_changes(migration.entries(), kind.guest)))
+    file = await saved(qemu, "q35-many", tmp_path / "saved")
+    kind = file.kind
+    with Migration(file.stream) as migration:
+        changed = b"".join(write(with_changes(migration.entries(), kind.guest)))
     async with loaded(qemu, kind, tmp_path / "destination", changed, stopped=True) as destination:
         machine, memory = destination.machine, tmp_path / "memory"
         cpus = await monitor.registers(machine)

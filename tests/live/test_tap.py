@@ -12,16 +12,17 @@ import pytest
 import qmigrate
 from qmigrate.endpoint.relay import Relay
 from qmigrate.operations.migrate import migrate
+from qmigrate.operations.plan import Plan
 from qmigrate.operations.result import MigrationResult
 from tests.live import versions
 from tests.live.broken import Cutter, broken_plan
-from tests.live.pair import pair
+from tests.live.pair import HELD, Pair, pair
 from tests.live.tapping import assert_recording_holds_what_the_source_has, tapped
 from tests.live.versions import Qemu
 
 pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
-MIB = 1 << 20
+CUT = 256 << 10
 SCHEMA = json.loads((Path(qmigrate.__file__).parent / "report" / "dissect.schema.json").read_text())
 
 
@@ -63,6 +64,12 @@ RESUMED = [("forward", "main, resumed", "bytes"), ("return", "return path", "byt
 PREEMPT = [("forward", "preempt", "bytes")]
 
 
+async def migrated(two: Pair, plan: Plan) -> MigrationResult:
+    """By postcopy: what the guest asks for comes first."""
+    result, _ = await asyncio.gather(migrate(*two.sessions, plan), two.hurry_once_asked(times=20))
+    return result
+
+
 def assert_requests_were_answered(answer: dict[str, Any], result: MigrationResult) -> None:
     """All of them, as fast as can be, and where an answer has to come."""
     requests = answer["page_requests"]
@@ -79,7 +86,9 @@ def assert_requests_were_answered(answer: dict[str, Any], result: MigrationResul
 async def test_a_postcopy_with_preempt_answers_on_its_own_channel(tmp_path: Path) -> None:
     async with pair(qemu_named("11.1"), tmp_path) as two:
         async with tapped(tmp_path, two.uri) as (listen, recording):
-            result = await migrate(*two.sessions, broken_plan(two, uri=listen, preempt=True))
+            result = await migrated(
+                two, broken_plan(two, uri=listen, preempt=True, bandwidth=HELD, postcopy_bandwidth=HELD)
+            )
             assert result.exit_code == 0, result.message
             await two.assert_guest_goes_on()
         await assert_recording_holds_what_the_source_has(recording, two.source, tmp_path)
@@ -96,7 +105,7 @@ async def test_a_postcopy_with_preempt_answers_on_its_own_channel(tmp_path: Path
 async def test_a_postcopy_of_7_2_answers_on_main(tmp_path: Path) -> None:
     async with pair(qemu_named("7.2"), tmp_path) as two:
         async with tapped(tmp_path, two.uri) as (listen, recording):
-            result = await migrate(*two.sessions, broken_plan(two, uri=listen))
+            result = await migrated(two, broken_plan(two, uri=listen, bandwidth=HELD, postcopy_bandwidth=HELD))
             assert result.exit_code == 0, result.message
             await two.assert_guest_goes_on()
         # 7.2 loses writes of a running guest (tests/live/same.py): what its source has is no measure.
@@ -127,15 +136,16 @@ async def test_once_ends_though_5_2_keeps_multifd_open_after_a_postcopy(tmp_path
 
 async def test_a_recovery_is_told_as_a_second_main_channel(tmp_path: Path) -> None:
     """What breaks it stands behind the tap: it sees one connection close, and another come."""
-    cutter = Cutter([MIB])
+    cutter = Cutter([CUT])
     behind = f"unix:{tmp_path / 'behind'}"
     async with pair(qemu_named("11.1"), tmp_path) as two:
         async with (
             Relay(behind, two.uri, tmp_path / "relayed", on_bytes=cutter.passed) as relay,
             tapped(tmp_path, behind) as (listen, recording),
         ):
-            cutter.relay = relay
-            result = await migrate(*two.sessions, broken_plan(two, uri=listen), on_event=cutter.heard)
+            cutter.relay, cutter.after_last = relay, two.hurry
+            plan = broken_plan(two, uri=listen, bandwidth=HELD, postcopy_bandwidth=HELD)
+            result = await migrate(*two.sessions, plan, on_event=cutter.heard)
             assert (result.exit_code, result.recoveries, cutter.cuts) == (0, 1, 1), result.message
             await two.assert_guest_goes_on()
         await assert_recording_holds_what_the_source_has(recording, two.source, tmp_path)

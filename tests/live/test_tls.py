@@ -11,7 +11,7 @@ from qmigrate.operations.result import MigrationResult, Outcome
 from tests.live.broken import broken_pair, broken_plan
 from tests.live.command import qmigrate
 from tests.live.credentials import NAME, credentials
-from tests.live.pair import AT_ONCE, Pair, pair
+from tests.live.pair import AT_ONCE, HELD, Pair, pair
 from tests.live.some import every_qemu, oldest_and_newest, only_newest
 from tests.live.versions import Qemu
 
@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.live, pytest.mark.asyncio]
 
 def named(**wishes: Any) -> dict[str, Any]:
     """Of a plan: what the credentials are called on either side."""
-    return {"tls_creds": "tls-source", "destination_tls_creds": "tls-destination", "answer_timeout_s": 15.0, **wishes}
+    return {"tls_creds": "tls-source", "destination_tls_creds": "tls-destination", "answer_timeout_s": 60.0, **wishes}
 
 
 async def encrypted(two: Pair, **wishes: Any) -> MigrationResult:
@@ -50,8 +50,8 @@ async def test_postcopy_through_tls(qemu: Qemu, tmp_path: Path) -> None:
 async def test_what_passes_through_tls_is_no_stream_and_a_broken_postcopy_is_brought_back(
     qemu: Qemu, tmp_path: Path
 ) -> None:
-    async with broken_pair(qemu, tmp_path, [1 << 20], **credentials(tmp_path)) as (two, cutter):
-        plan = broken_plan(two, **named(tls_hostname=NAME))
+    async with broken_pair(qemu, tmp_path, [256 << 10], **credentials(tmp_path)) as (two, cutter):
+        plan = broken_plan(two, **named(tls_hostname=NAME, bandwidth=HELD, postcopy_bandwidth=HELD))
         result = await migrate(*two.sessions, plan, on_event=cutter.heard)
         assert (result.exit_code, result.recoveries) == (0, 1), result.message
         assert cutter.relay is not None

@@ -15,7 +15,7 @@ from qmigrate.events import LiveEvent, Side
 from qmigrate.operations import course, ending, switchover, watch
 from qmigrate.operations.migrate import migrate
 from qmigrate.operations.plan import Plan
-from qmigrate.operations.policy import AtOnce
+from qmigrate.operations.policy import AtOnce, IfStuck
 from qmigrate.operations.result import MigrationResult, Outcome
 from qmigrate.operations.whereabouts import Place
 from qmigrate.qmp.session import Session
@@ -298,6 +298,41 @@ async def test_no_more_commands_are_sent_than_this(plan: Plan, more: dict[str, i
     assert result.statistics[Side.DESTINATION] == {"status": "completed"}
     assert sent(story, "source") == added(ASKED, SET_UP, {"migrate": 1}, more, {"query-migrate": 1})
     assert sent(story, "destination") == added(ASKED, SET_UP, {"migrate-incoming": 1})
+
+
+class Stuck(Story):
+    """Whenever its source has told how far it is, the next pass begins, with as much left: an eighth of a second."""
+
+    def __init__(self, downtime_limit_ms: int) -> None:
+        super().__init__(["events", "postcopy-ram"], after_migrate=PRECOPY, after_switch=SWITCHED)
+        self.after["query-migrate"] = [("source", "PASS")]
+        self.after["migrate_cancel"] = [("source", "cancelled")]
+        self.downtime_limit_ms = downtime_limit_ms
+        self.passes = 0
+
+    def _answer(self, side: str, name: str, arguments: dict[str, Any]) -> Any:
+        if name == "query-migrate-parameters":
+            return {"downtime-limit": self.downtime_limit_ms}
+        if name == "query-migrate" and self.status["source"] == "active":
+            ram = {"remaining": 2 << 20, "mbps": 134.2, "normal": 512 * self.passes, "page-size": 4096}
+            return {"status": self.status[side], "ram": ram}
+        return super()._answer(side, name, arguments)
+
+    async def _happen(self, side: str, what: str) -> None:
+        if what != "PASS":
+            await super()._happen(side, what)
+        elif self.status["source"] == "active":
+            self.passes += 1
+            await self.servers["source"].event("MIGRATION_PASS", **{"pass": self.passes})
+
+
+@pytest.mark.parametrize("downtime_limit_ms", [124, 126])
+async def test_precopy_is_stuck_when_what_is_left_takes_longer_than_the_source_may_stop(downtime_limit_ms: int) -> None:
+    story = Stuck(downtime_limit_ms)
+    is_stuck = downtime_limit_ms == 124
+    result, _ = await told(story, Plan(uri="tcp:a:1", postcopy=[IfStuck()], timeout_s=60.0 if is_stuck else 0.5))
+    assert result.switched is is_stuck, result.message
+    assert sent(story, "source")["query-migrate-parameters"] == 1
 
 
 @pytest.mark.usefixtures("seldom")

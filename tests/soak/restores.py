@@ -30,7 +30,7 @@ from tests.guests import console
 from tests.guests.build import Guest
 from tests.guests.linux import Linux
 from tests.live.broken import Cutter, broken_plan
-from tests.live.pair import pair
+from tests.live.pair import SMALL, pair
 from tests.live.receiving import huge_pages
 from tests.live.recording import FAST, KINDS, ODD, Kind, at_once
 from tests.live.tapping import tapped
@@ -158,7 +158,7 @@ def _tapped(qemu: Qemu, name: str, preempt: bool, cut: bool) -> Callable[[random
                 result = await migrate(*two.sessions, plan, on_event=cutter.heard)
                 assert (result.exit_code, result.recoveries) == (0, cutter.cuts), result.message
             two.kill()
-        kind = Kind("a guest of a pair", guest=Guest("walker", memory_mib=16))
+        kind = Kind("a guest of a pair", guest=SMALL)
         # QEMU's own postcopy goes on changing pages of a running guest: what the recording holds is the measure.
         return await proved(Input(qemu, kind, recording, index_folder=folder / "indexes"), folder)
 
