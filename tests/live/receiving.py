@@ -1,6 +1,7 @@
 """A real source and our stand-in destination, and whether both hold the same memory."""
 
 import asyncio
+import fcntl
 import json
 import os
 import shlex
@@ -238,20 +239,26 @@ def _assert_same(ours: bytes, theirs: bytes, block: str, start: int) -> None:
 @contextmanager
 def huge_pages(count: int) -> Iterator[None]:
     """So many more of 2 MiB than there were, given back at the end; skips where they can't be had."""
-    setting = Path("/proc/sys/vm/nr_hugepages")
     try:
-        before = int(setting.read_text())
-        setting.write_text(f"{before + count}")
+        had = _more_huge_pages(count)
     except OSError:
         pytest.skip("no huge pages: nr_hugepages can't be set")
-    had = int(setting.read_text()) - before
     try:
         if had < count:
             pytest.skip(f"no {count} huge pages")
         yield
     finally:
-        # Not `before`: another run beside this one may have taken some since.
-        setting.write_text(f"{max(0, int(setting.read_text()) - had)}")
+        _more_huge_pages(-had)
+
+
+def _more_huge_pages(count: int) -> int:
+    """How many there are more now: fewer than ``count`` where memory is in pieces.  Others may do the same meanwhile."""
+    setting = Path("/proc/sys/vm/nr_hugepages")
+    with setting.open("r") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        before = int(setting.read_text())
+        setting.write_text(f"{max(0, before + count)}")
+        return int(setting.read_text()) - before
 
 
 @asynccontextmanager

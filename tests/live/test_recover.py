@@ -57,7 +57,9 @@ async def test_the_limit_of_recoveries_is_kept(qemu: Qemu, tmp_path: Path) -> No
     async with broken_pair(qemu, tmp_path, [CUT, CUT // 2]) as (two, cutter):
         result = await migrate(*two.sessions, held(two, recoveries=1), on_event=cutter.heard)
         assert (result.exit_code, result.recoveries, cutter.cuts) == (5, 1, 2)
-        assert "in postcopy: the connection of the postcopy broke after one attempt to bring it back" in result.message
+        # The second cut may come before the driver has looked whether it is back.
+        broke = "the connection of the postcopy broke after one attempt to bring it back"
+        assert result.message.startswith((f"in postcopy: {broke}", f"in recovery: {broke}")), result.message
         two.kill()
 
 
