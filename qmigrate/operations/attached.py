@@ -14,7 +14,7 @@ from qmigrate.operations.whereabouts import INCOMING, View, ask
 from qmigrate.qmp import postcopy
 from qmigrate.qmp.features import Features
 from qmigrate.qmp.migration import FINAL_STATUSES
-from qmigrate.qmp.postcopy import PAUSED, is_postcopy
+from qmigrate.qmp.postcopy import PAUSED, is_postcopy, left_bytes
 from qmigrate.qmp.session import Session
 
 __all__ = ["Done", "cancel", "pause", "race", "start_postcopy"]
@@ -86,7 +86,8 @@ async def pause(
     if view.status == "completed":
         return Done("it was complete before the pause", view)
     if view.status != PAUSED:
-        raise QmpCommandError(view.error or view.status, command="migrate-pause", error_class=view.status)
+        reason = f"{view.error or view.status}; the guest may run on both sides: ask `qmigrate status SRC DST`"
+        raise QmpCommandError(reason, command="migrate-pause", error_class=view.status)
     return Done("paused; `qmigrate recover SRC DST` resumes it", view)
 
 
@@ -110,16 +111,22 @@ async def cancel(source: Session, *, timeout_s: float = 30.0) -> Done:
     return Done("cancelled; the guest stays on the source", view)
 
 
-def race(status: str, statuses: frozenset[str], active_s: float, destination_state: str | None) -> str:
+def race(
+    status: str, statuses: frozenset[str], active_s: float, destination_state: str | None, left: int | None = None
+) -> str:
     """Why a pause now could lose the guest; empty if it can't.
 
     Until the destination runs the guest (RUN) a broken connection is final for it.  A source of QEMU 5.2 or 7.2
     says `postcopy-active` before it has sent the devices, one of 10.0 when it has; one that knows
     `postcopy-device` says it when the destination has loaded them, which is just before RUN.
-    ``destination_state`` is the destination's run state, None where it can't be asked.
+    ``destination_state`` is the destination's run state, None where it can't be asked.  ``left``: bytes that the
+    source has not sent: when that is nothing, a broken connection is no pause for it, but a failure, and it runs the
+    guest again.  One of 11.1 that sends huge pages slowly leaves ``postcopy-device`` no sooner than that.
     """
     if status != "postcopy-active":
         return f"the source is in {status}: the destination has not taken over yet"
+    if left == 0:
+        return "all has been sent: broken now, the source may run the guest again, which runs on the destination"
     if destination_state is not None:
         return "the destination has not taken over yet" if destination_state == INCOMING else ""
     if "postcopy-device" in statuses and active_s >= SURE_AFTER_S:
@@ -146,7 +153,7 @@ async def _race(source: Session, destination: Session | None, timeout_s: float) 
                 return f"the destination {there}"
             state = there.run_state
         waited_s = time.monotonic() - began
-        reason = race(view.status, statuses, waited_s, state)
+        reason = race(view.status, statuses, waited_s, state, left_bytes(view.info or {}))
         can_help = state is not None or "postcopy-device" in statuses
         if not reason or not can_help or not is_postcopy(view.status) or waited_s > timeout_s:
             return reason

@@ -6,6 +6,8 @@ from qmigrate.events import Decided
 from qmigrate.operations.course import Course, Ended
 from qmigrate.operations.recover import pause_one, until
 from qmigrate.operations.result import Outcome
+from qmigrate.qmp.migration import FINAL_STATUSES
+from qmigrate.qmp.postcopy import left_bytes
 
 __all__ = ["Interruption"]
 
@@ -48,8 +50,13 @@ class Interruption:
             course.tell(Decided(decision="leave", reason=EXPLANATION))
         elif self._handled == 2:
             course.tell(Decided(decision="pause", reason="interrupted again"))
-            both = list(course.sides.values())
-            await until(lambda: self._may_pause, course.news, both, course.plan.answer_timeout_s)
+            source = course.source
+
+            def may_or_is_over() -> bool:
+                return self._may_pause or source.status in FINAL_STATUSES
+
+            await until(may_or_is_over, course.news, list(course.sides.values()), course.plan.answer_timeout_s)
+            await source.ask_status()
             if self._may_pause:
                 await pause_one(course.source)
         else:
@@ -57,5 +64,10 @@ class Interruption:
 
     @property
     def _may_pause(self) -> bool:
-        """Are both past the point before which a broken connection loses the guest?"""
-        return self._course.destination.took_over and self._course.source.status == "postcopy-active"
+        """Are both past the point before which a broken connection loses the guest, and not at the very end?
+
+        See ``attached.race``.
+        """
+        source = self._course.source
+        took_over = self._course.destination.took_over
+        return took_over and source.status == "postcopy-active" and left_bytes(source.info) != 0

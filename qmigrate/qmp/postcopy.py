@@ -3,11 +3,12 @@
 When each of them is safe is not decided here.
 """
 
-from typing import Final
+from collections.abc import Mapping
+from typing import Any, Final
 
 from qmigrate.qmp.session import COMMAND_TIMEOUT_S, Session
 
-__all__ = ["is_postcopy", "listen_again", "pause", "switch"]
+__all__ = ["is_postcopy", "left_bytes", "listen_again", "pause", "switch"]
 
 PAUSED: Final = "postcopy-paused"
 
@@ -15,6 +16,13 @@ PAUSED: Final = "postcopy-paused"
 def is_postcopy(status: str) -> bool:
     """Is the guest split over both sides?  True for any status that begins so, also one that is not known here."""
     return status.startswith("postcopy-")
+
+
+def left_bytes(info: Mapping[str, Any]) -> int | None:
+    """What a source has not sent yet, of its answer to ``query-migrate``; None where it does not say."""
+    ram = info.get("ram")
+    left = ram.get("remaining") if isinstance(ram, Mapping) else None
+    return left if isinstance(left, int) else None
 
 
 async def switch(session: Session, *, timeout_s: float = COMMAND_TIMEOUT_S) -> None:

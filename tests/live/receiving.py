@@ -252,9 +252,9 @@ def huge_pages(count: int) -> Iterator[None]:
 
 
 def _more_huge_pages(count: int) -> int:
-    """How many there are more now: fewer than ``count`` where memory is in pieces.  Others may do the same meanwhile."""
+    """By how many there are more now: fewer than asked for where memory is in pieces.  Others may do the same."""
     setting = Path("/proc/sys/vm/nr_hugepages")
-    with setting.open("r") as held:
+    with setting.open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         before = int(setting.read_text())
         setting.write_text(f"{max(0, before + count)}")
