@@ -58,7 +58,7 @@ class Interruption:
             await until(may_or_is_over, course.news, list(course.sides.values()), course.plan.answer_timeout_s)
             await source.ask_status()
             if self._may_pause:
-                await pause_one(course.source)
+                await pause_one(source)
         else:
             raise Ended(Outcome.LEFT, "interrupted: it goes on without us")
 

@@ -63,8 +63,8 @@ class Tapping:
 
 # It needs the next huge page now and then: a guest that jumps about has them all before the cut.
 ON_HUGE_PAGES: Final = replace(GUEST, memory_mib=128, pages_per_tick=4, stride=0)
-# A source of 11.1 that may not send a huge page at once is in postcopy-device almost to the end; who cuts it there, or
-# just behind, has the guest on both sides more often than not.
+# A source of 11.1 that sends huge pages slowly is in postcopy-device almost to the end; who cuts it there, or just
+# behind, may have the guest on both sides.
 ENOUGH_FOR_HUGE_PAGES: Final[dict[str, Any]] = {"bandwidth": 48 * MIB, "postcopy_bandwidth": 48 * MIB}
 PREEMPT: Final = (7, 1)
 MULTIFD_POSTCOPY: Final = (10, 1)
@@ -240,8 +240,8 @@ async def _tapped(qemu: Qemu, way: Tapping, chance: random.Random, folder: Path)
             plan = broken_plan(two, uri=listen, preempt=way.preempt, **wishes)
             result = await migrate(*two.sessions, plan, on_event=cutter.heard)
             if way.huge and cutter.cuts and qemu.number >= (11,) and result.place is Place.BOTH:
-                # Its own: of huge pages a source that is cut now and then takes the guest for still its own, though it
-                # has been in postcopy-active for a while, and runs it again.
+                # QEMU's own: a source of huge pages, also one in postcopy-active, sometimes fails when it is cut, and
+                # runs its guest again.
                 return "cut, the source ran its guest again"
             assert (result.exit_code, result.recoveries) == (0, cutter.cuts), result.message
             if not way.held:
