@@ -19,6 +19,7 @@ from typing import Final
 
 from qmigrate.capture.frames import (
     HEADER,
+    LONGEST_PIECE,
     MOST_CONNECTIONS,
     Closed,
     Direction,
@@ -149,15 +150,50 @@ class Recorder(Owner):
         """Bytes that came, at most ``LONGEST_PIECE``."""
         self._attempt(lambda: self._put(data_header(connection, direction, len(data), **_now()) + bytes(data)))
 
+    @property
+    def has_room(self) -> bool:
+        """Is there any for ``data_by()``?  Once there is none, there never is again."""
+        return self._mapping is not None
+
+    def data_by(self, connection: int, direction: Direction, fill: Callable[[memoryview], int]) -> int:
+        """Bytes that ``fill(room)`` writes where they will stay, from the front of the room for a piece; how many.
+
+        0 where it wrote none, or was not called as there is no room, and ``has_room`` is False.  Its ``OSError`` is
+        raised, and nothing recorded.  It must not wait: nobody else records meanwhile.
+        """
+        count = 0
+        failed: OSError | None = None
+
+        def write() -> None:
+            nonlocal count, failed
+            if not self._fits(HEADER.size + LONGEST_PIECE):
+                return
+            assert self._mapping is not None
+            begin = self._position + HEADER.size
+            with memoryview(self._mapping) as whole, whole[begin : begin + LONGEST_PIECE] as room:
+                try:
+                    count = fill(room)
+                except OSError as exc:
+                    if exc.errno == errno.EFAULT:  # the file's: somebody made it shorter
+                        raise
+                    failed = exc
+            if count:
+                self._seal(data_header(connection, direction, count, **_now()), count)
+
+        self._attempt(write)
+        if failed is not None:
+            raise failed
+        return count
+
     def data_from(self, connection: int, direction: Direction, pipe: int, count: int) -> None:
-        """``count`` bytes that are in ``pipe``, taken out of it inside the kernel.  Some stay where it fails."""
+        """``count`` bytes that are in ``pipe``, taken out of it inside the kernel.  Some stay where it fails.
+
+        It writes behind all that was set aside and mapped: ``has_room`` is False from here on.
+        """
 
         def move() -> None:
-            header = data_header(connection, direction, count, **_now())
-            if self._fits(HEADER.size + count):
-                self._copy(pipe, header, count)
-                return
-            self._write(header)
+            self._unmap()
+            self._write(data_header(connection, direction, count, **_now()))
             left = count
             while left:
                 left -= self._splice(pipe, left)
@@ -240,17 +276,6 @@ class Recorder(Owner):
             self._unmap()
             return False
         return True
-
-    def _copy(self, pipe: int, header: bytes, count: int) -> None:
-        """A frame into the mapping, its data out of the pipe."""
-        assert self._mapping is not None
-        begin = self._position + HEADER.size
-        with memoryview(self._mapping) as whole, whole[begin : begin + count] as room:
-            left = count
-            while left:
-                with room[count - left :] as rest:
-                    left -= os.readv(pipe, [rest])
-        self._seal(header, count)
 
     def _seal(self, front: bytes, rest_bytes: int) -> None:
         """The front of a frame into the mapped part, behind which the rest of it is already."""

@@ -2,7 +2,8 @@
 
 A thread for each direction, which blocks where its peer does not take more: so the pressure that holds a fast
 source back is kept, and we hold no more than one piece.  Forward, where the pages go, bytes stay inside the kernel:
-from the socket into a pipe, from there into the file, then on into the other socket.
+from the socket into a pipe, from there into the file, then on into the other socket.  Where the file is mapped they
+are copied into it before, out of the socket, which keeps them: out of a pipe it is page by page, and costs more.
 
 Who closes what is as QEMU needs it.  A source that ends has said all: the destination is told, and may still answer
 (SHUT).  A destination that ends has died, or was satisfied: then both are closed, for a source that has no
@@ -10,6 +11,7 @@ return path to read would not notice before it is stuck with full buffers.
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -35,6 +37,8 @@ _ON_ITS_WAY: Final = 1 << 20  # bytes
 _WORTH_WAITING: Final = 1 << 15  # bytes: less is a page that somebody waits for
 _LONG_NS: Final = 1_000_000  # a source fills its socket in a tenth of that
 _UNTIL_NEXT_TRY: Final = 1000  # pieces
+_NO_WAIT: Final = os.SPLICE_F_NONBLOCK  # of the pipe: tcp would wait all the same
+_PEEK: Final = int(socket.MSG_PEEK | socket.MSG_DONTWAIT)
 _yield = ctypes.CDLL(None).sched_yield  # that of os keeps the interpreter's lock, in Python 3.11
 _tee = ctypes.CDLL(None, use_errno=True).tee
 _tee.restype = ctypes.c_ssize_t
@@ -143,16 +147,48 @@ class Joined:
         self._widen()
         self._look()
         with _Pipe() as through, _Pipe() as beside:
-            while count := self._take_into(through):
-                while count:
-                    step = self._record_forward(through, beside, count)
-                    self._send_from(through, step)
-                    count -= step
+            while self._pass_piece(through, beside):
+                pass
         with suppress(OSError):  # it is gone already: the other thread finds that out
             self._destination.shutdown(socket.SHUT_WR)
         self.has_said_all = not self._is_ending
         if self.has_said_all and self._on_said_all is not None:
             self._on_said_all()
+
+    def _pass_piece(self, through: "_Pipe", beside: "_Pipe") -> int:
+        """Wait for bytes of the source, record them, and pass them on; how many, 0 at its end."""
+        if self._recorder is not None and self._recorder.has_room:
+            self._more.poll()
+            if count := self._recorder.data_by(self.number, Direction.FORWARD, self._peek):
+                self._pass_recorded(through, count)
+                return count
+        count = left = self._take_into(through)
+        while left:
+            step = self._record_forward(through, beside, left)
+            self._send_from(through, step)
+            left -= step
+        return count
+
+    def _peek(self, room: memoryview) -> int:
+        """Copy what waits in the source's socket, and leave it there; how much, 0 at the end."""
+        with suppress(BlockingIOError):
+            return self._source.recv_into(room, flags=_PEEK)
+        return 0
+
+    def _pass_recorded(self, through: "_Pipe", count: int) -> None:
+        """Pass on so much of what waits in the source's socket."""
+        source, left = self._source.fileno(), count
+        while left:
+            held = os.splice(source, through.into, left)
+            with suppress(BlockingIOError):  # the pipe is full
+                while 0 < held < left and (more := os.splice(source, through.into, left - held, flags=_NO_WAIT)):
+                    held += more
+            if not held:
+                raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+            if count >= _WORTH_WAITING:
+                self._give_way()
+            self._send_from(through, held)
+            left -= held
 
     def _take_into(self, through: "_Pipe") -> int:
         """Wait for bytes of the source, and take all that is there, as far as one piece goes; 0 at its end.
@@ -164,7 +200,6 @@ class Joined:
         count = os.splice(source, through.into, LONGEST_PIECE)
         waited = False
         with suppress(OSError):  # the pipe is full; or it was cut, and what came before is still passed on
-            # SPLICE_F_NONBLOCK is of the pipe: tcp would wait all the same.
             while 0 < count < LONGEST_PIECE:
                 if not self._more.poll(0):
                     if waited or count < _WORTH_WAITING:
@@ -172,7 +207,7 @@ class Joined:
                     waited = True
                     self._give_way()
                     continue
-                more = os.splice(source, through.into, LONGEST_PIECE - count, flags=os.SPLICE_F_NONBLOCK)
+                more = os.splice(source, through.into, LONGEST_PIECE - count, flags=_NO_WAIT)
                 if not more:  # its end, which the next call meets again
                     break
                 count += more

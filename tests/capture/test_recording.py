@@ -445,15 +445,16 @@ def pushed(recorder: Recorder, data: bytes) -> None:
         for at in range(0, len(data), 50_000):
             part = data[at : at + 50_000]
             assert os.write(into, part) == len(part)
-            recorder.data_from(0, FORWARD, out, len(part))
+            if not (recorder.has_room and recorder.data_by(0, FORWARD, lambda room: os.readv(out, [room]))):
+                recorder.data_from(0, FORWARD, out, len(part))
     finally:
         os.close(out)
         os.close(into)
 
 
-@pytest.mark.parametrize("reserve", [0, 1 << 16, 1 << 20, None])
+@pytest.mark.parametrize("reserve", [0, 1 << 16, LONGEST_PIECE + 150_000, None])
 def test_what_is_mapped_and_what_is_not_hold_the_same(reserve: int | None, tmpfs: Path) -> None:
-    """Nothing, part and all of it fits into what was set aside."""
+    """Nothing of it, part of it and all of it fits into what was set aside, with room for a longest piece."""
     data = os.urandom(300_000)
     with Recorder(tmpfs / "a.tap", reserve=reserve) as recorder, Recording(tmpfs / "a.tap") as followed:
         assert (followed.size > HEADER.size) == (reserve != 0)
@@ -477,7 +478,7 @@ def test_what_is_mapped_and_what_is_not_hold_the_same(reserve: int | None, tmpfs
 
 def test_a_mapped_file_that_somebody_cuts_stops_the_recording_and_nothing_else(tmpfs: Path) -> None:
     heard: list[OSError] = []
-    with Recorder(tmpfs / "a.tap", reserve=1 << 20, on_stop=heard.append) as recorder:
+    with Recorder(tmpfs / "a.tap", reserve=2 << 20, on_stop=heard.append) as recorder:
         opened(recorder, 0)
         os.truncate(tmpfs / "a.tap", 0)
         pushed(recorder, bytes(50_000))
