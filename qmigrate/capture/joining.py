@@ -10,7 +10,7 @@ migration/multifd.c: multifd_recv_sync_main(); migration/savevm.c: postcopy_paus
 
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Final, TypeVar
 from uuid import UUID
 
 from qmigrate.capture.frames import Direction
@@ -31,6 +31,12 @@ from qmigrate.format.walk import Limits, Walker
 __all__ = ["Joining", "Part", "classified", "recorded_parts"]
 
 T = TypeVar("T")
+
+_GOES_ON: Final = {  # a postcopy that was brought back: kinds of connections, of which each but the last was cut
+    ChannelKind.MAIN: "main",
+    ChannelKind.RESUMED: "main",
+    ChannelKind.PREEMPT: "preempt",
+}
 
 
 @dataclass(frozen=True)
@@ -125,7 +131,7 @@ class Joining:
         self._limits = limits or Limits()
         self._walker = Walker(self._feed, description=description, page_size=page_size, limits=limits)
         self._faults: list[StreamError] = []
-        self._cuts: list[StreamError] = []
+        self._cuts: dict[str, list[StreamError]] = {"main": [], "preempt": []}
 
     def entries(self) -> Iterator[Entry]:
         """Each record with its place in its channel.
@@ -145,8 +151,9 @@ class Joining:
                     yield entry._replace(channel=number)
                 if kind is ChannelKind.PREEMPT:
                     self._faults += _unrecorded(part, feed.offset)
-        if len(self._cuts) > len(self._of(ChannelKind.RESUMED)):  # none of them has the end
-            self._faults.append(self._cuts[-1])
+        for cuts in self._cuts.values():
+            if len(cuts) > len(self._of(ChannelKind.RESUMED)):  # none of them has the end
+                self._faults.append(cuts[-1])
         for number, part in self._of(ChannelKind.RETURN_PATH):
             feed = Feed()
             for message in self._guarded(part, read_return_path(feed), feed):
@@ -189,12 +196,12 @@ class Joining:
         except StreamError as exc:
             for fault in exc.errors if isinstance(exc, StreamErrors) else [exc]:
                 goes_on = isinstance(fault, TruncatedError) and self._may_go_on(part)
-                (self._cuts if goes_on else self._faults).append(_named(fault, part))
+                cuts = self._cuts[_GOES_ON[part.channel.kind]] if goes_on else self._faults
+                cuts.append(_named(fault, part))
 
     def _may_go_on(self, part: Part) -> bool:
-        """Is it one of main's connections, of which each but the last was cut?  Files do not tell their order."""
-        kinds = (ChannelKind.MAIN, ChannelKind.RESUMED)
-        return part.channel.kind in kinds and bool(self._of(ChannelKind.RESUMED))
+        """Is it one of those of which each but the last was cut, in a recovery?  Files do not tell their order."""
+        return part.channel.kind in _GOES_ON and bool(self._of(ChannelKind.RESUMED))
 
 
 class _Multifd:

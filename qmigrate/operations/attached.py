@@ -121,7 +121,8 @@ def race(
     `postcopy-device` says it when the destination has loaded them, which is just before RUN.
     ``destination_state`` is the destination's run state, None where it can't be asked.  ``left``: bytes that the
     source has not sent: when that is nothing, a broken connection is no pause for it, but a failure, and it runs the
-    guest again.  One of 11.1 that sends huge pages slowly leaves ``postcopy-device`` no sooner than that.
+    guest again.  One of 11.1 looks whether it may leave ``postcopy-device`` after each 64 host pages or so: of huge
+    pages that is late, or no sooner than when all has been sent.
     """
     if status != "postcopy-active":
         return f"the source is in {status}: the destination has not taken over yet"

@@ -336,6 +336,24 @@ def test_without_the_preempt_channel_pages_that_were_discarded_are_missed(tmp_pa
 RECOVERY: Final = streams.command(RecvBitmap(block="pc.ram")) + streams.command(PostcopyResume())
 
 
+def test_a_page_in_which_preempt_was_cut_comes_again_after_the_recovery(tmp_path: Path) -> None:
+    """As seen with huge pages, the more often the longer they are.  Of more connections than were cut it is a fault."""
+    asked = streams.page(0x3000, b"p" * streams.PAGE, block="pc.ram")
+    resumed = RECOVERY + streams.ram_end() + streams.eof()
+    main, resumed_, cut, again, other = written(
+        tmp_path, main=streams.postcopy()[:-50], resumed=resumed, cut=asked[:-100], again=asked, other=asked[:-90]
+    )
+    with Migration(main, channels=[resumed_, cut, again]) as migration:
+        assert migration.contents.errors == []
+        assert check(migration).identical
+        assert check(migration).valid
+        assert extracted(migration, tmp_path / "ram")["pc.ram"][0x3000:0x4000] == b"p" * streams.PAGE
+    with Migration(main, channels=[resumed_, cut, other]) as migration:
+        (error,) = migration.contents.errors
+        assert error.message == "the stream ends here"
+        assert error.trail[0] == "preempt"
+
+
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_connections_of_a_postcopy_that_was_cut_twice_may_be_given_in_any_order(
     order: tuple[int, ...], tmp_path: Path
